@@ -1,0 +1,381 @@
+"""The model: vision encoder → projector → decoder language model.
+
+    pixel_values (B,3,H,W) ─ ViT ─→ (B,N,Dv) ─ Projector ─→ image_embeds (B,N,D) ┐
+    input_ids    (B,T)     ─ embed_tokens ─────────────────→ (B,T,D) ────────────┴→ Decoder → hidden_states (B,T,D)
+
+Modules carry the parameter names of the released Hugging Face checkpoints, so that loading and saving need no
+translation. Only what is trained or read is computed: no logits (methods/ce.py makes those it needs), no attention
+maps unless somebody asks, no layer of the vision encoder beyond the one that is used.
+
+Shape letters: B samples · T sequence positions · N image tokens · D decoder width · Dv vision width · H heads ·
+K key/value heads · d head width · S cached positions · M marked query rows.
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+@dataclass
+class VisionConfig:
+    """CLIP's vision tower; field names and defaults are those of a released `vision_config`."""
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    image_size: int = 224
+    patch_size: int = 32
+    layer_norm_eps: float = 1e-5
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass
+class DecoderConfig:
+    """LLaMA; field names and defaults are those of a released `config.json`."""
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None       # None: as many as query heads
+    head_dim: int | None = None                  # None: hidden_size / heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+# ------------------------------------------------------------------------------------------------ vision encoder
+class ViTEmbeddings(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(c.num_patches + 1, c.hidden_size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)             # (B,N,Dv)
+        cls = self.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
+        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight            # (B,1+N,Dv)
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.num_heads = c.num_attention_heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (
+            nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                 # (B,H,1+N,d)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                                  # (B,1+N,Dv)
+
+
+class ViTMLP(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
+        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        return self.fc2(x * torch.sigmoid(1.702 * x))                                       # CLIP's quick GELU
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.self_attn = ViTAttention(c)
+        self.layer_norm2 = nn.LayerNorm(c.hidden_size, eps=c.layer_norm_eps)
+        self.mlp = ViTMLP(c)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ViT(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = ViTEmbeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)     # CLIP's own spelling
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))})
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # unused here; saved back
+
+    def hidden_state(self, pixel_values: Tensor, layer: int) -> Tensor:
+        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output. (B,1+N,Dv)"""
+        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        layers = self.encoder["layers"]
+        for block in layers[:layer if layer >= 0 else len(layers) + 1 + layer]:
+            x = block(x)
+        return x
+
+    def forward(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
+        """Patch features (B,N,Dv) of LLaVA: the last layer but one, class token dropped."""
+        return self.hidden_state(pixel_values, layer)[:, 1:]
+
+
+# ------------------------------------------------------------------------------------------------ projector
+class Projector(nn.Module):
+    """LLaVA-1.5's two-layer MLP."""
+    def __init__(self, vision_size: int, hidden_size: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(vision_size, hidden_size)
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.gelu(self.linear_1(x)))
+
+
+# ------------------------------------------------------------------------------------------------ decoder
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)                     # this order of casts is what the checkpoints expect
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, (…,T,d), computed in float32; not buffers, so nothing can be left behind on the meta device."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[..., None].float() * theta ** -exponents                            # (…,T,d/2)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + d/2): the layout of Hugging Face weights (Meta's own pair 2i with 2i + 1)."""
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+@torch.no_grad()
+def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, image_columns: Tensor, chunk: int = 64) -> Tensor:
+    """Attention probabilities from marked rows to the image positions, averaged over heads.
+
+    q (B,H,T,d) and k (B,K,T,d) after rotation; rows (B,M) positions of the marked queries, image_columns (B,N)
+    positions of the image tokens, -1 where there is none (those entries of the result are 0). Softmax over all
+    visible keys; returns (B,M,N) float32. Fused attention returns no probabilities, so they are computed here for
+    the marked rows alone, `chunk` rows at a time: the (B,H,T,T) tensor never exists."""
+    B, H, T, d = q.shape
+    k = k.repeat_interleave(H // k.shape[1], dim=1)
+    columns = torch.arange(T, device=q.device)
+    out = []
+    for r in rows.split(chunk, dim=1):                                                      # (B,m)
+        q_rows = q.gather(2, r.clamp(min=0)[:, None, :, None].expand(B, H, -1, d))          # (B,H,m,d)
+        scores = (q_rows @ k.transpose(2, 3)).float() * d ** -0.5                           # (B,H,m,T)
+        scores = scores.masked_fill(columns > r.clamp(min=0)[:, None, :, None], -torch.inf)
+        p = scores.softmax(-1).mean(1)                                                      # (B,m,T)
+        p = p.gather(2, image_columns.clamp(min=0)[:, None].expand(-1, r.shape[1], -1))     # (B,m,N)
+        out.append(p * (r >= 0)[:, :, None] * (image_columns >= 0)[:, None])
+    return torch.cat(out, dim=1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rope, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        gqa = q.shape[1] != k.shape[1]
+        if cache is None:
+            # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+        else:
+            keys, values, positions, visible = cache
+            sample = torch.arange(len(x), device=x.device)[:, None]
+            keys[sample, :, positions] = k.transpose(1, 2)                                  # (B,T,K,d) into (B,K,S,d)
+            values[sample, :, positions] = v.transpose(1, 2)
+            S = visible.shape[-1]
+            y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=visible, enable_gqa=gqa)
+        attention = None if asked is None else attention_to_image(q, k, *asked)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), attention
+
+
+class MLP(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: DecoderConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, rope, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+        y, attention = self.self_attn(self.input_layernorm(x), rope, cache, asked)
+        x = x + y
+        return x + self.mlp(self.post_attention_layernorm(x)), attention
+
+
+class KVCache:
+    """Keys and values of every layer, (B,K,S,d), written at each row's own positions."""
+    def __init__(self, c: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device):
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def layer(self, i: int, positions: Tensor, end: int):
+        """What layer i needs to write `positions` (B,T) and read slots 0..end-1: slot j is visible from position ≥ j,
+        so whatever a shorter prompt's padding left behind stays hidden until it is overwritten."""
+        slots = torch.arange(end, device=positions.device)
+        return self.keys[i], self.values[i], positions, (slots <= positions[:, :, None])[:, None]
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model["embed_tokens"].weight
+        self.gradient_checkpointing = False
+
+    def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
+                positions: Tensor | None = None, end: int | None = None) -> Tensor:
+        """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
+
+        watch(i, h, attention) is called with each layer's index 1..L, its output (detached, before the final norm)
+        and, if asked = (rows, image_columns), its `attention_to_image`. With a cache: `positions` (B,T) of these
+        tokens and the number of cache slots in use, `end`."""
+        h = inputs_embeds
+        c = self.config
+        if positions is None:
+            positions = torch.arange(h.shape[1], device=h.device)
+        rope = rotary(positions, c.head_dim, c.rope_theta, h.dtype)                         # (T,d) or (B,T,d)
+        if positions.dim() == 2:
+            rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,d)
+        for i, layer in enumerate(self.model["layers"]):
+            args = (h, rope, cache and cache.layer(i, positions, end), asked)
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                h, attention = layer(*args)
+            if watch is not None:
+                watch(i + 1, h.detach(), attention)
+        return self.model["norm"](h)
+
+
+# ------------------------------------------------------------------------------------------------ the whole
+class Output(NamedTuple):
+    hidden_states: Tensor      # (B,T,D) after the final norm
+    image_embeds: Tensor       # (B,N,D) what the projector made
+    text_embeds: Tensor        # (B,T,D) embed_tokens(input_ids); placeholders hold the embedding of their id
+
+
+class Llava(nn.Module):
+    def __init__(self, vision_tower: ViT, projector: Projector, language_model: Decoder, vision_layer: int = -2):
+        super().__init__()
+        self.vision_tower = vision_tower
+        self.multi_modal_projector = projector
+        self.language_model = language_model
+        self.vision_layer = vision_layer
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → (B,N,D). A frozen vision tower builds no graph."""
+        trained = any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
+        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+
+    def merge(self, text_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
+        """text_embeds (B,T,D) with image_embeds (B,N,D) at the positions of image_mask (B,T). The j-th marked position
+        of a row takes its j-th image token. A row without an image reads nothing from its (zero) image, but keeps it in
+        the graph with gradient 0: every rank's graph holds the same parameters, or DDP and FSDP hang."""
+        which = (image_mask.cumsum(1) - 1).clamp(min=0)                                     # (B,T)
+        image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))
+        return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)
+
+    def forward(self, batch, watch=None, attention_from: Tensor | None = None) -> Output:
+        """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
+        watch and attention_from (B,T) bool, the query rows whose attention is wanted: see Decoder.forward."""
+        image_embeds = self.embed_images(batch.pixel_values)
+        text_embeds = self.language_model.model["embed_tokens"](batch.input_ids)            # (B,T,D)
+        asked = None
+        if attention_from is not None:
+            asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
+        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked)
+        return Output(h, image_embeds, text_embeds)
+
+    @torch.inference_mode()
+    def generate(self, input_ids: list[Tensor], pixel_values: Tensor, max_new_tokens: int = 128,
+                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None) -> list[list[int]]:
+        """Greedy answers to a batch of prompts of any lengths, as lists of ids without the end token.
+
+        input_ids: 1-d tensors; image_mask: 1-d bool tensors marking the image positions (None: text only);
+        pixel_values (B,3,H,W). Prompts are padded on the right: each row writes its new tokens over its own padding."""
+        lm, device = self.language_model, pixel_values.device
+        lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
+        prompt = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)    # (B,T)
+        h = lm.model["embed_tokens"](prompt)
+        if image_mask is not None:
+            mask = nn.utils.rnn.pad_sequence(list(image_mask), batch_first=True).to(device)
+            h = self.merge(h, self.embed_images(pixel_values), mask)
+        B, T = prompt.shape
+        cache = KVCache(lm.config, B, T + max_new_tokens, h.dtype, device)
+        positions = torch.arange(T, device=device).expand(B, T)
+        h = lm(h, cache=cache, positions=positions, end=T)
+        h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) each row's last token
+        done = torch.zeros(B, dtype=torch.bool, device=device)
+        answers = []
+        for step in range(max_new_tokens):
+            if step:
+                h = lm(lm.model["embed_tokens"](token[:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
+                       end=T + step)[:, 0]
+            token = lm.lm_head(h).argmax(-1)                                                # (B,)
+            answers.append(token)
+            if eos_token_id is not None:
+                done |= token == eos_token_id
+                if done.all():
+                    break
+        rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
+        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+
+
+def marked(mask: Tensor, width: int | None = None) -> Tensor:
+    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1: (B, width or the most)."""
+    width = int(mask.sum(1).max()) if width is None else width
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    order = order.masked_fill(~mask.gather(1, order), -1)
+    return F.pad(order, (0, width - order.shape[1]), value=-1)
