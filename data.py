@@ -1,0 +1,366 @@
+"""LLaVA JSON + a folder of images → batches.
+
+    sample ─ pieces ─→ text, and which characters are the assistant's ─ encode ─→ input_ids, labels, image_mask
+    image  ─ ImageProcessor ─→ pixel_values                            ─ collate ─→ Batch (right-padded)
+
+A text is encoded once, chunk by chunk around <image>, and labels come from the character offsets of the tokens: nothing
+is counted twice, so nothing can mismatch. The order of samples is a function of (seed, epoch) alone, cut into global
+batches: any number of ranks and accumulation steps sees the same ones, and a run resumes from its step number.
+"""
+import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from config import UserError, read_json
+from tokenizer import encode_text, special_id
+
+IMAGE = "<image>"
+IGNORE = -100
+PLACEHOLDER = 0       # id at image and padding positions; masks, never ids, tell what a position is
+BOS, EOS = "<s>", "</s>"
+TEMPLATES = ("plain", "v1")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+# ------------------------------------------------------------------------------------------------ text
+def pieces(conversations: list[dict], template: str) -> list[tuple[str, bool]]:
+    """(text, is it supervised?) pieces of a conversation, as LLaVA-1.5 writes it.
+
+    plain (stage 1): the caption alone, "<image>a cat\\n"; the request is thrown away.
+    v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised: from the space before an answer
+    through its </s>. A conversation that ends with the user's turn ends in "ASSISTANT:", ready to be answered."""
+    turns = [(t["from"], t["value"]) for t in conversations]
+    if turns and turns[0][0] == "gpt":
+        turns = turns[1:]                                       # as LLaVA does
+    if template == "plain":
+        image = any(IMAGE in text for _, text in turns)
+        answers = [(text + "\n", True) for who, text in turns if who == "gpt"]
+        return [(IMAGE, False)] * image + answers
+    out = [(SYSTEM + " ", False)]
+    for who, text in turns:
+        if IMAGE in text:                                       # LLaVA moves it to the front of its turn
+            text = (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
+        out += [("USER: " + text + " ASSISTANT:", False)] if who == "human" else [(" " + text + EOS, True)]
+    return out
+
+
+def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
+           max_length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised, image_mask (T,) bool.
+
+    <image> becomes `image_tokens` positions. Longer than max_length: the text is cut at the end; an image that would
+    not fit whole is left out with all that follows it. Ids and labels are those of LLaVA-1.5 (trained with transformers
+    4.31), also for the samples that its code drops with "tokenization mismatch"."""
+    ids, labels, image = [special_id(tokenizer, BOS)], [IGNORE], [False]
+    text = ""
+    supervised = []                                             # per character
+    for piece, target in pieces(conversations, template):
+        text += piece
+        supervised += [target] * len(piece)
+    start = 0
+    for n, chunk in enumerate(text.split(IMAGE)):
+        if n:
+            if max_length and len(ids) + image_tokens > max_length:
+                break
+            ids += [PLACEHOLDER] * image_tokens
+            labels += [IGNORE] * image_tokens
+            image += [True] * image_tokens
+            start += len(IMAGE)
+        chunk_ids, offsets = encode_text(tokenizer, chunk)
+        ids += chunk_ids
+        labels += [i if supervised[start + first] else IGNORE for i, (first, _) in zip(chunk_ids, offsets)]
+        image += [False] * len(chunk_ids)
+        start += len(chunk)
+    cut = slice(max_length)
+    return torch.tensor(ids[cut]), torch.tensor(labels[cut]), torch.tensor(image[cut])
+
+
+# ------------------------------------------------------------------------------------------------ images
+@dataclass
+class ImageProcessor:
+    """CLIP's preprocessing, with Pillow as LLaVA used it."""
+    size: int = 224                                             # of the shortest edge, in pixels
+    crop_size: int = 224
+    image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ImageProcessor":
+        c = read_json(Path(folder) / "preprocessor_config.json")
+
+        def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
+            return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+        return cls(edge(c["size"]), edge(c["crop_size"]), tuple(c["image_mean"]), tuple(c["image_std"]))
+
+    def __call__(self, image: Image.Image, pad: bool) -> Tensor:
+        """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
+        cropped; otherwise the centre is cropped (stage 1)."""
+        image = image.convert("RGB")
+        w, h = image.size
+        if pad and w != h:
+            side = max(w, h)
+            square = Image.new("RGB", (side, side), tuple(int(255 * m) for m in self.image_mean))
+            square.paste(image, ((side - w) // 2, (side - h) // 2))
+            image, w, h = square, side, side
+        short, long = min(w, h), int(self.size * max(w, h) / min(w, h))
+        image = image.resize((self.size, long) if w == short else (long, self.size), Image.Resampling.BICUBIC)
+        left, top = (image.width - self.crop_size) // 2, (image.height - self.crop_size) // 2
+        image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
+        x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
+        return torch.from_numpy(x).permute(2, 0, 1).contiguous()   # (3,H,W)
+
+
+def open_image(path: Path) -> Image.Image:
+    """A decoded image. Raises ValueError with the reason in a few words."""
+    try:
+        if path.stat().st_size == 0:
+            raise ValueError("empty file")
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise ValueError("missing") from None
+    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
+        reason = "not an image" if isinstance(e, Image.UnidentifiedImageError) else str(e) or type(e).__name__
+        raise ValueError(reason) from None
+
+
+def image_problem(path: Path) -> str | None:
+    """Why an image cannot be used, or None. Reads its two ends only, and decodes it only if those look wrong: half a
+    million images take seconds, not hours. What this cannot see, training reports when it comes to it."""
+    try:
+        with Image.open(path) as image:
+            kind = image.format
+        with open(path, "rb") as f:
+            f.seek(-min(path.stat().st_size, 64), 2)
+            tail = f.read()
+        if kind == "PNG" and b"IEND" in tail or kind == "JPEG" and b"\xff\xd9" in tail:
+            return None
+    except (OSError, SyntaxError):
+        pass
+    try:
+        open_image(path)
+    except ValueError as e:
+        return str(e)
+
+
+# ------------------------------------------------------------------------------------------------ samples and batches
+@dataclass
+class Batch:
+    """Right-padded. B samples, T positions; a sample without an image carries a zero one."""
+    input_ids: Tensor         # (B,T) int64
+    labels: Tensor            # (B,T) int64, -100: not supervised
+    image_mask: Tensor        # (B,T) bool, the positions of the image
+    attention_mask: Tensor    # (B,T) bool, False: padding
+    pixel_values: Tensor      # (B,3,H,W) float32
+    has_image: Tensor         # (B,) bool
+    ids: list[str] = field(default_factory=list)      # of the samples, for messages
+    bad: list[str] = field(default_factory=list)      # images that could not be read
+
+    def to(self, device) -> "Batch":
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return Batch(**moved, ids=self.ids, bad=self.bad)
+
+    def pin_memory(self) -> "Batch":
+        return Batch(**{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in vars(self).items()})
+
+
+def collate(samples: list[tuple], image_size: int) -> Batch:
+    """samples: (input_ids, labels, image_mask, pixel_values or None, id, problem or None) each."""
+    ids, labels, masks, pixels, names, problems = zip(*samples)
+
+    def pad(rows, value):
+        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    zero = torch.zeros(3, image_size, image_size)
+    return Batch(pad(ids, PLACEHOLDER), pad(labels, IGNORE), pad(masks, False),
+                 pad([torch.ones(len(i), dtype=torch.bool) for i in ids], False),
+                 torch.stack([zero if p is None else p for p in pixels]),
+                 torch.tensor([bool(m.any()) for m in masks]), list(names), [p for p in problems if p])
+
+
+def read_samples(path: str | Path) -> tuple[list[dict], int]:
+    """The samples of a LLaVA JSON (or JSONL) file that have an answer, and how many have none.
+
+    Raises UserError with the number and id of the first sample that is not in LLaVA's format."""
+    path = Path(path)
+    if path.suffix == ".jsonl":
+        samples = read_jsonl(path)
+    else:
+        samples = read_json(path)
+    if not isinstance(samples, list) or not samples:
+        raise UserError(f"{path} is not a non-empty list of samples [{{id, image, conversations}}, …]")
+    kept = []
+    for n, s in enumerate(samples):
+        problem = sample_problem(s)
+        if problem:
+            name = f" (id {s['id']})" if isinstance(s, dict) and "id" in s else ""
+            raise UserError(f"{path}: sample {n}{name} {problem}")
+        if any(t["from"] == "gpt" for t in s["conversations"][1:]):
+            kept.append(s)
+    return kept, len(samples) - len(kept)
+
+
+def sample_problem(s) -> str | None:
+    """What keeps `s` from being a LLaVA sample, or None."""
+    if not isinstance(s, dict) or not isinstance(s.get("conversations"), list) or not s["conversations"]:
+        return "lacks conversations, a list of {from, value} turns"
+    image = s.get("image")
+    if image is not None and not isinstance(image, str):
+        return f"has image {str(image)[:60]}: one image a sample is supported, given as its file name"
+    turns = s["conversations"]
+    for t in turns:
+        if not isinstance(t, dict) or not isinstance(t.get("value"), str):
+            return "has a turn without a text value"
+        if t.get("from") not in ("human", "gpt"):
+            return f"has a turn from {t.get('from')!r}; human and gpt are known"
+    if any(a["from"] == b["from"] for a, b in zip(turns, turns[1:])):
+        return "has two turns in a row from the same side"
+    count = sum(t["value"].count(IMAGE) for t in turns)
+    if count > 1:
+        return f"has {count} {IMAGE} marks: one image a sample is supported"
+    if count != (image is not None):
+        return f"has {'a file' if image else 'no file'} in image but {'no' if image else 'an'} {IMAGE} mark in its text"
+
+
+def read_jsonl(path: Path) -> list:
+    """A value a line. Raises UserError with the line's number."""
+    out = []
+    try:
+        with open(path, encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                if line.strip():
+                    out.append(json.loads(line))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (ValueError, OSError) as e:
+        raise UserError(f"{path} line {n}: not JSON ({e})") from None
+    return out
+
+
+def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
+    """Rows of an evaluation file: JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
+    the line's number, no image, no answer, category "all". Raises UserError naming the line."""
+    rows, seen = [], set()
+    for n, r in enumerate(read_jsonl(Path(path)), 1):
+        if not isinstance(r, dict) or not isinstance(r.get("text"), str):
+            raise UserError(f"{path} line {n} lacks a text, the question")
+        r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
+        if r["question_id"] in seen:
+            raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
+        seen.add(r["question_id"])
+        if r["image"] is not None and images is None:
+            raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
+        rows.append(r)
+    if not rows:
+        raise UserError(f"{path} is empty: it holds no question")
+    missing = [r["image"] for r in rows if r["image"] is not None and not (Path(images) / r["image"]).is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of the images that {path} names are not in {images}, such as {missing[0]}")
+    return rows
+
+
+def question_file(ckpt: Path, data: str | None, images: str | None, default: str) -> tuple[Path, Path | None]:
+    """(question file, image folder): those given, or the toy's beside a toy run's checkpoint."""
+    if data is not None:
+        return Path(data), None if images is None else Path(images)
+    toy = ckpt.parent / "data"
+    if not (toy / default).is_file():
+        raise UserError(f"say with --data FILE.jsonl --images DIR what to ask: {ckpt} has no toy data beside it")
+    return toy / default, toy / "images"
+
+
+class Samples(torch.utils.data.Dataset):
+    """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch.
+
+    An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
+    def __init__(self, samples: list[dict], images: str | Path, tokenizer: Tokenizer, processor: ImageProcessor,
+                 template: str, image_tokens: int, max_length: int, pad: bool):
+        self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
+        self.template, self.image_tokens, self.max_length, self.pad = template, image_tokens, max_length, pad
+        bos = torch.tensor([special_id(tokenizer, BOS)])
+        self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, i: int) -> tuple:
+        if i < 0:
+            return *self.filler, "filler", None
+        s = self.samples[i]
+        name = str(s.get("id", i))
+        pixels = None
+        if s.get("image") is not None:
+            path = self.images / s["image"]
+            try:
+                pixels = self.processor(open_image(path), self.pad)
+            except ValueError as e:
+                return *self.filler, name, f"{path}: {e}"
+        ids, labels, mask = encode(s["conversations"], self.tokenizer, self.template, self.image_tokens, self.max_length)
+        return ids, labels, mask, pixels, name, None
+
+    def lengths(self) -> np.ndarray:
+        """Rough length of each sample in characters, negative for text alone: enough to batch like with like."""
+        size = [sum(len(t["value"]) for t in s["conversations"]) for s in self.samples]
+        return np.array(size) * np.array([1 if s.get("image") is not None else -1 for s in self.samples])
+
+    def image_problems(self) -> dict[str, str]:
+        """Image file → why it cannot be used. Looks at every file once, at its ends."""
+        names = sorted({s["image"] for s in self.samples if s.get("image") is not None})
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(image_problem, (self.images / n for n in names), chunksize=64)
+        return {n: problem for n, problem in zip(names, found) if problem}
+
+
+# ------------------------------------------------------------------------------------------------ order
+def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+    """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once, then fillers (-1).
+
+    With lengths (negative: text alone) a batch is all image or all text, but for the one that takes both remainders,
+    and its samples are sorted by length, so that those of a micro-batch need little padding (LLaVA's grouping)."""
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(n)
+    if lengths is None:
+        return np.append(order, np.full(-n % global_batch, -1)).reshape(-1, global_batch)
+    kinds = [order[lengths[order] >= 0], order[lengths[order] < 0]]
+    whole = [k[:len(k) // global_batch * global_batch].reshape(-1, global_batch) for k in kinds]
+    rest = np.concatenate([k[w.size:] for k, w in zip(kinds, whole)])
+    rest = np.append(rest, np.full(-len(rest) % global_batch, -1)).reshape(-1, global_batch)
+    batches = rng.permutation(np.concatenate([*whole, rest]))
+    longest = np.append(np.abs(lengths), 0)                     # number -1, the filler, has length 0
+    return np.take_along_axis(batches, np.argsort(-longest[batches], axis=1, kind="stable"), axis=1)
+
+
+class Order:
+    """Yields, for one rank, the sample numbers of one micro-batch after another, from step `start` on, without end.
+
+    Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it does not matter."""
+    def __init__(self, n: int, global_batch: int, micro_batch: int, seed: int, lengths: np.ndarray | None = None,
+                 rank: int = 0, ranks: int = 1, start: int = 0):
+        self.args = n, global_batch, seed
+        self.lengths, self.micro_batch, self.rank, self.ranks, self.start = lengths, micro_batch, rank, ranks, start
+        self.steps_per_epoch = len(epoch_order(n, global_batch, seed, 0, lengths))
+
+    def __iter__(self):
+        n, global_batch, seed = self.args
+        epoch, first = divmod(self.start, self.steps_per_epoch)
+        while True:
+            for batch in epoch_order(n, global_batch, seed, epoch, self.lengths)[first:]:
+                for a in range(self.rank, global_batch // self.micro_batch, self.ranks):
+                    yield batch[a * self.micro_batch:(a + 1) * self.micro_batch].tolist()
+            epoch, first = epoch + 1, 0
+
+
+def loader(samples: Samples, order: Order, workers: int, pin: bool = False) -> DataLoader:
+    """Batches in that order; `workers` processes decode ahead."""
+    return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin,
+                      collate_fn=partial(collate, image_size=samples.processor.crop_size))
