@@ -1,0 +1,447 @@
+"""Training: stage 1 (projector), stage 2 (projector + language model), or both on the toy, then evaluated and measured.
+
+    python train.py                                                    the toy, in minutes on a laptop
+    torchrun --nproc_per_node=8 train.py --loss ce                     the same job on 8 processes
+    torchrun --nproc_per_node=8 train.py --stage pretrain --vision CLIP --llm VICUNA --data blip.json --images DIR --out O1
+    torchrun --nproc_per_node=8 train.py --stage finetune --projector O1 …
+
+A step: the counts of the loss's terms are summed over ranks and accumulation steps, then each micro-batch adds the
+gradient of Σ weight · total / count. The result is the same however the global batch is cut.
+"""
+import contextlib
+import json
+import math
+import os
+import resource
+import shutil
+import signal
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+import evaluate
+import mir
+import weights
+from config import UserError, option, parse, read_json, run
+from data import Batch, ImageProcessor, Order, Samples, loader, read_samples
+from losses import LOSSES, Objective, counts
+from model import Llava, Projector
+from tokenizer import load_tokenizer
+from toy import world
+
+# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
+LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
+         "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
+TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False),
+       "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=6, gradient_checkpointing=False)}
+TOY_PROJECTOR_SCALE = 8.0
+TEMPLATE = {"pretrain": "plain", "finetune": "v1"}
+
+
+@dataclass
+class Config:
+    """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
+    stage: Literal["both", "pretrain", "finetune"] = option("both", "both: the toy's two stages in one go")
+    loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
+    vision: str = option("toy/clip", "folder of the vision encoder")
+    llm: str = option("toy/llm", "folder of the language model")
+    projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
+    data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy, made in --out")
+    images: str | None = option(None, "the folder of its images")
+    out: str = option("out/toy", "folder for checkpoints, metrics.jsonl and results.json")
+    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
+    skip_bad_images: bool = option(False, "go on without the samples whose image cannot be read; bad_images.txt lists them")
+    global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps")
+    micro_batch: int | None = option(None, "samples a rank works on at a time: the one memory knob")
+    lr: float | None = option(None, "peak learning rate")
+    epochs: int | None = option(None, "passes over the data")
+    max_steps: int | None = option(None, "steps of a stage, instead of epochs")
+    max_length: int = option(2048, "positions a sample may have; longer text is cut")
+    gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
+    projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
+    save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    workers: int = option(2, "processes that prepare batches")
+    seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
+
+
+FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "device", "gradient_checkpointing")   # on --resume
+
+
+def settings(cfg: Config, stage: str, ranks: int) -> Config:
+    """cfg with what is unset filled in for a stage. Raises UserError for settings that cannot be."""
+    cfg = replace(cfg, stage=stage)
+    toy = cfg.data is None
+    for name, value in (TOY if toy else LLAVA)[stage].items():
+        if getattr(cfg, name) is None and name != "micro_batch":
+            cfg = replace(cfg, **{name: value})
+    if cfg.projector_scale is None:
+        cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every"):
+        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
+            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
+    if cfg.global_batch % ranks:
+        raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
+    share = cfg.global_batch // ranks
+    if cfg.micro_batch is None:
+        most = (TOY if toy else LLAVA)[stage]["micro_batch"]
+        cfg = replace(cfg, micro_batch=max(m for m in range(1, min(share, most) + 1) if share % m == 0))
+    if share % cfg.micro_batch:
+        raise UserError(f"--global-batch {cfg.global_batch} is not divisible by {ranks} ranks × --micro-batch "
+                        f"{cfg.micro_batch}: a rank's share is {share}")
+    return cfg
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first 3 % of the steps, then half a cosine towards 0."""
+    warmup = math.ceil(0.03 * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ------------------------------------------------------------------------------------------------ ranks
+@dataclass
+class Ranks:
+    """This process among those of torchrun; alone without it."""
+    rank: int
+    ranks: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list) -> list[float]:
+        """Element-wise sum over ranks, in float64."""
+        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
+        if self.ranks > 1:
+            dist.all_reduce(t)
+        return t.tolist()
+
+    def gather(self, value) -> list:
+        """Every rank's value, on every rank."""
+        if self.ranks == 1:
+            return [value]
+        out = [None] * self.ranks
+        dist.all_gather_object(out, value)
+        return out
+
+
+def start_ranks(cfg: Config) -> Ranks:
+    device, dtype = weights.choose_device(cfg.device, cfg.dtype)
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if ranks > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, ranks, device, dtype)
+
+
+# ------------------------------------------------------------------------------------------------ a run's folder
+def check_out(cfg: Config, out: Path) -> None:
+    """Raises UserError if the output folder holds another run than the one to be resumed."""
+    holds = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    if not cfg.resume and holds:
+        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume to go on with the run in it, or "
+                        "another --out")
+    if cfg.resume and holds and "run.json" not in holds:
+        raise UserError(f"{out} holds no run that could be resumed (no run.json): give another --out")
+    if "run.json" in holds:
+        old, new = read_json(out / "run.json"), asdict(cfg)
+        changed = [k for k in new if k not in FREE_TO_CHANGE and old.get(k) != new[k]]
+        if changed:
+            raise UserError(f"--resume: the run in {out} was started with " + ", ".join(
+                f"--{k.replace('_', '-')} {old.get(k)} (now {new[k]})" for k in changed))
+
+
+def write_json(path: Path, value) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+class Log:
+    """metrics.jsonl: a line a step. Resuming drops the lines after the checkpoint: those steps are made again."""
+    def __init__(self, path: Path, stage: str, step: int):
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            kept = [line for line in lines if (r := json.loads(line)).get("stage") != stage or r.get("step", 0) <= step]
+            temporary = path.with_name(".metrics.tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+        self.file = open(path, "a")
+
+    def write(self, **values) -> None:
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+
+
+# ------------------------------------------------------------------------------------------------ one stage
+def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
+    """The model of a stage from released folders, or from the checkpoint to resume. What is trained is float32 and
+    asks for gradients; what is frozen is in the dtype of computing."""
+    whole = ckpt is not None and cfg.stage == "finetune"
+    trained_llm = cfg.stage == "finetune"
+    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device)
+    llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device)
+    sizes = vision.config.hidden_size, llm.config.hidden_size
+    source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
+    if source:
+        projector = weights.load_projector(source, *sizes, torch.float32, ranks.device)
+    else:
+        torch.manual_seed(cfg.seed)
+        projector = Projector(*sizes).to(ranks.device)
+        projector.linear_2.weight.data *= cfg.projector_scale
+    model = Llava(vision, projector, llm)
+    model.vision_tower.requires_grad_(False)
+    model.language_model.requires_grad_(trained_llm)
+    llm.gradient_checkpointing = cfg.gradient_checkpointing
+    return model
+
+
+def stage_checkpoint(folder: str | Path, stage: str) -> Path:
+    """The checkpoint in a folder, if it is of that stage."""
+    path = weights.checkpoint_folder(folder)
+    found = read_json(path / "config.json")["stage"]
+    if found != stage:
+        raise UserError(f"{path} is a {found} checkpoint; a {stage} one is wanted here")
+    return path
+
+
+def load_data(cfg: Config, out: Path, ranks: Ranks) -> Samples:
+    """The samples of a stage, read and checked: raises UserError before any step if an image cannot be used."""
+    toy = out / "data"
+    path, images = (toy / f"{cfg.stage}.json", toy / "images") if cfg.data is None else (cfg.data, cfg.images)
+    samples, without = read_samples(path)
+    if images is None and any(s.get("image") is not None for s in samples):
+        raise UserError(f"{path} names images: say with --images in which folder they are")
+    data = Samples(samples, images or ".", load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision),
+                   TEMPLATE[cfg.stage], weights.vision_config(cfg.vision).num_patches, cfg.max_length,
+                   pad=cfg.stage == "finetune")
+    bad = data.image_problems() if ranks.first else None
+    if ranks.ranks > 1:
+        shared = [bad]
+        dist.broadcast_object_list(shared)
+        bad = shared[0]
+    if bad:
+        listed = "; ".join(f"{images}/{name}: {why}" for name, why in list(bad.items())[:5])
+        if not cfg.skip_bad_images:
+            raise UserError(f"{len(bad)} images cannot be used ({listed}{'; …' if len(bad) > 5 else ''}): mend them, or "
+                            "go on without them with --skip-bad-images")
+        data.samples = [s for s in samples if s.get("image") not in bad]
+    if not data.samples:
+        raise UserError(f"{path}: no samples left ({without} without an answer, {len(samples)} without a usable image)")
+    if ranks.first:
+        print(f"{cfg.stage}: {len(data)} samples from {path}" + (f", {without} without an answer left out" if without else "")
+              + (f", {len(samples) - len(data)} left out for {len(bad)} bad images" if bad else ""))
+        if bad:
+            (out / "bad_images.txt").write_text("".join(f"{images}/{n}: {why}\n" for n, why in bad.items()))
+    return data
+
+
+def train(cfg: Config, out: Path, ranks: Ranks) -> None:
+    """One stage, from its newest checkpoint in `out` if there is one, to its last step."""
+    found = weights.checkpoints(out, cfg.stage)
+    ckpt = found[-1] if found else None
+    step = int(ckpt.name.split("-")[1]) if ckpt else 0
+    if ckpt and step == read_json(ckpt / "config.json")["steps"]:
+        return
+    data = load_data(cfg, out, ranks)
+    lengths = data.lengths() if cfg.stage == "finetune" else None
+    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
+    steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
+    accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
+
+    model = build(cfg, ckpt, ranks)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    if ckpt:
+        optimizer.load_state_dict(torch.load(ckpt / "state.pt", map_location=ranks.device, weights_only=True)["optimizer"])
+    objective = Objective(model, cfg.loss)
+    if ranks.ranks > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+    if ranks.first:
+        print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.ranks} ranks × {accumulation} accumulation × "
+              f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on {ranks.device}; "
+              f"{sum(p.numel() for p in trained.values()):,} parameters trained")
+        log = Log(out / "metrics.jsonl", cfg.stage, step)
+
+    stop = []                                             # a signal asks to save and leave after the current step
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, lambda number, frame: stop.append(number))
+    batches = iter(loader(data, order, cfg.workers, pin=ranks.device.type == "cuda"))
+    bar = tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first)
+    while step < steps:
+        began = time.perf_counter()
+        micro = [next(batches) for _ in range(accumulation)]
+        unreadable(micro, cfg, out)
+        wanted = [counts(b) for b in micro]
+        names = list(wanted[0])
+        count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
+
+        totals = dict.fromkeys(names, 0.0)
+        for i, batch in enumerate(micro):
+            last = i == accumulation - 1                  # gradients travel once a step
+            with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
+                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
+                    terms = objective(batch.to(ranks.device))
+                loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
+                (loss * ranks.ranks).backward()           # DDP averages over ranks; the loss is a sum
+            for t in terms:
+                totals[t.name] = totals[t.name] + t.total.detach()
+        gradient = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        *sums, tokens, stopping = ranks.sum([*totals.values(), sum(int(b.attention_mask.sum()) for b in micro), len(stop)])
+        values = {n: s / max(count[n], 1) for n, s in zip(names, sums)}
+        total = sum(t.weight * values[t.name] for t in terms)
+        check_finite(total, float(gradient), step + 1, totals, micro, ranks)
+
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, cfg.lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+        if ranks.first:
+            rate = tokens / (time.perf_counter() - began)
+            bar.set_postfix_str(" ".join(f"{n} {v:.3f}" for n, v in values.items())
+                                + f" lr {group['lr']:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
+            bar.update()
+            log.write(stage=cfg.stage, step=step, loss=total, **values, lr=group["lr"], grad_norm=float(gradient),
+                      tokens_per_s=round(rate), supervised=int(count["ce"]), peak_gib=round(peak_gib(ranks.device), 3))
+            if step == steps or step % cfg.save_every == 0 or stopping:
+                save(out, cfg, model, optimizer, step, steps)
+        if stopping and step < steps:
+            bar.close()
+            raise UserError(f"stopped by a signal after step {step} of {cfg.stage}, which is saved: go on with --resume")
+    bar.close()
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+
+
+def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:
+    """Images that broke only when they were decoded: stop, or with --skip-bad-images write them down."""
+    bad = [problem for b in micro for problem in b.bad]
+    if bad and not cfg.skip_bad_images:
+        raise UserError(f"{bad[0]}: mend it, or go on without such samples with --skip-bad-images")
+    if bad:
+        with open(out / "bad_images.txt", "a") as f:
+            f.write("".join(line + "\n" for line in bad))
+
+
+def check_finite(loss: float, gradient: float, step: int, totals: dict, micro: list[Batch], ranks: Ranks) -> None:
+    """Stops every rank before a non-finite number reaches the weights, naming step, ranks and samples."""
+    if math.isfinite(loss) and math.isfinite(gradient):
+        return
+    own = [i for b in micro for i in b.ids] if not all(math.isfinite(t) for t in totals.values()) else None
+    found = {r: ids for r, ids in enumerate(ranks.gather(own)) if ids is not None}
+    where = "; ".join(f"rank {r}, samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}" for r, ids in found.items())
+    raise UserError(f"step {step}: loss {loss}, gradient norm {gradient}; {where or 'every loss was finite'}. "
+                    "The weights of the last checkpoint are untouched: lower --lr, or look at those samples")
+
+
+def peak_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
+
+
+def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int) -> None:
+    """Checkpoint <out>/<stage>-<step>; the stage's previous one goes when this one is there."""
+    older = weights.checkpoints(out, cfg.stage)
+    names = {n for n, p in model.named_parameters() if p.requires_grad or cfg.stage == "finetune"}
+    config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": TEMPLATE[cfg.stage],
+              "pad": cfg.stage == "finetune", "max_length": cfg.max_length, "vision": str(Path(cfg.vision).resolve()),
+              "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
+    path = out / f"{cfg.stage}-{step}"
+    weights.save_checkpoint(path, model, names, config, {"optimizer": optimizer.state_dict(), "step": step})
+    for p in older:
+        if p != path:
+            shutil.rmtree(p)
+
+
+# ------------------------------------------------------------------------------------------------ the toy's report
+def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
+    """MIR after each stage, accuracy on the toy's test sets, a few answers; also into results.json."""
+    data, images = out / "data", out / "data" / "images"
+    results = {"mir": {}, "accuracy": {}, "shuffled": {}}
+    for stage in stages:
+        folder = weights.checkpoints(out, stage)[-1]
+        model = weights.load(folder, dtype=weights.choose_device(device, dtype)[1], device=weights.choose_device(device)[0])
+        results["mir"][stage] = mir.measure(model, mir.pairs(folder, data / "val.jsonl", images, 100))
+    if "finetune" in stages:
+        assistant = evaluate.Assistant.from_checkpoint(folder, device=device, dtype=dtype)
+        for name in ("test", "composition"):
+            r = evaluate.evaluate(assistant, data / f"{name}.jsonl", images, out / "eval")
+            results["accuracy"][name], results["shuffled"][name] = r["accuracy"], r["shuffled"]
+        rows = {"test": results["accuracy"]["test"], "unseen pairs": results["accuracy"]["composition"],
+                "test, images shuffled": results["shuffled"]["test"]}
+        print("\naccuracy, %\n" + evaluate.table(rows) + "\n")
+        with open(out / "eval" / "test.predictions.jsonl") as f:
+            lines = [json.loads(line) for line in f]
+        for r in {r["category"]: r for r in reversed(lines)}.values():
+            print(f"{r['image']}  {r['text']}  → {r['prediction']}  ({'right' if r['correct'] else r['answer']})")
+        print()
+    for stage, m in results["mir"].items():
+        print(f"after {stage:9} MIR {m['mir']:.3f}   |V| {m['V_norm']:.1f}  var V {m['V_var']:.0f}  |text| "
+              f"{m['text_norm']:.1f}  |h| {m['h_norm']:.1f}")
+    results["checkpoint"] = str(folder)
+    write_json(out / "results.json", results)
+    print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
+
+
+def main() -> None:
+    began = time.perf_counter()
+    cfg = parse(Config)
+    ranks_wanted = int(os.environ.get("WORLD_SIZE", 1))
+    toy, out = cfg.data is None, Path(cfg.out)
+    if cfg.stage == "both" and not toy:
+        raise UserError("--data is of one stage: say which with --stage pretrain or --stage finetune")
+    if cfg.stage == "both" and (cfg.lr or cfg.epochs):
+        raise UserError("--lr and --epochs are of one stage: say which with --stage pretrain or --stage finetune")
+    if cfg.projector and cfg.stage != "finetune":
+        raise UserError("--projector is where --stage finetune starts from; it has no use in --stage " + cfg.stage)
+    stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
+    plans = [settings(cfg, stage, ranks_wanted) for stage in stages]
+    check_out(cfg, out)
+    for folder, check in [(cfg.vision, weights.vision_config), (cfg.llm, weights.decoder_config)]:
+        check(folder)
+    if cfg.projector:
+        stage_checkpoint(cfg.projector, "pretrain")
+    if not toy and not Path(cfg.data).is_file():
+        raise UserError(f"--data {cfg.data} does not exist")
+    if cfg.images and not Path(cfg.images).is_dir():
+        raise UserError(f"--images {cfg.images} is not a folder")
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
+    ranks = start_ranks(cfg)
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", asdict(cfg))
+        if toy and not (out / "data").exists():
+            shutil.rmtree(out / ".data.tmp", ignore_errors=True)
+            world.make(out / ".data.tmp", cfg.seed)
+            os.replace(out / ".data.tmp", out / "data")
+    ranks.gather(None)
+    for plan in plans:
+        if plan.stage == "finetune" and cfg.stage == "both":
+            plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
+        train(plan, out, ranks)
+        ranks.gather(None)                                # the checkpoint is there for all
+    if ranks.ranks > 1:
+        dist.destroy_process_group()
+    if toy and ranks.first:
+        report(out, stages, cfg.device, cfg.dtype)
+        print(f"{time.perf_counter() - began:.0f} s in all")
+
+
+if __name__ == "__main__":
+    run(main)
