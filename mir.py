@@ -37,6 +37,12 @@ from model import Llava
 from tokenizer import load_tokenizer
 
 
+def check_tokens(name: str, tokens: Tensor) -> None:
+    if len(tokens) < 2 or not tokens.isfinite().all():
+        raise ValueError(f"{name} tokens: " + ("some are not finite" if len(tokens) > 1 else
+                                               f"{len(tokens)}, but a covariance needs 2"))
+
+
 def frechet_distance(x: Tensor, y: Tensor, mode: Literal["exact"] = "exact") -> float:
     """Fréchet distance between the Gaussians of two token sets x (n,D) and y (m,D), in float64; at least 2 tokens each.
     Inputs are not modified. Raises ValueError if they are too few or not finite."""
@@ -44,10 +50,8 @@ def frechet_distance(x: Tensor, y: Tensor, mode: Literal["exact"] = "exact") -> 
         raise ValueError(f"mode {mode!r} is not known; exact is")
     factors, means, traces = [], [], []
     for name, t in (("first", x), ("second", y)):
+        check_tokens(name, t)
         t = t.double()
-        if len(t) < 2 or not t.isfinite().all():
-            raise ValueError(f"the {name} set has {len(t)} tokens" + (", some not finite" if len(t) > 1 else
-                                                                     "; a covariance needs 2"))
         mean = t.mean(0)                                                        # (D,)
         centred = (t - mean) / (len(t) - 1) ** 0.5                              # (n,D), Σ = centredᵀ centred
         means.append(mean)
@@ -71,13 +75,12 @@ def modality_integration_rate(layers: list[tuple[Tensor, Tensor]], mode: Literal
     the layer (from 1) whose tokens are too few or not finite."""
     distances = []
     for k, (vision, text) in enumerate(layers, 1):
+        for name, t in (("vision", vision), ("text", text)):
+            check_tokens(f"layer {k}: {name}", t)
         vision, text = vision.double(), text.double()
         alpha = 1 / text.norm(dim=1).mean()                                     # eq. (1)
-        try:
-            distances.append(frechet_distance(replace_outliers(alpha * vision, outliers),
-                                              replace_outliers(alpha * text, outliers), mode))
-        except ValueError as e:
-            raise ValueError(f"layer {k}: {e}") from None
+        vision, text = (replace_outliers(alpha * t, outliers) for t in (vision, text))      # eq. (2)
+        distances.append(frechet_distance(vision, text, mode))
     total = torch.tensor(sum(distances), dtype=torch.float64)
     return total.log10().item(), distances                                      # eq. (4)
 

@@ -218,8 +218,9 @@ def stage_checkpoint(folder: str | Path, stage: str) -> Path:
     return path
 
 
-def load_data(cfg: Config, out: Path, ranks: Ranks) -> Samples:
-    """The samples of a stage, read and checked: raises UserError before any step if an image cannot be used."""
+def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]:
+    """The samples of a stage, read and checked, and the images that cannot be used. Raises UserError before any step
+    if there are such images and they are not to be skipped."""
     toy = out / "data"
     path, images = (toy / f"{cfg.stage}.json", toy / "images") if cfg.data is None else (cfg.data, cfg.images)
     samples, without = read_samples(path)
@@ -228,41 +229,42 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> Samples:
     data = Samples(samples, images or ".", load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision),
                    TEMPLATE[cfg.stage], weights.vision_config(cfg.vision).num_patches, cfg.max_length,
                    pad=cfg.stage == "finetune")
-    bad = data.image_problems() if ranks.first else None
-    if ranks.ranks > 1:
-        shared = [bad]
-        dist.broadcast_object_list(shared)
-        bad = shared[0]
-    if bad:
-        listed = "; ".join(f"{images}/{name}: {why}" for name, why in list(bad.items())[:5])
-        if not cfg.skip_bad_images:
-            raise UserError(f"{len(bad)} images cannot be used ({listed}{'; …' if len(bad) > 5 else ''}): mend them, or "
-                            "go on without them with --skip-bad-images")
-        data.samples = [s for s in samples if s.get("image") not in bad]
+    found = ranks.gather(data.image_problems() if ranks.first else None)[0]
+    bad = [f"{images}/{name}: {why}" for name, why in found.items()]
+    if bad and not cfg.skip_bad_images:
+        raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{'; …' if len(bad) > 5 else ''}): mend "
+                        "them, or go on without them with --skip-bad-images")
+    data.samples = [s for s in samples if s.get("image") not in found]
+    left_out = len(samples) - len(data)
     if not data.samples:
-        raise UserError(f"{path}: no samples left ({without} without an answer, {len(samples)} without a usable image)")
+        raise UserError(f"{path}: no samples left ({without} have no answer, {left_out} no usable image)")
     if ranks.first:
-        print(f"{cfg.stage}: {len(data)} samples from {path}" + (f", {without} without an answer left out" if without else "")
-              + (f", {len(samples) - len(data)} left out for {len(bad)} bad images" if bad else ""))
+        print(f"{cfg.stage}: {len(data)} samples from {path}" + f", {without} without an answer left out" * bool(without)
+              + f", {left_out} left out for {len(bad)} bad images" * bool(bad))
+    return data, bad
+
+
+def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
+    """Makes the run's folder: what it was asked to do, the toy's data, the images it does without."""
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", asdict(cfg))
+        if cfg.data is None and not (out / "data").exists():
+            shutil.rmtree(out / ".data.tmp", ignore_errors=True)
+            world.make(out / ".data.tmp", cfg.seed)
+            os.replace(out / ".data.tmp", out / "data")
         if bad:
-            (out / "bad_images.txt").write_text("".join(f"{images}/{n}: {why}\n" for n, why in bad.items()))
-    return data
+            (out / "bad_images.txt").write_text("".join(line + "\n" for line in bad))
+    ranks.gather(None)
 
 
-def train(cfg: Config, out: Path, ranks: Ranks) -> None:
-    """One stage, from its newest checkpoint in `out` if there is one, to its last step."""
-    found = weights.checkpoints(out, cfg.stage)
-    ckpt = found[-1] if found else None
+def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks) -> None:
+    """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
-    if ckpt and step == read_json(ckpt / "config.json")["steps"]:
-        return
-    data = load_data(cfg, out, ranks)
     lengths = data.lengths() if cfg.stage == "finetune" else None
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
-
-    model = build(cfg, ckpt, ranks)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
@@ -280,49 +282,47 @@ def train(cfg: Config, out: Path, ranks: Ranks) -> None:
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, lambda number, frame: stop.append(number))
     batches = iter(loader(data, order, cfg.workers, pin=ranks.device.type == "cuda"))
-    bar = tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first)
-    while step < steps:
-        began = time.perf_counter()
-        micro = [next(batches) for _ in range(accumulation)]
-        unreadable(micro, cfg, out)
-        wanted = [counts(b) for b in micro]
-        names = list(wanted[0])
-        count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
+    with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
+        while step < steps:
+            began = time.perf_counter()
+            micro = [next(batches) for _ in range(accumulation)]
+            unreadable(micro, cfg, out)
+            wanted = [counts(b) for b in micro]
+            names = list(wanted[0])
+            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
 
-        totals = dict.fromkeys(names, 0.0)
-        for i, batch in enumerate(micro):
-            last = i == accumulation - 1                  # gradients travel once a step
-            with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
-                with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
-                    terms = objective(batch.to(ranks.device))
-                loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
-                (loss * ranks.ranks).backward()           # DDP averages over ranks; the loss is a sum
-            for t in terms:
-                totals[t.name] = totals[t.name] + t.total.detach()
-        gradient = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        *sums, tokens, stopping = ranks.sum([*totals.values(), sum(int(b.attention_mask.sum()) for b in micro), len(stop)])
-        values = {n: s / max(count[n], 1) for n, s in zip(names, sums)}
-        total = sum(t.weight * values[t.name] for t in terms)
-        check_finite(total, float(gradient), step + 1, totals, micro, ranks)
+            totals = dict.fromkeys(names, 0.0)
+            for i, batch in enumerate(micro):
+                last = i == accumulation - 1                  # gradients travel once a step
+                with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
+                    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
+                        terms = objective(batch.to(ranks.device))
+                    loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
+                    (loss * ranks.ranks).backward()           # DDP averages over ranks; the loss is a sum
+                for t in terms:
+                    totals[t.name] = totals[t.name] + t.total.detach()
+            gradient = nn.utils.clip_grad_norm_(trained.values(), 1.0)
+            *sums, tokens, stopping = ranks.sum([*totals.values(), sum(int(b.attention_mask.sum()) for b in micro), len(stop)])
+            values = {n: s / max(count[n], 1) for n, s in zip(names, sums)}
+            total = sum(t.weight * values[t.name] for t in terms)
+            check_finite(total, float(gradient), step + 1, totals, micro, ranks)
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, cfg.lr)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        if ranks.first:
-            rate = tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(" ".join(f"{n} {v:.3f}" for n, v in values.items())
-                                + f" lr {group['lr']:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
-            bar.update()
-            log.write(stage=cfg.stage, step=step, loss=total, **values, lr=group["lr"], grad_norm=float(gradient),
-                      tokens_per_s=round(rate), supervised=int(count["ce"]), peak_gib=round(peak_gib(ranks.device), 3))
-            if step == steps or step % cfg.save_every == 0 or stopping:
-                save(out, cfg, model, optimizer, step, steps)
-        if stopping and step < steps:
-            bar.close()
-            raise UserError(f"stopped by a signal after step {step} of {cfg.stage}, which is saved: go on with --resume")
-    bar.close()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, cfg.lr)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
+            if ranks.first:
+                rate = tokens / (time.perf_counter() - began)
+                bar.set_postfix_str(" ".join(f"{n} {v:.3f}" for n, v in values.items())
+                                    + f" lr {group['lr']:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
+                bar.update()
+                log.write(stage=cfg.stage, step=step, loss=total, **values, lr=group["lr"], grad_norm=float(gradient),
+                          tokens_per_s=round(rate), supervised=int(count["ce"]), peak_gib=round(peak_gib(ranks.device), 3))
+                if step == steps or step % cfg.save_every == 0 or stopping:
+                    save(out, cfg, model, optimizer, step, steps)
+            if stopping and step < steps:
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}, which is saved: go on with --resume")
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
 
@@ -423,18 +423,19 @@ def main() -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     ranks = start_ranks(cfg)
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", asdict(cfg))
-        if toy and not (out / "data").exists():
-            shutil.rmtree(out / ".data.tmp", ignore_errors=True)
-            world.make(out / ".data.tmp", cfg.seed)
-            os.replace(out / ".data.tmp", out / "data")
-    ranks.gather(None)
     for plan in plans:
+        ckpt = (weights.checkpoints(out, plan.stage) or [None])[-1]
+        if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
+            continue                                      # --resume: this stage is done
         if plan.stage == "finetune" and cfg.stage == "both":
             plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
-        train(plan, out, ranks)
+        # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
+        model = build(plan, ckpt, ranks)
+        if toy:
+            begin(cfg, out, [], ranks)
+        data, bad = load_data(plan, out, ranks)
+        begin(cfg, out, bad, ranks)
+        train(plan, ckpt, model, data, out, ranks)
         ranks.gather(None)                                # the checkpoint is there for all
     if ranks.ranks > 1:
         dist.destroy_process_group()

@@ -154,7 +154,8 @@ def vision_config(folder: str | Path) -> VisionConfig:
 def decoder_config(folder: str | Path) -> DecoderConfig:
     path = Path(folder) / "config.json"
     c = read_json(path)
-    c = {"model_type": "llama", **c["text_config"]} if "text_config" in c else c
+    if c.get("model_type") in ("nanoalign", "llava"):
+        c = {"model_type": "llama", **c["text_config"]}
     if c.get("model_type") != "llama":
         raise UserError(f"{path} has model_type {c.get('model_type')!r}; llama is supported")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}

@@ -49,8 +49,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad = grad.to(h.dtype)
                 if need_h:
                     grad_h[part] = grad @ weight                                # (chunk,D)
-                if need_weight:
-                    grad_weight += grad.T @ h[part]                             # (V,D)
+                if need_weight and h.dtype == exact:
+                    grad_weight.addmm_(grad.T, h[part])                         # (V,D), and no second one beside it
+                elif need_weight:
+                    grad_weight += grad.T @ h[part]
         ctx.save_for_backward(grad_h, grad_weight, grad_bias)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         return total

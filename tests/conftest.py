@@ -1,4 +1,7 @@
 """Fixtures that several test files share."""
+import contextlib
+import importlib
+import io
 import json
 import os
 import subprocess
@@ -8,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+import config
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                        # the inputs are tiny: a second thread would cost more than it gives
@@ -46,6 +51,24 @@ def launch(*command: str, ranks: int = 1, **options) -> subprocess.CompletedProc
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run([*start, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env, timeout=170,
                           **options)
+
+
+def call(script: str, *arguments) -> subprocess.CompletedProcess:
+    """The same inside this process: what starting Python and PyTorch takes is most of a short run."""
+    module = importlib.import_module(script.removesuffix(".py"))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    before = sys.argv, os.getcwd()
+    sys.argv = [script, *map(str, arguments)]
+    os.chdir(ROOT)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            config.run(module.main)
+    except SystemExit as e:
+        code = e.code
+    finally:
+        sys.argv = before[0]
+        os.chdir(before[1])
+    return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
 
 
 def losses_of(out: Path, stage: str) -> list[float]:

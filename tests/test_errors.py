@@ -1,0 +1,136 @@
+"""Bad input, as typed by a user: one clear line, exit code 2, no traceback, nothing written over."""
+import json
+
+import pytest
+from conftest import call, launch
+from PIL import Image
+
+SCRIPTS = ("train.py", "evaluate.py", "mir.py")
+
+
+def refuses(done, *says):
+    """The one line on stderr."""
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for text in says:
+        assert text in lines[0]
+
+
+@pytest.mark.parametrize("script, arguments, says", [
+    ("train.py", "--los ce", ["unrecognized arguments: --los", "did you mean --loss?"]),
+    ("train.py", "--loss vosta", ["--loss", "'vosta'", "ce"]),
+    ("train.py", "--max-steps many", ["--max-steps", "invalid int value: 'many'"]),
+    ("train.py", "--global-batch 7 --micro-batch 2", ["--global-batch 7 is not divisible by 1 ranks × --micro-batch 2"]),
+    ("train.py", "--lr 0.1", ["--lr and --epochs are of one stage"]),
+    ("train.py", "--data x.json", ["--data is of one stage"]),
+    ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
+    ("train.py", "--vision absent", ["there is no folder absent"]),
+    ("train.py", "--llm toy/clip", ["toy/clip/config.json", "llama is supported"]),
+    ("train.py", "--vision tests", ["tests/config.json does not exist; the folder holds: adapters.py"]),
+    ("train.py", "--stage pretrain --projector x", ["--projector is where --stage finetune starts from"]),
+    ("train.py", "--stage finetune --projector absent", ["absent does not exist"]),
+    ("train.py", "--out tests", ["tests is not empty", "adapters.py", "another --out"]),
+    ("train.py", "--out tests --resume", ["tests holds no run"]),
+    ("train.py", "--device cuda", ["no CUDA device here"]),
+    ("evaluate.py", "--ckpt absent", ["absent does not exist"]),
+    ("evaluate.py", "--ckpt toy/llm", ["toy/llm is not a checkpoint of a run"]),
+    ("evaluate.py", "--image absent.png --prompt x", ["absent.png does not exist"]),
+    ("evaluate.py", "--batch-size 0", ["--batch-size must be 1 or more"]),
+    ("mir.py", "--ckpt absent", ["absent does not exist"]),
+    ("mir.py", "--cpkt x", ["did you mean --ckpt?"]),
+])
+def test_a_wrong_command_line_is_one_line(script, arguments, says, tmp_path):
+    out = [] if "--out" in arguments or script != "train.py" else ["--out", str(tmp_path / "run")]
+    refuses(call(script, *arguments.split(), *out), *says)
+    assert not (tmp_path / "run").exists(), "something was written before the command line was understood"
+
+
+# ------------------------------------------------------------------------------------------------ data
+@pytest.fixture
+def data(tmp_path):
+    """A good data set of three samples, to be spoiled."""
+    samples = []
+    for i in range(3):
+        Image.effect_noise((40, 40), 90 + i).convert("RGB").save(tmp_path / f"{i}.png")
+        samples.append({"id": f"s{i}", "image": f"{i}.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "noise"}]})
+    return samples, tmp_path
+
+
+def train(samples, folder, *options, out="run"):
+    (folder / "data.json").write_text(samples if isinstance(samples, str) else json.dumps(samples))
+    return call("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images", folder, "--out",
+                  folder / out, "--global-batch", "2", "--max-steps", "2", "--workers", "0", *options)
+
+
+def test_data_that_cannot_be_used_is_one_line(data):
+    samples, folder = data
+    refuses(train("{", folder), "data.json is not JSON")
+    refuses(train([], folder, out="2"), "non-empty list")
+    refuses(train([{"id": "a"}], folder, out="3"), "sample 0 (id a) lacks conversations")
+    only_questions = [{"conversations": s["conversations"][:1], "image": s["image"]} for s in samples]
+    refuses(train(only_questions, folder, out="4"), "no samples left")
+    # A run that was refused leaves nothing that would be in the way of the next one.
+    done = train(samples, folder)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_images_are_listed_with_a_count_or_left_out_and_logged(data):
+    samples, folder = data
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(whole[:len(whole) // 2])
+    (folder / "2.png").unlink()
+    refuses(train(samples, folder), "2 images cannot be used", "1.png: ", "truncated", "2.png: missing", "--skip-bad-images")
+    done = train(samples, folder, "--skip-bad-images")
+    assert done.returncode == 0, done.stderr
+    assert "2 left out for 2 bad images" in done.stdout
+    listed = (folder / "run" / "bad_images.txt").read_text().splitlines()
+    assert len(listed) == 2 and "1.png" in listed[0] and "2.png" in listed[1]
+    (folder / "0.png").write_bytes(b"")
+    refuses(train(samples, folder, "--skip-bad-images", out="2"), "no samples left")
+
+
+def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
+    """Both its ends are whole, so the look before training passes it."""
+    samples, folder = data
+    whole = bytearray((folder / "1.png").read_bytes())
+    whole[len(whole) // 2:len(whole) // 2 + 40] = b"\0" * 40
+    (folder / "1.png").write_bytes(whole)
+    done = train(samples, folder)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "1.png" in done.stderr.splitlines()[-1]
+    done = train(samples, folder, "--skip-bad-images", out="2")
+    assert done.returncode == 0 and "1.png" in (folder / "2" / "bad_images.txt").read_text()
+
+
+def test_another_run_is_never_written_over(data):
+    samples, folder = data
+    assert train(samples, folder).returncode == 0
+    before = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
+    refuses(train(samples, folder), "is not empty", "--resume to go on")
+    refuses(train(samples, folder, "--resume", "--seed", "2"), "was started with --seed 1 (now 2)")
+    assert before == {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
+
+
+def test_a_checkpoint_of_another_stage_or_cut_off_is_refused(data):
+    samples, folder = data
+    assert train(samples, folder).returncode == 0
+    done = train(samples, folder, "--stage", "finetune", "--projector", folder / "run", out="2")
+    assert done.returncode == 0, done.stderr
+    refuses(train(samples, folder, "--stage", "finetune", "--projector", folder / "2", out="3"),
+            "finetune-2 is a finetune checkpoint; a pretrain one is wanted here")
+    path = folder / "2" / "finetune-2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    refuses(call("evaluate.py", "--ckpt", folder / "2", "--image", folder / "0.png", "--prompt", "What?"),
+            "model.safetensors is cut off")
+
+
+def test_help_lists_every_flag_with_its_meaning():
+    for script in SCRIPTS:
+        done = call(script, "--help")
+        assert done.returncode == 0 and "--device" in done.stdout and not done.stderr
+
+
+def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
+    refuses(launch("train.py", "--loss", "vosta"), "'vosta'")

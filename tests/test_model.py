@@ -1,0 +1,211 @@
+"""model.py: merging, attention, the watcher, generation."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import Decoder, DecoderConfig, Llava, Projector, ViT, VisionConfig, rotary, rotate
+
+N = 4                                                  # image tokens
+
+
+def tiny(dtype=torch.float64, **decoder) -> Llava:
+    torch.manual_seed(0)
+    decoder = {"num_key_value_heads": 2, **decoder}
+    model = Llava(ViT(VisionConfig(16, 32, 3, 2, 16, 8)), Projector(16, 24),
+                  Decoder(DecoderConfig(50, 24, 40, 3, 4, **decoder))).to(dtype)
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name else 0.0, std=0.25)
+    return model
+
+
+def prompts(lengths, first_image=2, without_image=()):
+    """(ids, masks, pixels) of prompts of these lengths."""
+    g = torch.Generator().manual_seed(1)
+    ids = [torch.randint(3, 50, (n,), generator=g) for n in lengths]
+    masks = [torch.zeros(n, dtype=torch.bool) for n in lengths]
+    for i, mask in enumerate(masks):
+        if i not in without_image:
+            mask[first_image:first_image + N] = True
+            ids[i][mask] = 0
+    return ids, masks, torch.randn(len(lengths), 3, 16, 16, generator=g, dtype=torch.float64)
+
+
+def batch_of(ids, masks, pixels):
+    def pad(rows):
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return SimpleNamespace(input_ids=pad(ids), image_mask=pad(masks), pixel_values=pixels,
+                           attention_mask=pad([torch.ones_like(m) for m in masks]))
+
+
+def test_image_tokens_stand_where_the_mask_says_in_their_order():
+    model = tiny()
+    ids, masks, pixels = prompts([9, 12, 7], without_image=[2])
+    batch = batch_of(ids, masks, pixels)
+    image, text = model.embed_images(pixels), model.language_model.model["embed_tokens"](batch.input_ids)
+    merged = model.merge(text, image, batch.image_mask)
+    for b in range(3):
+        j = 0
+        for t in range(merged.shape[1]):
+            wanted = text[b, t]
+            if batch.image_mask[b, t]:
+                wanted, j = image[b, j], j + 1
+            assert torch.equal(merged[b, t], wanted)
+    assert j == 0, "the last sample has no image"
+
+
+def test_a_batch_of_text_alone_still_gives_the_projector_a_gradient_of_zero():
+    """Else one rank's graph would lack parameters that another's has, and both would wait for ever."""
+    model = tiny()
+    model(batch_of(*prompts([9, 6], without_image=[0, 1]))).hidden_states.sum().backward()
+    for p in model.multi_modal_projector.parameters():
+        assert p.grad is not None and (p.grad == 0).all()
+
+
+def test_the_vision_encoder_builds_a_graph_only_when_it_is_trained():
+    model = tiny()
+    batch = batch_of(*prompts([9]))
+    model.vision_tower.requires_grad_(False)
+    out = model(batch)
+    out.hidden_states.sum().backward()
+    assert all(p.grad is None for p in model.vision_tower.parameters())
+    assert model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    model.vision_tower.requires_grad_(True)
+    model(batch).hidden_states.sum().backward()
+    assert model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+    unused = model.vision_tower.encoder["layers"][-1].mlp.fc1.weight
+    assert unused.grad is None, "the last layer ran, but the features are those of the last but one"
+
+
+def test_padding_on_the_right_changes_nothing():
+    model = tiny()
+    ids, masks, pixels = prompts([9, 14, 7])
+    together = model(batch_of(ids, masks, pixels)).hidden_states
+    for b in range(3):
+        alone = model(batch_of(ids[b:b + 1], masks[b:b + 1], pixels[b:b + 1])).hidden_states[0]
+        torch.testing.assert_close(together[b, :len(alone)], alone, atol=1e-12, rtol=0)
+
+
+def test_rotary_turns_pairs_by_position_so_that_only_distance_counts():
+    q, k = torch.randn(2, 8, dtype=torch.float64)
+    def at(m, n):
+        a, b = (rotary(torch.tensor([p]), 8, 10000.0, torch.float64) for p in (m, n))
+        return (rotate(q, *a) * rotate(k, *b)).sum()
+    assert abs(at(3, 1) - at(10, 8)) < 1e-5 and abs(at(3, 1) - at(3, 2)) > 1e-3
+
+
+def test_attention_asked_for_is_the_softmax_over_all_visible_keys_averaged_over_heads():
+    model = tiny()
+    batch = batch_of(*prompts([9, 12, 7], without_image=[2]))
+    rows = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
+    seen = {}
+    model(batch, lambda i, h, attention: seen.update({i: (h, attention)}), attention_from=rows)
+    assert sorted(seen) == [1, 2, 3]
+    h = model.merge(model.language_model.model["embed_tokens"](batch.input_ids), model.embed_images(batch.pixel_values),
+                    batch.image_mask)
+    B, T = batch.input_ids.shape
+    rope = rotary(torch.arange(T), 6, 10000.0, torch.float64)
+    for i, layer in enumerate(model.language_model.model["layers"], 1):
+        x, a = layer.input_layernorm(h), layer.self_attn
+        q = rotate(a.q_proj(x).view(B, T, 4, 6).transpose(1, 2), *rope)
+        k = rotate(a.k_proj(x).view(B, T, 2, 6).transpose(1, 2), *rope).repeat_interleave(2, dim=1)
+        scores = (q @ k.transpose(2, 3)) / 6 ** 0.5
+        scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
+        full = scores.softmax(-1).mean(1)                                       # (B,T,T)
+        states, attention = seen[i]
+        assert not states.requires_grad and not attention.requires_grad
+        assert attention.shape == (B, rows.sum(1).max(), N)
+        for b in range(B):
+            wanted = full[b][rows[b]][:, batch.image_mask[b]]                   # (M,N); no column without an image
+            m, n = wanted.shape
+            torch.testing.assert_close(attention[b, :m, :n].double(), wanted, atol=1e-6, rtol=0)
+            assert (attention[b, m:] == 0).all() and (attention[b, :, n:] == 0).all()
+        h, _ = layer(h, rope)
+        torch.testing.assert_close(states, h, atol=1e-12, rtol=0)
+
+
+def test_checkpointing_changes_neither_values_nor_gradients_and_the_watcher_sees_each_layer_once():
+    model = tiny()
+    batch = batch_of(*prompts([9, 12]))
+    results = []
+    for checkpointing in (False, True):
+        model.language_model.gradient_checkpointing = checkpointing
+        model.zero_grad()
+        seen = []
+        out = model(batch, lambda i, h, attention: seen.append(i), attention_from=batch.attention_mask)
+        out.hidden_states.pow(2).sum().backward()
+        assert seen == [1, 2, 3]
+        results.append([out.hidden_states] + [p.grad.clone() for p in model.language_model.parameters() if p.grad is not None])
+    assert len(results[0]) == len(results[1]) > 20
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
+def test_an_unasked_layer_computes_no_attention_map():
+    seen = []
+    tiny()(batch_of(*prompts([9])), lambda i, h, attention: seen.append(attention))
+    assert seen == [None] * 3
+
+
+def test_a_tied_head_is_the_embedding():
+    model = tiny(tie_word_embeddings=True)
+    assert model.language_model.lm_head.weight is model.language_model.model["embed_tokens"].weight
+
+
+# ------------------------------------------------------------------------------------------------ generation
+def without_cache(model, ids, mask, pixels, new):
+    """Greedy decoding by a full forward for every token."""
+    answer, logits = [], []
+    for _ in range(new):
+        with torch.no_grad():
+            h = model(batch_of([ids], [mask], pixels[None])).hidden_states
+        logits.append(model.language_model.lm_head(h[0, -1]))
+        answer.append(int(logits[-1].argmax()))
+        ids, mask = torch.cat([ids, torch.tensor(answer[-1:])]), torch.cat([mask, torch.zeros(1, dtype=torch.bool)])
+    return answer, torch.stack(logits)
+
+
+LENGTHS = [9, 14, 7, 11, 8, 20, 6, 10]
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_the_cache_and_the_batch_change_no_token(size):
+    model = tiny(torch.float32)
+    ids, masks, pixels = prompts(LENGTHS, without_image=[3])
+    answers = [a for s in range(0, 8, size) for a in
+               model.generate(ids[s:s + size], pixels[s:s + size].float(), 10, masks[s:s + size])]
+    wanted = [without_cache(model, i, m, p.float(), 10)[0] for i, m, p in zip(ids, masks, pixels)]
+    assert answers == wanted
+    assert len({tuple(a) for a in answers}) > 3, "all answers alike would prove nothing"
+
+
+def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeypatch):
+    model = tiny(torch.float32)
+    ids, masks, pixels = prompts(LENGTHS[:3])
+    seen = []
+    head = model.language_model.lm_head
+    monkeypatch.setattr(head, "forward", lambda h: seen.append(F.linear(h, head.weight)) or seen[-1])
+    answers = model.generate(ids, pixels.float(), 8, masks)
+    decoded = torch.stack(seen, dim=1)                                          # (B,new,V)
+    for b, answer in enumerate(answers):
+        whole = torch.cat([ids[b], torch.tensor(answer)])
+        mask = F.pad(masks[b], (0, len(answer)))
+        with torch.no_grad():
+            h = model(batch_of([whole], [mask], pixels[b:b + 1].float())).hidden_states[0]
+        torch.testing.assert_close(decoded[b], F.linear(h[len(ids[b]) - 1:-1], head.weight), atol=1e-5, rtol=0)
+
+
+def test_an_answer_ends_before_its_end_token():
+    model = tiny(torch.float32)
+    ids, masks, pixels = prompts(LENGTHS)
+    free = model.generate(ids, pixels.float(), 10, masks)
+    end = free[0][4]
+    stopped = model.generate(ids, pixels.float(), 10, masks, eos_token_id=end)
+    assert stopped == [a[:a.index(end)] if end in a else a for a in free]
+
+
+def test_text_alone_can_be_continued():
+    model = tiny(torch.float32)
+    ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
+    assert model.generate(ids, pixels.float(), 6) == model.generate(ids, pixels.float(), 6, masks)

@@ -1,0 +1,168 @@
+"""train.py as a user runs it: the same losses however a batch is cut, and after any interruption."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, call, launch, losses_of
+from safetensors.torch import load_file
+
+from config import UserError
+from train import Config, learning_rate, settings
+
+
+# ------------------------------------------------------------------------------------------------ settings
+def test_stage_fills_in_llavas_recipe_and_what_is_given_stays():
+    cfg = settings(Config(data="x.json"), "pretrain", ranks=8)
+    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
+    cfg = settings(Config(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
+    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, True)
+
+
+def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
+    assert [settings(Config(data="x"), "finetune", ranks=r).micro_batch for r in (1, 2, 8, 32)] == [16, 16, 16, 4]
+    assert settings(Config(data="x", global_batch=36), "finetune", ranks=2).micro_batch == 9
+
+
+@pytest.mark.parametrize("given, ranks, says", [
+    (dict(global_batch=10), 4, "10 is not divisible by the 4 ranks"),
+    (dict(global_batch=12, micro_batch=5), 1, "not divisible by 1 ranks × --micro-batch 5"),
+    (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0")])
+def test_impossible_settings_are_refused(given, ranks, says):
+    with pytest.raises(UserError, match=says):
+        settings(Config(**given), "pretrain", ranks)
+
+
+def test_the_learning_rate_warms_up_for_3_percent_and_falls_as_half_a_cosine():
+    rates = [learning_rate(s, 1000, 2.0) for s in range(1000)]
+    assert rates[0] == pytest.approx(2 / 30) and rates[29] == rates[30] == 2.0
+    assert rates[515] == pytest.approx(1.0) and rates[-1] < 1e-4
+    assert all(a >= b for a, b in zip(rates[30:], rates[31:]))
+    assert learning_rate(0, 1, 2.0) == 2.0
+
+
+# ------------------------------------------------------------------------------------------------ runs
+def command(small_world, out, stage="finetune", steps=20, **options):
+    options = {"stage": stage, "data": small_world / f"{stage}.json", "images": small_world / "images", "out": out,
+               "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32",
+               **options}
+    return ["train.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+
+
+@pytest.fixture(scope="module")
+def reference(small_world, tmp_path_factory):
+    """One process, one micro-batch a step."""
+    outs = {}
+    for stage in ("pretrain", "finetune"):
+        outs[stage] = tmp_path_factory.mktemp("reference") / stage
+        done = call(*command(small_world, outs[stage], stage))
+        assert done.returncode == 0, done.stderr
+    return outs
+
+
+@pytest.mark.parametrize("stage, ranks, micro", [("finetune", 1, 2), ("pretrain", 2, 4), ("finetune", 2, 8), ("finetune", 8, 2)])
+def test_ranks_and_accumulation_change_no_loss(small_world, reference, tmp_path, stage, ranks, micro):
+    arguments = command(small_world, tmp_path / "run", stage, **{"micro-batch": micro})
+    done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    assert f"{ranks} ranks × {16 // ranks // micro} accumulation × {micro} micro-batch" in done.stdout
+    wanted, got = losses_of(reference[stage], stage), losses_of(tmp_path / "run", stage)
+    assert len(wanted) == len(got) == 20
+    worst = max(abs(a - b) for a, b in zip(wanted, got))
+    assert worst < 1e-5, f"the losses differ by {worst}: are sums divided by the counts of the whole global batch?"
+
+
+def test_the_loss_falls(reference):
+    for stage, out in reference.items():
+        losses = losses_of(out, stage)
+        assert losses[-1] < 0.9 * losses[0], f"{stage}: {losses}"
+
+
+def test_each_step_leaves_its_numbers(reference):
+    line = json.loads((reference["finetune"] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == 20 and line["ce"] == line["loss"]
+    assert {"lr", "grad_norm", "tokens_per_s", "peak_gib", "supervised"} <= line.keys()
+
+
+def test_stage_1_trains_and_stores_the_projector_alone(reference):
+    stored = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
+    assert sorted(stored) == [f"multi_modal_projector.linear_{i}.{p}" for i in (1, 2) for p in ("bias", "weight")]
+
+
+def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encoder(small_world, reference, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", steps=3, projector=reference["pretrain"]))
+    assert done.returncode == 0, done.stderr
+    after = load_file(tmp_path / "run" / "finetune-3" / "model.safetensors")
+    tower, llm = (load_file(ROOT / "toy" / f / "model.safetensors") for f in ("clip", "llm"))
+    projector = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
+    for name, tensor in after.items():
+        if name.startswith("vision_tower"):
+            assert torch.equal(tensor, tower[name.replace("vision_tower", "vision_model")].float())
+        else:
+            before = projector[name] if "projector" in name else llm[name.removeprefix("language_model.")].float()
+            change = (tensor - before).abs().max()
+            assert 0 < change < 0.1, f"{name} moved by {change} in three steps from where stage 2 starts"
+
+
+def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_path):
+    """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had happened."""
+    out = tmp_path / "run"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for resume, enough in [([], 5), (["--resume"], 11)]:
+        process = subprocess.Popen([sys.executable, *command(small_world, out, **{"save-every": 3}), *resume], cwd=ROOT,
+                                   env=env, stderr=subprocess.PIPE)
+        until = time.time() + 60
+        while time.time() < until and process.poll() is None:
+            log = out / "metrics.jsonl"
+            if log.exists() and log.read_text().count("\n") >= enough:
+                break
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    done = call(*command(small_world, out, **{"save-every": 3}), "--resume")
+    assert done.returncode == 0, done.stderr
+    drop = ("tokens_per_s", "peak_gib")
+    lines = [[{k: v for k, v in json.loads(line).items() if k not in drop} for line in (run / "metrics.jsonl").open()]
+             for run in (out, reference["finetune"])]
+    assert lines[0] == lines[1], "a resumed step differs from the uninterrupted one"
+    a, b = (load_file(run / "finetune-20" / "model.safetensors") for run in (out, reference["finetune"]))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+    assert [p.name for p in out.glob("finetune-*")] == ["finetune-20"], "older checkpoints of the stage were left"
+
+
+def test_a_termination_signal_saves_and_leaves(small_world, reference, tmp_path):
+    out = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, *command(small_world, out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 2
+    assert "is saved: go on with --resume" in process.stderr.read().splitlines()[-1]
+    done = call(*command(small_world, out), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(out, "finetune") == losses_of(reference["finetune"], "finetune")
+
+
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(small_world, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", lr=1e30, **{"save-every": 1}))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert "step 2" in message and "rank 0, samples train_" in message
+    stored = load_file(tmp_path / "run" / "finetune-1" / "model.safetensors")
+    assert all(t.isfinite().all() for t in stored.values())
+    assert len(losses_of(tmp_path / "run", "finetune")) == 1
+
+
+def test_bfloat16_trains_too(small_world, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", dtype="bfloat16", steps=10, **{"micro-batch": 8}))
+    assert done.returncode == 0, done.stderr
+    losses = losses_of(tmp_path / "run", "finetune")
+    assert losses[-1] < losses[0]
+    stored = load_file(tmp_path / "run" / "finetune-10" / "model.safetensors")
+    assert stored["language_model.lm_head.weight"].dtype == torch.float32, "what is trained is kept in float32"
