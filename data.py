@@ -37,8 +37,8 @@ def pieces(conversations: list[dict], template: str) -> list[tuple[str, bool]]:
     """(text, is it supervised?) pieces of a conversation, as LLaVA-1.5 writes it.
 
     plain (stage 1): the caption alone, "<image>a cat\\n"; the request is thrown away.
-    v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised: from the space before an answer
-    through its </s>. A conversation that ends with the user's turn ends in "ASSISTANT:", ready to be answered."""
+    v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised: from the space before an
+    answer through its </s>. Where the last turn is the user's, the text ends in "ASSISTANT:", to be answered."""
     turns = [(t["from"], t["value"]) for t in conversations]
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]                                       # as LLaVA does
@@ -237,7 +237,7 @@ def read_jsonl(path: Path) -> list:
     out = []
     try:
         with open(path, encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):
+            for n, line in enumerate(f, 1):            # noqa: B007, for the message below
                 if line.strip():
                     out.append(json.loads(line))
     except FileNotFoundError:
@@ -305,8 +305,8 @@ class Samples(torch.utils.data.Dataset):
                 pixels = self.processor(open_image(path), self.pad)
             except ValueError as e:
                 return *self.filler, name, f"{path}: {e}"
-        ids, labels, mask = encode(s["conversations"], self.tokenizer, self.template, self.image_tokens, self.max_length)
-        return ids, labels, mask, pixels, name, None
+        encoded = encode(s["conversations"], self.tokenizer, self.template, self.image_tokens, self.max_length)
+        return *encoded, pixels, name, None
 
     def lengths(self) -> np.ndarray:
         """Rough length of each sample in characters, negative for text alone: enough to batch like with like."""

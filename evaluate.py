@@ -51,9 +51,10 @@ class Assistant:
             ids, _, mask = encode([{"from": "human", "value": mark + text}], self.tokenizer, self.template, tokens)
             prompts.append((ids, mask))
             try:
-                pixels.append(torch.zeros(3, size, size) if path is None else self.processor(open_image(path), self.pad))
+                image = torch.zeros(3, size, size) if path is None else self.processor(open_image(path), self.pad)
             except ValueError as e:
                 raise UserError(f"{path}: {e}") from None
+            pixels.append(image)
         ids, masks = zip(*prompts)
         # A caption in the plain template ends with its line; a conversation's answer with </s>.
         end = encode_text(self.tokenizer, "\n")[0][-1] if self.template == "plain" else special_id(self.tokenizer, EOS)
@@ -114,7 +115,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 class Config:
     """Ask a checkpoint the questions of a file and score the answers, or ask it one question."""
     ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest checkpoint)")
-    data: str | None = option(None, "questions, JSONL of {question_id, image, text, answer, category}; unset: the toy's")
+    data: str | None = option(None, "questions, JSONL: {question_id, image, text, answer, category}; unset: the toy's")
     images: str | None = option(None, "the folder of their images")
     image: str | None = option(None, "one image, to be asked about with --prompt")
     prompt: str | None = option(None, "one question, answered on the terminal")

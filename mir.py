@@ -95,16 +95,12 @@ def measure(model: Llava, batches: list[Batch]) -> dict:
     for batch in tqdm(batches, "MIR", leave=False):
         batch = batch.to(next(model.parameters()).device)
         after = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
-
-        def watch(i, h, _):
-            if i < depth:                                                       # the last one comes after the norm
-                keep(i, h)
-
-        def keep(i, h):
-            vision[i - 1].append(h[batch.image_mask].float().cpu())
-            text[i - 1].append(h[after].float().cpu())
-        out = model(batch, watch)
-        keep(depth, out.hidden_states)
+        states = []
+        out = model(batch, lambda i, h, _: states.append(h))                    # noqa: B023
+        states[-1] = out.hidden_states                                          # the last one after the norm
+        for k, h in enumerate(states):
+            vision[k].append(h[batch.image_mask].float().cpu())
+            text[k].append(h[after].float().cpu())
         embeds.append(out.image_embeds[batch.has_image].flatten(0, 1).float().cpu())
         words.append(out.text_embeds[after].float().cpu())
     rate, layers = modality_integration_rate([(torch.cat(v), torch.cat(t)) for v, t in zip(vision, text)])

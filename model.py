@@ -356,19 +356,17 @@ class Llava(nn.Module):
         cache = KVCache(lm.config, B, T + max_new_tokens, h.dtype, device)
         positions = torch.arange(T, device=device).expand(B, T)
         h = lm(h, cache=cache, positions=positions, end=T)
-        h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) each row's last token
+        h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) of the last token
         done = torch.zeros(B, dtype=torch.bool, device=device)
-        answers = []
-        for step in range(max_new_tokens):
-            if step:
-                h = lm(lm.model["embed_tokens"](token[:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
-                       end=T + step)[:, 0]
-            token = lm.lm_head(h).argmax(-1)                                                # (B,)
-            answers.append(token)
+        answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
+        for step in range(1, max_new_tokens):
             if eos_token_id is not None:
-                done |= token == eos_token_id
+                done |= answers[-1] == eos_token_id
                 if done.all():
                     break
+            h = lm(lm.model["embed_tokens"](answers[-1][:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
+                   end=T + step)[:, 0]
+            answers.append(lm.lm_head(h).argmax(-1))
         rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
         return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
 

@@ -2,7 +2,7 @@
 
     python train.py                                                    the toy, in minutes on a laptop
     torchrun --nproc_per_node=8 train.py --loss ce                     the same job on 8 processes
-    torchrun --nproc_per_node=8 train.py --stage pretrain --vision CLIP --llm VICUNA --data blip.json --images DIR --out O1
+    torchrun --nproc_per_node=8 train.py --stage pretrain --vision CLIP --llm VICUNA --data FILE --images DIR --out O1
     torchrun --nproc_per_node=8 train.py --stage finetune --projector O1 …
 
 A step: the counts of the loss's terms are summed over ranks and accumulation steps, then each micro-batch adds the
@@ -29,8 +29,8 @@ import evaluate
 import mir
 import weights
 from config import UserError, option, parse, read_json, run
-from data import Batch, ImageProcessor, Order, Samples, loader, read_samples
-from losses import LOSSES, Objective, counts
+from data import Batch, ImageProcessor, Order, Samples, loader, read_jsonl, read_samples
+from losses import LOSSES, Objective, Term, counts
 from model import Llava, Projector
 from tokenizer import load_tokenizer
 from toy import world
@@ -41,6 +41,7 @@ LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, g
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False),
        "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=6, gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 8.0
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TEMPLATE = {"pretrain": "plain", "finetune": "v1"}
 
 
@@ -56,7 +57,7 @@ class Config:
     images: str | None = option(None, "the folder of its images")
     out: str = option("out/toy", "folder for checkpoints, metrics.jsonl and results.json")
     resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
-    skip_bad_images: bool = option(False, "go on without the samples whose image cannot be read; bad_images.txt lists them")
+    skip_bad_images: bool = option(False, "go on without samples whose image cannot be read; bad_images.txt lists them")
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps")
     micro_batch: int | None = option(None, "samples a rank works on at a time: the one memory knob")
     lr: float | None = option(None, "peak learning rate")
@@ -136,6 +137,13 @@ class Ranks:
         return out
 
 
+    def wait(self) -> None:
+        """Until every rank is here. Last before a process ends: with gloo, a thread still holding a Python tensor of
+        another collective then would abort it."""
+        if self.ranks > 1:
+            dist.barrier()
+
+
 def start_ranks(cfg: Config) -> Ranks:
     device, dtype = weights.choose_device(cfg.device, cfg.dtype)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -152,8 +160,8 @@ def check_out(cfg: Config, out: Path) -> None:
     """Raises UserError if the output folder holds another run than the one to be resumed."""
     holds = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
     if not cfg.resume and holds:
-        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume to go on with the run in it, or "
-                        "another --out")
+        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume to go on with the run in it, "
+                        "or another --out")
     if cfg.resume and holds and "run.json" not in holds:
         raise UserError(f"{out} holds no run that could be resumed (no run.json): give another --out")
     if "run.json" in holds:
@@ -239,7 +247,8 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     if not data.samples:
         raise UserError(f"{path}: no samples left ({without} have no answer, {left_out} no usable image)")
     if ranks.first:
-        print(f"{cfg.stage}: {len(data)} samples from {path}" + f", {without} without an answer left out" * bool(without)
+        print(f"{cfg.stage}: {len(data)} samples from {path}"
+              + f", {without} without an answer left out" * bool(without)
               + f", {left_out} left out for {len(bad)} bad images" * bool(bad))
     return data, bad
 
@@ -255,7 +264,7 @@ def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
             os.replace(out / ".data.tmp", out / "data")
         if bad:
             (out / "bad_images.txt").write_text("".join(line + "\n" for line in bad))
-    ranks.gather(None)
+    ranks.wait()
 
 
 def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks) -> None:
@@ -268,19 +277,19 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
-        optimizer.load_state_dict(torch.load(ckpt / "state.pt", map_location=ranks.device, weights_only=True)["optimizer"])
+        state = torch.load(ckpt / "state.pt", map_location=ranks.device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
     objective = Objective(model, cfg.loss)
     if ranks.ranks > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     if ranks.first:
         print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.ranks} ranks × {accumulation} accumulation × "
-              f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on {ranks.device}; "
-              f"{sum(p.numel() for p in trained.values()):,} parameters trained")
+              f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on "
+              f"{ranks.device}; {sum(p.numel() for p in trained.values()):,} parameters trained")
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
     stop = []                                             # a signal asks to save and leave after the current step
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, lambda number, frame: stop.append(number))
+    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
     batches = iter(loader(data, order, cfg.workers, pin=ranks.device.type == "cuda"))
     with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
         while step < steps:
@@ -291,40 +300,51 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
             names = list(wanted[0])
             count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
 
-            totals = dict.fromkeys(names, 0.0)
-            for i, batch in enumerate(micro):
-                last = i == accumulation - 1                  # gradients travel once a step
-                with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
-                    with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
-                        terms = objective(batch.to(ranks.device))
-                    loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
-                    (loss * ranks.ranks).backward()           # DDP averages over ranks; the loss is a sum
-                for t in terms:
-                    totals[t.name] = totals[t.name] + t.total.detach()
-            gradient = nn.utils.clip_grad_norm_(trained.values(), 1.0)
-            *sums, tokens, stopping = ranks.sum([*totals.values(), sum(int(b.attention_mask.sum()) for b in micro), len(stop)])
-            values = {n: s / max(count[n], 1) for n, s in zip(names, sums)}
-            total = sum(t.weight * values[t.name] for t in terms)
-            check_finite(total, float(gradient), step + 1, totals, micro, ranks)
+            terms = backward(objective, micro, count, ranks)
+            gradient = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
+            *totals, tokens, stopping = ranks.sum(
+                [*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
+            values = {t.name: total / max(count[t.name], 1) for t, total in zip(terms, totals)}
+            loss = sum(t.weight * values[t.name] for t in terms)
+            check_finite(loss, gradient, step + 1, terms, micro, ranks)
 
+            lr = learning_rate(step, steps, cfg.lr)
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, cfg.lr)
+                group["lr"] = lr
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
             if ranks.first:
                 rate = tokens / (time.perf_counter() - began)
-                bar.set_postfix_str(" ".join(f"{n} {v:.3f}" for n, v in values.items())
-                                    + f" lr {group['lr']:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
+                named = " ".join(f"{n} {v:.3f}" for n, v in values.items())
+                bar.set_postfix_str(f"{named} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
                 bar.update()
-                log.write(stage=cfg.stage, step=step, loss=total, **values, lr=group["lr"], grad_norm=float(gradient),
-                          tokens_per_s=round(rate), supervised=int(count["ce"]), peak_gib=round(peak_gib(ranks.device), 3))
+                log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=gradient,
+                          tokens_per_s=round(rate), supervised=int(count["ce"]),
+                          peak_gib=round(peak_gib(ranks.device), 3))
                 if step == steps or step % cfg.save_every == 0 or stopping:
                     save(out, cfg, model, optimizer, step, steps)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}, which is saved: go on with --resume")
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume goes on")
+    for s, handler in zip(SIGNALS, before):
+        signal.signal(s, handler)
+
+
+def backward(objective: nn.Module, micro: list[Batch], count: dict[str, float], ranks: Ranks) -> list[Term]:
+    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch.
+    Returns the terms with their totals over this rank's micro-batches."""
+    summed = {}
+    for i, batch in enumerate(micro):
+        last = i == len(micro) - 1                        # gradients travel once a step
+        with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
+            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
+                terms = objective(batch.to(ranks.device))
+            loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
+            (loss * ranks.ranks).backward()               # DDP averages over ranks; the loss is a sum
+        for t in terms:
+            total = t.total.detach()
+            summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
+    return list(summed.values())
 
 
 def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:
@@ -337,15 +357,16 @@ def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:
             f.write("".join(line + "\n" for line in bad))
 
 
-def check_finite(loss: float, gradient: float, step: int, totals: dict, micro: list[Batch], ranks: Ranks) -> None:
+def check_finite(loss: float, gradient: float, step: int, terms: list[Term], micro: list[Batch], ranks: Ranks) -> None:
     """Stops every rank before a non-finite number reaches the weights, naming step, ranks and samples."""
     if math.isfinite(loss) and math.isfinite(gradient):
         return
-    own = [i for b in micro for i in b.ids] if not all(math.isfinite(t) for t in totals.values()) else None
-    found = {r: ids for r, ids in enumerate(ranks.gather(own)) if ids is not None}
-    where = "; ".join(f"rank {r}, samples {', '.join(ids[:8])}{', …' if len(ids) > 8 else ''}" for r, ids in found.items())
-    raise UserError(f"step {step}: loss {loss}, gradient norm {gradient}; {where or 'every loss was finite'}. "
-                    "The weights of the last checkpoint are untouched: lower --lr, or look at those samples")
+    own = all(t.total.isfinite() for t in terms)
+    found = ranks.gather([] if own else [i for b in micro for i in b.ids])
+    where = "; ".join(f"rank {r}, samples {', '.join(ids[:8])}{', …' * (len(ids) > 8)}" for r, ids in enumerate(found)
+                      if ids) or "every loss was finite"
+    raise UserError(f"step {step}: loss {loss}, gradient norm {gradient}; {where}. The last checkpoint is as it was: "
+                    "lower --lr, or look at those samples")
 
 
 def peak_gib(device: torch.device) -> float:
@@ -373,21 +394,22 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
     """MIR after each stage, accuracy on the toy's test sets, a few answers; also into results.json."""
     data, images = out / "data", out / "data" / "images"
     results = {"mir": {}, "accuracy": {}, "shuffled": {}}
+    where, kind = weights.choose_device(device, dtype)
     for stage in stages:
         folder = weights.checkpoints(out, stage)[-1]
-        model = weights.load(folder, dtype=weights.choose_device(device, dtype)[1], device=weights.choose_device(device)[0])
+        model = weights.load(folder, dtype=kind, device=where)
         results["mir"][stage] = mir.measure(model, mir.pairs(folder, data / "val.jsonl", images, 100))
     if "finetune" in stages:
         assistant = evaluate.Assistant.from_checkpoint(folder, device=device, dtype=dtype)
+        answers = out / "eval" / folder.name
         for name in ("test", "composition"):
-            r = evaluate.evaluate(assistant, data / f"{name}.jsonl", images, out / "eval")
+            r = evaluate.evaluate(assistant, data / f"{name}.jsonl", images, answers, 256, 16)
             results["accuracy"][name], results["shuffled"][name] = r["accuracy"], r["shuffled"]
         rows = {"test": results["accuracy"]["test"], "unseen pairs": results["accuracy"]["composition"],
                 "test, images shuffled": results["shuffled"]["test"]}
         print("\naccuracy, %\n" + evaluate.table(rows) + "\n")
-        with open(out / "eval" / "test.predictions.jsonl") as f:
-            lines = [json.loads(line) for line in f]
-        for r in {r["category"]: r for r in reversed(lines)}.values():
+        lines = read_jsonl(answers / "test.predictions.jsonl")
+        for r in lines[::len(lines) // 6 + 1]:            # one in six: every category, of different pictures
             print(f"{r['image']}  {r['text']}  → {r['prediction']}  ({'right' if r['correct'] else r['answer']})")
         print()
     for stage, m in results["mir"].items():
@@ -436,7 +458,7 @@ def main() -> None:
         data, bad = load_data(plan, out, ranks)
         begin(cfg, out, bad, ranks)
         train(plan, ckpt, model, data, out, ranks)
-        ranks.gather(None)                                # the checkpoint is there for all
+        ranks.wait()                                      # the checkpoint is there for all
     if ranks.ranks > 1:
         dist.destroy_process_group()
     if toy and ranks.first:

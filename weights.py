@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from config import UserError, read_json
-from model import Decoder, DecoderConfig, Llava, Projector, ViT, VisionConfig
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "preprocessor_config.json")
@@ -59,7 +59,7 @@ def check_safetensors(path: Path) -> None:
             header = json.loads(f.read(n))
             end = 8 + n + max([t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"], default=0)
         except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a safetensors file (its header cannot be read): download it again") from None
+            raise UserError(f"{path} is not a safetensors file (unreadable header): download it again") from None
     if size != end:
         problem = "cut off" if size < end else "too long"
         raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
@@ -80,6 +80,14 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors and no model.safetensors.index.json; it holds {holds}")
 
 
+def rename(key: str) -> str | None:
+    """A released file's name for a tensor → ours; None if it is known and not needed, as it is if it is unknown."""
+    for pattern, new in RENAMES:
+        if match := pattern.match(key):
+            return new and match.expand(new)
+    return key
+
+
 def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
     """Every tensor of a folder under the name it has in `Llava`: name → (file, name in the file)."""
     found = {}
@@ -87,7 +95,7 @@ def find_tensors(folder: Path) -> dict[str, tuple[Path, str]]:
         check_safetensors(path)
         with safe_open(path, "pt") as f:
             for key in f.keys():
-                name = next((m.expand(new) if new else None for pattern, new in RENAMES if (m := pattern.match(key))), key)
+                name = rename(key)
                 if name in found:
                     raise UserError(f"{path} holds {key}, which {found[name][0].name} holds too ({found[name][1]})")
                 if name:

@@ -8,8 +8,8 @@ from config import UserError
 from data import ImageProcessor, Order, Samples, collate, encode, epoch_order, image_problem, read_samples
 
 IMG = -200                                             # how LLaVA's own ids mark the image
-SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444, 29892,
-              13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
+SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
+              29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
 
 
 def human(text):

@@ -21,7 +21,7 @@ def refuses(done, *says):
     ("train.py", "--los ce", ["unrecognized arguments: --los", "did you mean --loss?"]),
     ("train.py", "--loss vosta", ["--loss", "'vosta'", "ce"]),
     ("train.py", "--max-steps many", ["--max-steps", "invalid int value: 'many'"]),
-    ("train.py", "--global-batch 7 --micro-batch 2", ["--global-batch 7 is not divisible by 1 ranks × --micro-batch 2"]),
+    ("train.py", "--global-batch 7 --micro-batch 2", ["7 is not divisible by 1 ranks × --micro-batch 2"]),
     ("train.py", "--lr 0.1", ["--lr and --epochs are of one stage"]),
     ("train.py", "--data x.json", ["--data is of one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
@@ -81,7 +81,8 @@ def test_bad_images_are_listed_with_a_count_or_left_out_and_logged(data):
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[:len(whole) // 2])
     (folder / "2.png").unlink()
-    refuses(train(samples, folder), "2 images cannot be used", "1.png: ", "truncated", "2.png: missing", "--skip-bad-images")
+    refuses(train(samples, folder), "2 images cannot be used", "1.png: ", "truncated", "2.png: missing",
+            "--skip-bad-images")
     done = train(samples, folder, "--skip-bad-images")
     assert done.returncode == 0, done.stderr
     assert "2 left out for 2 bad images" in done.stdout

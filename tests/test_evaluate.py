@@ -14,7 +14,8 @@ def run(small_world, tmp_path_factory):
     """A finetune checkpoint of five steps: it answers, if badly."""
     out = tmp_path_factory.mktemp("run") / "run"
     done = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--images",
-                  small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3, "--workers", 0)
+                  small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3,
+                "--workers", 0)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -44,8 +45,8 @@ def test_predictions_and_results_are_written_and_add_up(small_world, run, tmp_pa
             {"question_id": "b", "text": "Why?", "answer": "because", "category": "text"},
             {"question_id": "c", "image": "test_000001.png", "text": "How many?"}]
     questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = ("evaluate.py", "--ckpt", run, "--data", questions, "--images", small_world / "images", "--out", tmp_path / "eval",
-            "--max-new-tokens", 8)
+    command = ("evaluate.py", "--ckpt", run, "--data", questions, "--images", small_world / "images", "--out",
+               tmp_path / "eval", "--max-new-tokens", 8)
     done = call(*command)
     assert done.returncode == 0, done.stderr
     assert "all" in done.stdout and "images shuffled" in done.stdout

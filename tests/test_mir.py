@@ -61,6 +61,15 @@ def test_outliers_become_the_median_or_are_dropped():
     assert torch.equal(replaced[7], x.median(0).values) and torch.equal(replaced[8:], x[8:])
 
 
+def test_outliers_begin_at_three_standard_deviations():
+    norms = torch.ones(102, dtype=torch.float64)
+    norms[:50] += 0.1
+    norms[50:100] -= 0.1
+    for far, found in [(0.29, 0), (0.45, 1)]:           # std is about 0.1
+        norms[100], norms[101] = 1 + far, 1.0
+        assert len(replace_outliers(norms[:, None], "drop")) == 102 - found
+
+
 def test_the_rate_is_the_logarithm_of_the_sum_over_layers_at_the_scale_of_the_text():
     layers = [(tokens(60, 8, i, 3.0), tokens(70, 8, i + 9, 2.0, 1.0)) for i in range(3)]
     rate, each = modality_integration_rate(layers)

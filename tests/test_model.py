@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import Decoder, DecoderConfig, Llava, Projector, ViT, VisionConfig, rotary, rotate
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate
 
 N = 4                                                  # image tokens
 
@@ -78,6 +78,18 @@ def test_the_vision_encoder_builds_a_graph_only_when_it_is_trained():
     assert unused.grad is None, "the last layer ran, but the features are those of the last but one"
 
 
+def test_features_are_the_patches_in_reading_order_without_the_class_token():
+    vit = tiny().vision_tower
+    pixels = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    before = vit(pixels, layer=0)
+    for patch in range(N):
+        row, column = patch // 2 * 8, patch % 2 * 8
+        changed = pixels.clone()
+        changed[..., row:row + 8, column:column + 8] += 1.0
+        moved = (vit(changed, layer=0) - before).abs().sum(-1)[0] > 1e-9        # (N,)
+        assert moved.tolist() == [i == patch for i in range(N)]
+
+
 def test_padding_on_the_right_changes_nothing():
     model = tiny()
     ids, masks, pixels = prompts([9, 14, 7])
@@ -133,10 +145,11 @@ def test_checkpointing_changes_neither_values_nor_gradients_and_the_watcher_sees
         model.language_model.gradient_checkpointing = checkpointing
         model.zero_grad()
         seen = []
-        out = model(batch, lambda i, h, attention: seen.append(i), attention_from=batch.attention_mask)
+        out = model(batch, lambda i, h, attention, seen=seen: seen.append(i), attention_from=batch.attention_mask)
         out.hidden_states.pow(2).sum().backward()
         assert seen == [1, 2, 3]
-        results.append([out.hidden_states] + [p.grad.clone() for p in model.language_model.parameters() if p.grad is not None])
+        gradients = [p.grad.clone() for p in model.language_model.parameters() if p.grad is not None]
+        results.append([out.hidden_states, *gradients])
     assert len(results[0]) == len(results[1]) > 20
     for a, b in zip(*results):
         assert torch.equal(a, b)

@@ -48,8 +48,8 @@ def test_the_learning_rate_warms_up_for_3_percent_and_falls_as_half_a_cosine():
 # ------------------------------------------------------------------------------------------------ runs
 def command(small_world, out, stage="finetune", steps=20, **options):
     options = {"stage": stage, "data": small_world / f"{stage}.json", "images": small_world / "images", "out": out,
-               "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32",
-               **options}
+               "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": steps, "workers": 0,
+               "dtype": "float32", **options}
     return ["train.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
 
 
@@ -64,7 +64,8 @@ def reference(small_world, tmp_path_factory):
     return outs
 
 
-@pytest.mark.parametrize("stage, ranks, micro", [("finetune", 1, 2), ("pretrain", 2, 4), ("finetune", 2, 8), ("finetune", 8, 2)])
+@pytest.mark.parametrize("stage, ranks, micro", [("finetune", 1, 2), ("pretrain", 2, 4), ("finetune", 2, 8),
+                                                 ("finetune", 8, 2)])
 def test_ranks_and_accumulation_change_no_loss(small_world, reference, tmp_path, stage, ranks, micro):
     arguments = command(small_world, tmp_path / "run", stage, **{"micro-batch": micro})
     done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
@@ -79,7 +80,7 @@ def test_ranks_and_accumulation_change_no_loss(small_world, reference, tmp_path,
 def test_the_loss_falls(reference):
     for stage, out in reference.items():
         losses = losses_of(out, stage)
-        assert losses[-1] < 0.9 * losses[0], f"{stage}: {losses}"
+        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), f"{stage}: {losses}"
 
 
 def test_each_step_leaves_its_numbers(reference):
@@ -136,14 +137,14 @@ def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_
 
 def test_a_termination_signal_saves_and_leaves(small_world, reference, tmp_path):
     out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, *command(small_world, out)], cwd=ROOT, stderr=subprocess.PIPE, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([sys.executable, *command(small_world, out)], cwd=ROOT, stderr=subprocess.PIPE,
+                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.terminate()
     assert process.wait() == 2
-    assert "is saved: go on with --resume" in process.stderr.read().splitlines()[-1]
+    assert "it is saved: --resume goes on" in process.stderr.read().splitlines()[-1]
     done = call(*command(small_world, out), "--resume")
     assert done.returncode == 0, done.stderr
     assert losses_of(out, "finetune") == losses_of(reference["finetune"], "finetune")
