@@ -35,7 +35,7 @@ def option(default, help: str):
 def parse(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from the command line; its docstring is the help's head.
 
-    `Literal[...]` becomes choices, `bool` a --flag, `X | None` an X that may stay unset.
+    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `X | None` may stay unset.
     Raises UserError for an unknown flag, a choice or a number that is none."""
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -43,14 +43,14 @@ def parse(cls, argv: list[str] | None = None):
     for f, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
         flags.append("--" + f.name.replace("_", "-"))
         options = {"default": f.default, "help": f.metadata.get("help", " ")}
-        if isinstance(kind, types.UnionType):
-            kind = get_args(kind)[0]
         if kind is bool:
             options["action"] = "store_true"
+        elif kind == bool | None:
+            options["action"] = argparse.BooleanOptionalAction
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
-            options["type"] = kind
+            options["type"] = get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
         parser.add_argument(flags[-1], **options)
 
     def fail(message: str):

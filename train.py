@@ -38,9 +38,9 @@ from toy import world
 # What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=6, gradient_checkpointing=False)}
-TOY_PROJECTOR_SCALE = 8.0
+TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=1, gradient_checkpointing=False),
+       "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=1, gradient_checkpointing=False)}
+TOY_PROJECTOR_SCALE = 2.0
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TEMPLATE = {"pretrain": "plain", "finetune": "v1"}
 

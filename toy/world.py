@@ -1,0 +1,188 @@
+"""The toy world: coloured shapes on a 3x3 grid, written in the formats of LLaVA.
+
+    python toy/world.py --out data/toy --seed 1
+
+writes images/*.png, pretrain.json (captions, stage 1), finetune.json (four-turn conversations, stage 2) and the
+question files val.jsonl (to choose by), test.jsonl (to report) and composition.jsonl (pairs that training never shows).
+The same seed gives the same bytes.
+
+A scene is a tuple of objects (row, column, colour, shape) in reading order. A shape occurs at most once, so that "the
+circle" names one object. Every phrase puts the noun last ("top left red circle"): a causal model then has all it needs
+at the word that names the object, in the text as in the question.
+"""
+import argparse
+import hashlib
+import json
+import random
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230), "yellow": (235, 205, 50)}
+ROWS = ("top", "middle", "bottom")
+COLUMNS = ("left", "center", "right")          # no word in common with ROWS
+NUMBERS = ("one", "two", "three")              # objects in a scene
+HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}      # shown in composition.jsonl alone
+CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
+MIX = (2, 3, 1, 2, 4, 4)                       # how often stage 2 asks each: more of what is learned late
+REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.", "What do you see?")
+CELL = 16                                      # pixels; the tiny CLIP's patch size, so one cell is one image token
+SIZE = 3 * CELL
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+def draw_scene(rng, count=None):
+    """A random scene of `count` objects (1 to 3 if None)."""
+    count = count or rng.randint(1, 3)
+    cells = sorted(rng.sample(range(9), count))
+    shapes = rng.sample(SHAPES, count)
+    return tuple((ROWS[c // 3], COLUMNS[c % 3], rng.choice(list(COLOURS)), s) for c, s in zip(cells, shapes))
+
+
+def split_of(scene):
+    """The split of a scene, whatever the seed: by its hash; "composition" if it shows a held-out pair."""
+    if any((colour, shape) in HELD_OUT for _, _, colour, shape in scene):
+        return "composition"
+    part = hashlib.md5(repr(scene).encode()).digest()[0]
+    return "test" if part < 26 else "val" if part < 52 else "train"             # about 10, 10 and 80 %
+
+
+def draw_from(split, rng, count=None):
+    """A random scene of one split."""
+    while split_of(scene := draw_scene(rng, count)) != split:
+        pass
+    return scene
+
+
+def render(scene, rng):
+    """The picture, SIZE x SIZE RGB: drawn twice as large, then averaged down; size, place and colour vary a little."""
+    image = Image.new("RGB", (2 * SIZE, 2 * SIZE), tuple(rng.randint(25, 45) for _ in range(3)))
+    pen = ImageDraw.Draw(image)
+    for row, column, colour, shape in scene:
+        r = rng.uniform(9, 13)
+        x = (2 * COLUMNS.index(column) + 1) * CELL + rng.uniform(-2.5, 2.5)
+        y = (2 * ROWS.index(row) + 1) * CELL + rng.uniform(-2.5, 2.5)
+        fill = tuple(max(0, min(255, c + rng.randint(-20, 20))) for c in COLOURS[colour])
+        if shape == "circle":
+            pen.ellipse((x - r, y - r, x + r, y + r), fill)
+        elif shape == "square":
+            pen.rectangle((x - r * .85, y - r * .85, x + r * .85, y + r * .85), fill)
+        elif shape == "triangle":
+            pen.polygon(((x, y - r), (x - r, y + r * .8), (x + r, y + r * .8)), fill)
+        else:
+            pen.rectangle((x - r, y - r * .3, x + r, y + r * .3), fill)
+            pen.rectangle((x - r * .3, y - r, x + r * .3, y + r), fill)
+    return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+# ------------------------------------------------------------------------------------------------ text
+def short_caption(scene, rng):
+    return " and ".join(f"a {colour} {shape}" for _, _, colour, shape in rng.sample(scene, len(scene)))
+
+
+def long_caption(scene, rng):
+    """Everything there is to say, the objects in any order."""
+    return ", ".join(" ".join(thing) for thing in rng.sample(scene, len(scene)))
+
+
+def caption(scene, rng):
+    """A caption for stage 1: two in three are long."""
+    return short_caption(scene, rng) if rng.random() < 1 / 3 else long_caption(scene, rng)
+
+
+def questions(scene, category, hard=True, avoid=HELD_OUT):
+    """Everything that can be asked about a scene in one category, {answer: [questions]}. A pair of `avoid` is named
+    only if the scene shows it. Existence denies an absent shape; adversarial, as POPE, what is likely: a shape that is
+    there, in another colour, and if `hard` (where the scene allows) in the colour of a neighbour."""
+    if category == "count":
+        return {NUMBERS[len(scene) - 1]: ["How many objects are there?"]}
+    shapes = {shape: {"row": row, "column": column, "colour": colour} for row, column, colour, shape in scene}
+    if category in ("existence", "adversarial"):
+        shown = [(colour, shape) for _, _, colour, shape in scene]
+        absent = [(c, s) for c in COLOURS for s in SHAPES
+                  if (s in shapes) == (category == "adversarial") and (c, s) not in avoid and (c, s) not in shown]
+        swapped = [(c, s) for c, s in absent if c in [colour for colour, _ in shown]]
+        absent = swapped if hard and swapped and category == "adversarial" else absent
+        return {a: [f"Is there a {c} {s}?" for c, s in pairs] for a, pairs in (("Yes", shown), ("No", absent))}
+    text = {"colour": "What colour is the", "row": "Which row has the", "column": "Which column has the"}[category]
+    answers = {}
+    for shape, thing in shapes.items():
+        answers.setdefault(thing[category], []).append(f"{text} {shape}?")
+    return answers
+
+
+def ask(scene, category, rng, avoid=HELD_OUT):
+    """A random (question, answer) to learn from. Existence is affirmed more often in fuller scenes, as
+    comes naturally: with Yes and No equally likely in every picture, neither picture nor question alone would tell
+    anything, and learning stalls."""
+    options = questions(scene, category, hard=rng.random() < .5, avoid=avoid)
+    answer = rng.choice(sorted(options))
+    if category == "existence":
+        answer = "Yes" if rng.random() < len(scene) / 4 else "No"
+    return rng.choice(options[answer]), answer
+
+
+def conversation(scene, turns, rng):
+    """`turns` different (question, answer) pairs."""
+    asked = {}
+    while len(asked) < turns:
+        asked.update([ask(scene, rng.choices(CATEGORIES, MIX)[0], rng)])
+    return list(asked.items())
+
+
+# ------------------------------------------------------------------------------------------------ files
+def turn(speaker, text):
+    return {"from": speaker, "value": text}
+
+
+def make_training(out, rng, images, conversations):
+    pretrain, finetune = [], []
+    for i in range(images):
+        scene, name = draw_from("train", rng), f"train_{i:06d}"
+        render(scene, rng).save(out / "images" / f"{name}.png", compress_level=1)
+        pretrain.append({"id": name, "image": f"{name}.png", "conversations": [
+            turn("human", "<image>\n" + rng.choice(REQUESTS)), turn("gpt", caption(scene, rng))]})
+        for j in range(conversations):
+            turns = [turn(*t) for q, a in conversation(scene, 4, rng) for t in (("human", q), ("gpt", a))]
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            finetune.append({"id": f"{name}_{j}", "image": f"{name}.png", "conversations": turns})
+    (out / "pretrain.json").write_text(json.dumps(pretrain, indent=0))
+    (out / "finetune.json").write_text(json.dumps(finetune, indent=0))
+
+
+def make_questions(out, rng, split, scenes):
+    """Asks every scene one question of every category, always for the answer that was right least often so far."""
+    lines, seen = [], {category: {} for category in CATEGORIES}
+    for i in range(scenes):
+        scene, name = draw_from(split, rng, count=i % 3 + 1), f"{split}_{i:06d}"
+        render(scene, rng).save(out / "images" / f"{name}.png", compress_level=1)
+        for category, counts in seen.items():
+            options = questions(scene, category)
+            if split == "composition" and category != "count":       # ask about the unseen pair
+                new = tuple(f" {shape}?" for _, _, colour, shape in scene if (colour, shape) in HELD_OUT)
+                options = {a: about for a, texts in options.items()
+                           if (about := [t for t in texts if t.endswith(new) or (a, category) == ("No", "existence")])}
+            answer = min(sorted(options), key=lambda a: (counts.get(a, 0), rng.random()))
+            counts[answer] = counts.get(answer, 0) + 1
+            lines.append({"question_id": f"{name}_{category}", "image": f"{name}.png",
+                          "text": rng.choice(options[answer]), "answer": answer, "category": category})
+    (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def make(out, seed=1, images=12000, conversations=4, scenes=300):
+    """Writes one data set to the folder `out`: `images` training pictures, each with a caption and `conversations`
+    conversations; `scenes` pictures for each question file, each asked one question of every category."""
+    out = Path(out)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    make_training(out, random.Random(f"train {seed}"), images, conversations)
+    for split in ("val", "test", "composition"):
+        make_questions(out, random.Random(f"{split} {seed}"), split, scenes)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    make(args.out, args.seed)
