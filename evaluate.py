@@ -47,8 +47,8 @@ class Assistant:
         size, tokens = self.processor.crop_size, self.model.vision_tower.config.num_patches
         prompts, pixels = [], []
         for text, path in questions:
-            mark = "" if path is None else IMAGE + "\n"
-            ids, _, mask = encode([{"from": "human", "value": mark + text}], self.tokenizer, self.template, tokens)
+            text = ("" if path is None else IMAGE + "\n") + text.replace(IMAGE, "").strip()
+            ids, _, mask = encode([{"from": "human", "value": text}], self.tokenizer, self.template, tokens)
             prompts.append((ids, mask))
             try:
                 image = torch.zeros(3, size, size) if path is None else self.processor(open_image(path), self.pad)
@@ -107,7 +107,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     width = max(len(name) for name in results) + 2
     lines = [" " * width + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
     for name, r in results.items():
-        lines.append(f"{name:{width}}" + "".join(f"{r[c]:{max(len(c), 5) + 2}.1f}" for c in columns))
+        cells = (f"{r[c]:.1f}" if c in r else "" for c in columns)
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{max(len(c), 5) + 2}}" for c, cell in zip(columns, cells)))
     return "\n".join(lines)
 
 
@@ -138,6 +139,8 @@ def main() -> None:
     one = cfg.image is not None or cfg.prompt is not None
     if one and cfg.data is not None:
         raise UserError("--data asks a file's questions, --image and --prompt ask one: give one or the other")
+    if one and cfg.prompt is None:
+        raise UserError('--image wants a question with it: --prompt "What is this?"')
     if cfg.image is not None and not Path(cfg.image).is_file():
         raise UserError(f"--image {cfg.image} does not exist")
     folder = weights.checkpoint_folder(cfg.ckpt)
@@ -153,7 +156,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     assistant = Assistant.from_checkpoint(folder, cfg.vision, cfg.llm, cfg.device, cfg.dtype)
     if one:
-        print(assistant.answer([(cfg.prompt or "", cfg.image and Path(cfg.image))], cfg.max_new_tokens)[0])
+        print(assistant.answer([(cfg.prompt, cfg.image and Path(cfg.image))], cfg.max_new_tokens)[0])
         return
     results = {f.stem: evaluate(assistant, f, images, out, cfg.batch_size, cfg.max_new_tokens, cfg.limit)
                for f, images in files}

@@ -140,11 +140,17 @@ class Config:
 
 def main() -> None:
     cfg = parse(Config)
+    if cfg.n < 2:
+        raise UserError(f"--n must be 2 or more, not {cfg.n}: a covariance needs 2 samples")
     folder = weights.checkpoint_folder(cfg.ckpt)
     device, dtype = weights.choose_device(cfg.device)
     data, images = question_file(folder, cfg.data, cfg.images, "val.jsonl")
     model = weights.load(folder, cfg.vision, cfg.llm, dtype, device)
-    result = measure(model, pairs(folder, data, images, cfg.n))
+    batches = pairs(folder, data, images, cfg.n)
+    try:
+        result = measure(model, batches)
+    except ValueError as e:
+        raise UserError(f"{folder}: {e}") from None
     for k, distance in enumerate(result["layers"], 1):
         print(f"layer {k:3}  {distance:10.4f}  {'█' * round(40 * distance / max(result['layers']))}")
     print(json.dumps({k: round(v, 4) for k, v in result.items() if k != "layers"}))

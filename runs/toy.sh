@@ -15,6 +15,6 @@ for name, (kind, split) in rows.items():
     print(f"{name:22}", *(f"{c} {statistics.mean(v):.1f}±{statistics.stdev(v):.1f}" for c in runs[0][kind][split]
                           for v in [[r[kind][split][c] for r in runs]]), sep="  ")
 for stage in runs[0]["mir"]:
-    v = [r["mir"][stage]["mir"] for r in runs]
+    v = [r["mir"][stage] for r in runs]
     print(f"MIR after {stage}: {statistics.mean(v):.3f}±{statistics.stdev(v):.3f}")
 PYTHON

@@ -63,7 +63,7 @@ def test_every_command_runs_in_the_order_of_the_page(clone):
     assert len(ran) > 5
     results = json.loads((clone / "out/toy/results.json").read_text())
     assert {"existence", "adversarial", "count", "colour"} < results["accuracy"]["test"].keys()
-    assert results["mir"]["pretrain"]["mir"] and results["mir"]["finetune"]["mir"] and Path(results["checkpoint"]).name
+    assert results["mir"]["pretrain"] and results["mir"]["finetune"] and Path(results["checkpoint"]).name
     assert (clone / "out/finetune" / "finetune-2").is_dir()
 
 
