@@ -5,9 +5,9 @@ import difflib
 import json
 import os
 import sys
-import types
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -43,14 +43,13 @@ def parse(cls, argv: list[str] | None = None):
     for f, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
         flags.append("--" + f.name.replace("_", "-"))
         options = {"default": f.default, "help": f.metadata.get("help", " ")}
+        kind, optional = (get_args(kind)[0], True) if get_origin(kind) in (Union, UnionType) else (kind, False)
         if kind is bool:
-            options["action"] = "store_true"
-        elif kind == bool | None:
-            options["action"] = argparse.BooleanOptionalAction
+            options["action"] = argparse.BooleanOptionalAction if optional else "store_true"
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
         else:
-            options["type"] = get_args(kind)[0] if isinstance(kind, types.UnionType) else kind
+            options["type"] = kind
         parser.add_argument(flags[-1], **options)
 
     def fail(message: str):

@@ -21,47 +21,91 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from config import UserError, read_json
-from tokenizer import encode_text, special_id
+from tokenizer import encode_text
 
 IMAGE = "<image>"
 IGNORE = -100
 PLACEHOLDER = 0       # id at image and padding positions; masks, never ids, tell what a position is
-BOS, EOS = "<s>", "</s>"
-TEMPLATES = ("plain", "v1")
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
+                  "the user provides, and assist the user with a variety of tasks using natural language.")
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a conversation is written. {system} stands where the first turn has the system prompt, {text} for the turn's
+    text; an answer is supervised from its first character to its last, a question is not."""
+    user: str
+    answer: str
+    eos: str                    # the token that ends an answer
+    system: str = ""
+    later: str = ""             # before every question but the first
+
+
+TEMPLATES = {
+    "plain": Template("", "{text}\n", "\n"),                                 # stage 1: <image> and the caption alone
+    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>", SYSTEM + " "),                # Vicuna
+    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>", SYSTEM + " "),
+    "gemma": Template("{system}USER: {text} ASSISTANT:", " {text}<eos>", "<eos>", SYSTEM + " "),
+    "llama_2": Template("[INST] {system}{text} [/INST]", " {text} </s>", "</s>",
+                        f"<<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>"),
+    "mistral": Template("[INST] {text} [/INST]", " {text} </s>", "</s>"),
+    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "", "\n"),
+}
+FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": "gemma"}      # of the others: v1
 
 
 # ------------------------------------------------------------------------------------------------ text
 def pieces(conversations: list[dict], template: str) -> list[tuple[str, bool]]:
-    """(text, is it supervised?) pieces of a conversation, as LLaVA-1.5 writes it.
+    """(text, is it supervised?) pieces of a conversation, as LLaVA-1.5 (phi, gemma: TinyLLaVA) writes it.
 
     plain (stage 1): the caption alone, "<image>a cat\\n"; the request is thrown away.
     v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised: from the space before an
     answer through its </s>. Where the last turn is the user's, the text ends in "ASSISTANT:", to be answered."""
-    turns = [(t["from"], t["value"]) for t in conversations]
+    t = TEMPLATES[template]
+    turns = [(turn["from"], turn["value"]) for turn in conversations]
     if turns and turns[0][0] == "gpt":
         turns = turns[1:]                                       # as LLaVA does
     if template == "plain":
-        image = any(IMAGE in text for _, text in turns)
-        answers = [(text + "\n", True) for who, text in turns if who == "gpt"]
-        return [(IMAGE, False)] * image + answers
-    out = [(SYSTEM + " ", False)]
+        image = [(IMAGE, False)] * any(IMAGE in text for _, text in turns)
+        return image + [(t.answer.replace("{text}", text), True) for who, text in turns if who == "gpt"]
+    out = []
     for who, text in turns:
         if IMAGE in text:                                       # LLaVA moves it to the front of its turn
             text = (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
-        out += [("USER: " + text + " ASSISTANT:", False)] if who == "human" else [(" " + text + EOS, True)]
+        if who == "human":
+            frame = t.later + t.user.replace("{system}", "") if out else t.user.replace("{system}", t.system)
+            out.append((frame.replace("{text}", text), False))
+        else:
+            out.append((t.answer.replace("{text}", text), True))
     return out
 
 
+def begin(tokenizer: Tokenizer) -> list[int]:
+    """The id that a sequence begins with: <s> or <bos>; none where the family has none (Phi-2)."""
+    return [i for i in map(tokenizer.token_to_id, ("<s>", "<bos>")) if i is not None][:1]
+
+
+def end(tokenizer: Tokenizer, template: str) -> int:
+    """The id that ends an answer in a template (in the plain one, the newline). Raises UserError if there is none."""
+    eos = TEMPLATES[template].eos
+    i = tokenizer.token_to_id(eos) if eos != "\n" else encode_text(tokenizer, eos)[0][-1]
+    if i is None:
+        raise UserError(f"the tokenizer has no {eos!r}, which template {template} needs: pick another --template")
+    return i
+
+
 def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
-           max_length: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+           max_length: int | None = None, after_special: str = "4.31") -> tuple[Tensor, Tensor, Tensor]:
     """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised, image_mask (T,) bool.
 
     <image> becomes `image_tokens` positions. Longer than max_length: the text is cut at the end; an image that would
     not fit whole is left out with all that follows it. Ids and labels are those of LLaVA-1.5 (trained with transformers
-    4.31), also for the samples that its code drops with "tokenization mismatch"."""
-    ids, labels, image = [special_id(tokenizer, BOS)], [IGNORE], [False]
+    4.31; after_special picks another version's rule), also for the samples that its code drops with "tokenization
+    mismatch"."""
+    ids = begin(tokenizer)
+    labels, image = [IGNORE] * len(ids), [False] * len(ids)
     text = ""
     supervised = []                                             # per character
     for piece, target in pieces(conversations, template):
@@ -76,7 +120,7 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
             labels += [IGNORE] * image_tokens
             image += [True] * image_tokens
             start += len(IMAGE)
-        chunk_ids, offsets = encode_text(tokenizer, chunk)
+        chunk_ids, offsets = encode_text(tokenizer, chunk, after_special)
         ids += chunk_ids
         labels += [i if supervised[start + first] else IGNORE for i, (first, _) in zip(chunk_ids, offsets)]
         image += [False] * len(chunk_ids)
@@ -88,9 +132,10 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
 # ------------------------------------------------------------------------------------------------ images
 @dataclass
 class ImageProcessor:
-    """CLIP's preprocessing, with Pillow as LLaVA used it."""
+    """CLIP's and SigLIP's preprocessing, with Pillow as LLaVA used it."""
     size: int = 224                                             # of the shortest edge, in pixels
-    crop_size: int = 224
+    crop_size: int = 224                                        # what comes out
+    stretch: bool = False                                       # SigLIP: both edges to crop_size, no cropping
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
@@ -100,7 +145,11 @@ class ImageProcessor:
 
         def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
             return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
-        return cls(edge(c["size"]), edge(c["crop_size"]), tuple(c["image_mean"]), tuple(c["image_std"]))
+        stretch = "crop_size" not in c or c.get("do_center_crop") is False
+        if c.get("resample", 3) != 3:
+            raise UserError(f"{folder}/preprocessor_config.json resamples by {c['resample']}; 3, bicubic, is supported")
+        return cls(edge(c["size"]), edge(c["size"] if stretch else c["crop_size"]), stretch, tuple(c["image_mean"]),
+                   tuple(c["image_std"]))
 
     def __call__(self, image: Image.Image, pad: bool) -> Tensor:
         """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
@@ -113,7 +162,8 @@ class ImageProcessor:
             square.paste(image, ((side - w) // 2, (side - h) // 2))
             image, w, h = square, side, side
         short, long = min(w, h), int(self.size * max(w, h) / min(w, h))
-        image = image.resize((self.size, long) if w == short else (long, self.size), Image.Resampling.BICUBIC)
+        to = (self.size,) * 2 if self.stretch else (self.size, long) if w == short else (long, self.size)
+        image = image.resize(to, Image.Resampling.BICUBIC)
         left, top = (image.width - self.crop_size) // 2, (image.height - self.crop_size) // 2
         image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
@@ -284,10 +334,10 @@ class Samples(torch.utils.data.Dataset):
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
     def __init__(self, samples: list[dict], images: str | Path, tokenizer: Tokenizer, processor: ImageProcessor,
-                 template: str, image_tokens: int, max_length: int, pad: bool):
+                 template: str, image_tokens: int, max_length: int, pad: bool, after_special: str = "4.31"):
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
-        self.template, self.image_tokens, self.max_length, self.pad = template, image_tokens, max_length, pad
-        bos = torch.tensor([special_id(tokenizer, BOS)])
+        self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
+        bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
         self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None
 
     def __len__(self) -> int:
@@ -305,8 +355,7 @@ class Samples(torch.utils.data.Dataset):
                 pixels = self.processor(open_image(path), self.pad)
             except ValueError as e:
                 return *self.filler, name, f"{path}: {e}"
-        encoded = encode(s["conversations"], self.tokenizer, self.template, self.image_tokens, self.max_length)
-        return *encoded, pixels, name, None
+        return *encode(s["conversations"], self.tokenizer, *self.text), pixels, name, None
 
     def lengths(self) -> np.ndarray:
         """Rough length of each sample in characters, negative for text alone: enough to batch like with like."""

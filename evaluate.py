@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 import weights
 from config import UserError, option, parse, read_json, run
-from data import EOS, IMAGE, ImageProcessor, encode, open_image, question_file, read_questions
+from data import IMAGE, ImageProcessor, encode, end, open_image, question_file, read_questions
 from metrics import accuracy, exact
 from model import Llava
-from tokenizer import encode_text, load_tokenizer, special_id
+from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -30,6 +30,7 @@ class Assistant:
     tokenizer: Tokenizer
     processor: ImageProcessor
     template: str
+    after_special: str
     pad: bool                   # images onto a square (stage 2) or centre crop (stage 1): as in training
     folder: Path
 
@@ -39,16 +40,18 @@ class Assistant:
         c = read_json(folder / "config.json")
         device, dtype = weights.choose_device(device, dtype)
         model = weights.load(folder, vision, llm, dtype, device).eval()
-        return cls(model, load_tokenizer(folder), ImageProcessor.from_folder(folder), c["template"], c["pad"], folder)
+        return cls(model, load_tokenizer(folder), ImageProcessor.from_folder(folder), c["template"], c["after_special"],
+                   c["pad"], folder)
 
     def answer(self, questions: list[tuple[str, Path | None]], max_new_tokens: int = 64) -> list[str]:
         """One batch of (text, image file or None) → greedy answers. Raises UserError for an unreadable image."""
         device = next(self.model.parameters()).device
-        size, tokens = self.processor.crop_size, self.model.vision_tower.config.num_patches
+        size, tokens = self.processor.crop_size, self.model.vision_tower.config.image_tokens
         prompts, pixels = [], []
         for text, path in questions:
             text = ("" if path is None else IMAGE + "\n") + text.replace(IMAGE, "").strip()
-            ids, _, mask = encode([{"from": "human", "value": text}], self.tokenizer, self.template, tokens)
+            ids, _, mask = encode([{"from": "human", "value": text}], self.tokenizer, self.template, tokens,
+                                  after_special=self.after_special)
             prompts.append((ids, mask))
             try:
                 image = torch.zeros(3, size, size) if path is None else self.processor(open_image(path), self.pad)
@@ -56,9 +59,8 @@ class Assistant:
                 raise UserError(f"{path}: {e}") from None
             pixels.append(image)
         ids, masks = zip(*prompts)
-        # A caption in the plain template ends with its line; a conversation's answer with </s>.
-        end = encode_text(self.tokenizer, "\n")[0][-1] if self.template == "plain" else special_id(self.tokenizer, EOS)
-        out = self.model.generate(list(ids), torch.stack(pixels).to(device), max_new_tokens, list(masks), end)
+        eos = end(self.tokenizer, self.template)
+        out = self.model.generate(list(ids), torch.stack(pixels).to(device), max_new_tokens, list(masks), eos)
         return [self.tokenizer.decode(o).strip() for o in out]
 
 

@@ -120,7 +120,7 @@ def pairs(folder: Path, data: Path, images: Path, n: int, batch_size: int = 20) 
         {"from": "human", "value": "<image>\n" + r["text"]}, {"from": "gpt", "value": str(r["answer"])}]} for r in rows]
     model_config = weights.vision_config(folder)
     processor = ImageProcessor.from_folder(folder)
-    dataset = Samples(samples, images, load_tokenizer(folder), processor, "v1", model_config.num_patches,
+    dataset = Samples(samples, images, load_tokenizer(folder), processor, "v1", model_config.image_tokens,
                       c["max_length"], pad=True)
     return [collate([dataset[i] for i in range(s, min(s + batch_size, len(dataset)))], processor.crop_size)
             for s in range(0, len(dataset), batch_size)]

@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from methods.moca import MoCa
+
 
 @dataclass
 class VisionConfig:
-    """CLIP's vision tower; field names and defaults are those of a released `vision_config`."""
+    """CLIP's or SigLIP's vision tower; fields and defaults as in CLIP's released `vision_config`."""
     hidden_size: int = 768
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
@@ -29,15 +31,22 @@ class VisionConfig:
     image_size: int = 224
     patch_size: int = 32
     layer_norm_eps: float = 1e-5
+    hidden_act: str = "quick_gelu"
+    class_token: bool = True                     # CLIP: and a norm in front. SigLIP: neither, but a bias on patches
+    drop_first_patch: bool = False               # TinyLLaVA drops SigLIP's first patch as if it were a class token
 
     @property
     def num_patches(self) -> int:
         return (self.image_size // self.patch_size) ** 2
 
+    @property
+    def image_tokens(self) -> int:
+        return self.num_patches - self.drop_first_patch
+
 
 @dataclass
 class DecoderConfig:
-    """LLaMA; field names and defaults are those of a released `config.json`."""
+    """LLaMA and its relatives; fields and defaults as in LLaMA's released `config.json`, then what the others need."""
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -49,25 +58,41 @@ class DecoderConfig:
     rope_theta: float = 10000.0
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
+    norm: str = "rms"                            # "layer": Phi-2
+    norm_plus_one: bool = False                  # Gemma multiplies by 1 + weight
+    hidden_act: str = "silu"
+    gated: bool = True                           # the MLP; not in Phi-2
+    bias: bool = False                           # of every linear map in a layer: Phi-2
+    head_bias: bool = False
+    parallel: bool = False                       # attention and MLP side by side, under one norm: Phi-2
+    partial_rotary_factor: float = 1.0           # the share of a head's width that is rotated
+    sliding_window: int | None = None            # a token sees itself and the window − 1 before it
+    embed_scale: float = 1.0                     # of word embeddings: sqrt(hidden_size) in Gemma
+    moca: bool = False                           # an affine map of the image tokens after every layer: methods/moca.py
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
 
 
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu, "silu": F.silu,
+               "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+
+
 # ------------------------------------------------------------------------------------------------ vision encoder
 class ViTEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size))
-        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=False)
-        self.position_embedding = nn.Embedding(c.num_patches + 1, c.hidden_size)
+        self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size)) if c.class_token else None
+        self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=not c.class_token)
+        self.position_embedding = nn.Embedding(c.num_patches + c.class_token, c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
-        patches = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)             # (B,N,Dv)
-        cls = self.class_embedding.expand(len(patches), 1, -1).to(patches.dtype)
-        return torch.cat([cls, patches], dim=1) + self.position_embedding.weight            # (B,1+N,Dv)
+        x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)                   # (B,N,Dv)
+        if self.class_embedding is not None:
+            x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
+        return x + self.position_embedding.weight                                           # (B,N or 1+N,Dv)
 
 
 class ViTAttention(nn.Module):
@@ -89,10 +114,10 @@ class ViTMLP(nn.Module):
         super().__init__()
         self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
         self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
+        self.act = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                                       # CLIP's quick GELU
+        return self.fc2(self.act(self.fc1(x)))
 
 
 class ViTLayer(nn.Module):
@@ -113,14 +138,18 @@ class ViT(nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = ViTEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)     # CLIP's own spelling
+        if config.class_token:
+            self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
         self.encoder = nn.ModuleDict(
             {"layers": nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # unused here; saved back
 
     def hidden_state(self, pixel_values: Tensor, layer: int) -> Tensor:
-        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output. (B,1+N,Dv)"""
-        x = self.pre_layrnorm(self.embeddings(pixel_values))
+        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output; (B,1+N,Dv) with the
+        class token, (B,N,Dv) where there is none."""
+        x = self.embeddings(pixel_values)
+        if self.config.class_token:
+            x = self.pre_layrnorm(x)
         layers = self.encoder["layers"]
         for block in layers[:layer if layer >= 0 else len(layers) + 1 + layer]:
             x = block(x)
@@ -128,7 +157,7 @@ class ViT(nn.Module):
 
     def forward(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """Patch features (B,N,Dv) of LLaVA: the last layer but one, class token dropped."""
-        return self.hidden_state(pixel_values, layer)[:, 1:]
+        return self.hidden_state(pixel_values, layer)[:, int(self.config.class_token or self.config.drop_first_patch):]
 
 
 # ------------------------------------------------------------------------------------------------ projector
@@ -145,33 +174,44 @@ class Projector(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ decoder
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float):
+    def __init__(self, size: int, eps: float, plus_one: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.plus_one:
+            return (y * (1 + self.weight.float())).to(x.dtype)
         return self.weight * y.to(x.dtype)                     # this order of casts is what the checkpoints expect
+
+
+def make_norm(c: DecoderConfig) -> nn.Module:
+    if c.norm == "layer":
+        return nn.LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
+    return RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm_plus_one)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, (…,T,d), computed in float32; not buffers, so nothing can be left behind on the meta device."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * theta ** -exponents                            # (…,T,d/2)
+    angles = positions[..., None].float() * (1.0 / theta ** exponents)                     # (…,T,d/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + d/2): the layout of Hugging Face weights (Meta's own pair 2i with 2i + 1)."""
+    """Rotates the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of Hugging Face weights
+    (Meta's own pair 2i with 2i + 1)."""
+    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
+    return torch.cat([x * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
 
 
 @torch.no_grad()
-def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, image_columns: Tensor, chunk: int = 64) -> Tensor:
+def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, image_columns: Tensor, window: int | None = None,
+                       chunk: int = 64) -> Tensor:
     """Attention probabilities from marked rows to the image positions, averaged over heads.
 
     q (B,H,T,d) and k (B,K,T,d) after rotation; rows (B,M) positions of the marked queries, image_columns (B,N)
@@ -185,62 +225,74 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, image_columns: Tensor
     for r in rows.split(chunk, dim=1):                                                      # (B,m)
         q_rows = q.gather(2, r.clamp(min=0)[:, None, :, None].expand(B, H, -1, d))          # (B,H,m,d)
         scores = (q_rows @ k.transpose(2, 3)).float() * d ** -0.5                           # (B,H,m,T)
-        scores = scores.masked_fill(columns > r.clamp(min=0)[:, None, :, None], -torch.inf)
+        distance = r.clamp(min=0)[:, None, :, None] - columns                               # (B,1,m,T)
+        scores = scores.masked_fill(~visible(distance, window), -torch.inf)
         p = scores.softmax(-1).mean(1)                                                      # (B,m,T)
         p = p.gather(2, image_columns.clamp(min=0)[:, None].expand(-1, r.shape[1], -1))     # (B,m,N)
         out.append(p * (r >= 0)[:, :, None] * (image_columns >= 0)[:, None])
     return torch.cat(out, dim=1)
 
 
+def visible(distance: Tensor, window: int | None) -> Tensor:
+    """May a query see a key that lies `distance` tokens before it?"""
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
 class Attention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
-        self.head_dim = c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=False)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=False)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=False)
+        self.head_dim, self.window = c.head_dim, c.sliding_window
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.bias)
 
-    def forward(self, x: Tensor, rope, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = q.shape[1] != k.shape[1]
         if cache is None:
             # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         else:
-            keys, values, positions, visible = cache
+            keys, values, positions = cache
             sample = torch.arange(len(x), device=x.device)[:, None]
             keys[sample, :, positions] = k.transpose(1, 2)                                  # (B,T,K,d) into (B,K,S,d)
             values[sample, :, positions] = v.transpose(1, 2)
-            S = visible.shape[-1]
-            y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=visible, enable_gqa=gqa)
-        attention = None if asked is None else attention_to_image(q, k, *asked)
+            S = mask.shape[-1]
+            y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, enable_gqa=gqa)
+        attention = None if asked is None else attention_to_image(q, k, *asked, self.window)
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention
 
 
 class MLP(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.bias) if c.gated else None
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.bias)
+        self.act = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = make_norm(c)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = None if c.parallel else make_norm(c)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
-        y, attention = self.self_attn(self.input_layernorm(x), rope, cache, asked)
+    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+        normed = self.input_layernorm(x)
+        y, attention = self.self_attn(normed, rope, mask, cache, asked)
+        if self.post_attention_layernorm is None:
+            return x + y + self.mlp(normed), attention
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), attention
 
@@ -252,12 +304,6 @@ class KVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
-    def layer(self, i: int, positions: Tensor, end: int):
-        """What layer i needs to write `positions` (B,T) and read slots 0..end-1: slot j is visible from position ≥ j,
-        so whatever a shorter prompt's padding left behind stays hidden until it is overwritten."""
-        slots = torch.arange(end, device=positions.device)
-        return self.keys[i], self.values[i], positions, (slots <= positions[:, :, None])[:, None]
-
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
@@ -266,16 +312,27 @@ class Decoder(nn.Module):
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
-            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            "norm": make_norm(config)})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
+        if config.moca:
+            self.moca = nn.ModuleList(MoCa(config.hidden_size) for _ in range(config.num_hidden_layers))
         self.gradient_checkpointing = False
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Word embeddings (B,T,D), scaled where the family scales them."""
+        x = self.model["embed_tokens"](input_ids)
+        if self.config.embed_scale == 1:
+            return x
+        return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
+
     def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
-                positions: Tensor | None = None, end: int | None = None) -> Tensor:
+                positions: Tensor | None = None, end: int | None = None,
+                image_mask: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
 
+        image_mask (B,T) says where MoCa acts (None: nowhere).
         watch(i, h, attention) is called with each layer's index 1..L, its output (detached, before the final norm)
         and, if asked = (rows, image_columns), its `attention_to_image`. With a cache: `positions` (B,T) of these
         tokens and the number of cache slots in use, `end`."""
@@ -283,15 +340,23 @@ class Decoder(nn.Module):
         c = self.config
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
-        rope = rotary(positions, c.head_dim, c.rope_theta, h.dtype)                         # (T,d) or (B,T,d)
+        rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
         if positions.dim() == 2:
-            rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,d)
+            rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
+        mask = None                                       # None: plain causal attention, the fastest kernel
+        if cache is not None:
+            # Slot j is visible from position ≥ j: what a shorter prompt's padding left stays hidden until overwritten.
+            mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
+        elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
+            mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, cache and cache.layer(i, positions, end), asked)
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions), asked)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
+            if c.moca and image_mask is not None:
+                h = self.moca[i](h, image_mask)
             if watch is not None:
                 watch(i + 1, h.detach(), attention)
         return self.model["norm"](h)
@@ -331,11 +396,12 @@ class Llava(nn.Module):
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
         watch and attention_from (B,T) bool, the query rows whose attention is wanted: see Decoder.forward."""
         image_embeds = self.embed_images(batch.pixel_values)
-        text_embeds = self.language_model.model["embed_tokens"](batch.input_ids)            # (B,T,D)
+        text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
-        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked)
+        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
+                                image_mask=batch.image_mask)
         return Output(h, image_embeds, text_embeds)
 
     @torch.inference_mode()
@@ -348,14 +414,15 @@ class Llava(nn.Module):
         lm, device = self.language_model, pixel_values.device
         lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
         prompt = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)    # (B,T)
-        h = lm.model["embed_tokens"](prompt)
+        h = lm.embed(prompt)
+        mask = None
         if image_mask is not None:
             mask = nn.utils.rnn.pad_sequence(list(image_mask), batch_first=True).to(device)
             h = self.merge(h, self.embed_images(pixel_values), mask)
         B, T = prompt.shape
         cache = KVCache(lm.config, B, T + max_new_tokens, h.dtype, device)
         positions = torch.arange(T, device=device).expand(B, T)
-        h = lm(h, cache=cache, positions=positions, end=T)
+        h = lm(h, cache=cache, positions=positions, end=T, image_mask=mask)
         h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) of the last token
         done = torch.zeros(B, dtype=torch.bool, device=device)
         answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
@@ -364,7 +431,7 @@ class Llava(nn.Module):
                 done |= answers[-1] == eos_token_id
                 if done.all():
                     break
-            h = lm(lm.model["embed_tokens"](answers[-1][:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
+            h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
                    end=T + step)[:, 0]
             answers.append(lm.lm_head(h).argmax(-1))
         rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)

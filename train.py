@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")    # threads that spin while they wait
+                                                                                # stall a machine that others use too
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -29,20 +31,30 @@ import evaluate
 import mir
 import weights
 from config import UserError, option, parse, read_json, run
-from data import Batch, ImageProcessor, Order, Samples, loader, read_jsonl, read_samples
+from data import (
+    FAMILY_TEMPLATE,
+    TEMPLATES,
+    Batch,
+    ImageProcessor,
+    Order,
+    Samples,
+    end,
+    loader,
+    read_jsonl,
+    read_samples,
+)
 from losses import LOSSES, Objective, Term, counts
-from model import Llava, Projector
-from tokenizer import load_tokenizer
+from model import Llava, Projector, VisionConfig
+from tokenizer import RULES, load_tokenizer
 from toy import world
 
 # What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=1, gradient_checkpointing=False),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=1, gradient_checkpointing=False)}
-TOY_PROJECTOR_SCALE = 2.0
+TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
+       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+TOY_PROJECTOR_SCALE = 0.25
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-TEMPLATE = {"pretrain": "plain", "finetune": "v1"}
 
 
 @dataclass
@@ -63,11 +75,14 @@ class Config:
     lr: float | None = option(None, "peak learning rate")
     epochs: int | None = option(None, "passes over the data")
     max_steps: int | None = option(None, "steps of a stage, instead of epochs")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "of stage 2; unset: by the language model's family")
+    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this transformers has them, see tokenizer.py")
+    drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
-    workers: int = option(2, "processes that prepare batches")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
@@ -78,8 +93,11 @@ FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "device", "g
 
 def settings(cfg: Config, stage: str, ranks: int) -> Config:
     """cfg with what is unset filled in for a stage. Raises UserError for settings that cannot be."""
-    cfg = replace(cfg, stage=stage)
+    cfg = replace(cfg, stage=stage, template="plain" if stage == "pretrain" else cfg.template)
     toy = cfg.data is None
+    if cfg.template is None:
+        family = read_json(Path(cfg.llm) / "config.json").get("model_type")
+        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
     for name, value in (TOY if toy else LLAVA)[stage].items():
         if getattr(cfg, name) is None and name != "micro_batch":
             cfg = replace(cfg, **{name: value})
@@ -200,7 +218,7 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
     asks for gradients; what is frozen is in the dtype of computing."""
     whole = ckpt is not None and cfg.stage == "finetune"
     trained_llm = cfg.stage == "finetune"
-    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device)
+    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device, vision_config(cfg))
     llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device)
     sizes = vision.config.hidden_size, llm.config.hidden_size
     source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
@@ -217,8 +235,14 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
     return model
 
 
+def vision_config(cfg: Config) -> VisionConfig:
+    return replace(weights.vision_config(cfg.vision), drop_first_patch=cfg.drop_first_patch)
+
+
 def stage_checkpoint(folder: str | Path, stage: str) -> Path:
-    """The checkpoint in a folder, if it is of that stage."""
+    """The checkpoint in a folder, if it is of that stage. Stage 2 may begin with a released LLaVA's projector too."""
+    if (Path(folder) / "mm_projector.bin").is_file() or weights.is_released(Path(folder)):
+        return Path(folder)
     path = weights.checkpoint_folder(folder)
     found = read_json(path / "config.json")["stage"]
     if found != stage:
@@ -234,9 +258,10 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     samples, without = read_samples(path)
     if images is None and any(s.get("image") is not None for s in samples):
         raise UserError(f"{path} names images: say with --images in which folder they are")
-    data = Samples(samples, images or ".", load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision),
-                   TEMPLATE[cfg.stage], weights.vision_config(cfg.vision).num_patches, cfg.max_length,
-                   pad=cfg.stage == "finetune")
+    tokenizer = load_tokenizer(cfg.llm)
+    end(tokenizer, cfg.template)                          # else the template is another family's
+    data = Samples(samples, images or ".", tokenizer, ImageProcessor.from_folder(cfg.vision), cfg.template,
+                   vision_config(cfg).image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
     found = ranks.gather(data.image_problems() if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
@@ -290,7 +315,8 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
 
     stop = []                                             # a signal asks to save and leave after the current step
     before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
-    batches = iter(loader(data, order, cfg.workers, pin=ranks.device.type == "cuda"))
+    gpu = ranks.device.type == "cuda"
+    batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
     with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
         while step < steps:
             began = time.perf_counter()
@@ -379,9 +405,9 @@ def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int)
     """Checkpoint <out>/<stage>-<step>; the stage's previous one goes when this one is there."""
     older = weights.checkpoints(out, cfg.stage)
     names = {n for n, p in model.named_parameters() if p.requires_grad or cfg.stage == "finetune"}
-    config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": TEMPLATE[cfg.stage],
-              "pad": cfg.stage == "finetune", "max_length": cfg.max_length, "vision": str(Path(cfg.vision).resolve()),
-              "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
+    config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
+              "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
+              "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
     path = out / f"{cfg.stage}-{step}"
     weights.save_checkpoint(path, model, names, config, {"optimizer": optimizer.state_dict(), "step": step})
     for p in older:

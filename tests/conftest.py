@@ -19,9 +19,9 @@ torch.set_num_threads(1)                        # the inputs are tiny: a second 
 
 # Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization reach.
 LLAMA_PIECES = {
-    "▁US": 3148, "ER": 1001, ":": 29901, "▁": 29871, "What": 5618, "▁is": 338, "▁this": 445, "?": 29973, "▁A": 319,
-    "SS": 1799, "IST": 9047, "ANT": 13566, "▁cat": 6635, ".": 29889, "▁chat": 13563, "▁between": 1546, "▁a": 263,
-    "▁curious": 12758, "▁user": 1404, "▁and": 322, "▁an": 385, "▁artificial": 23116, "▁intelligence": 21082,
+    "USER": 11889, "▁US": 3148, "ER": 1001, ":": 29901, "▁": 29871, "What": 5618, "▁is": 338, "▁this": 445, "?": 29973,
+    "▁A": 319, "SS": 1799, "IST": 9047, "ANT": 13566, "▁cat": 6635, ".": 29889, "▁chat": 13563, "▁between": 1546,
+    "▁a": 263, "▁curious": 12758, "▁user": 1404, "▁and": 322, "▁an": 385, "▁artificial": 23116, "▁intelligence": 21082,
     "▁assistant": 20255, "▁The": 450, "▁gives": 4076, "▁helpful": 8444, ",": 29892, "▁detailed": 13173, "▁pol": 1248,
     "ite": 568, "▁answers": 6089, "▁to": 304, "▁the": 278, "'": 29915, "s": 29879, "▁questions": 5155, "US": 3308,
     "▁Why": 3750, "▁Because": 7311, "▁on": 373, "▁mat": 1775}

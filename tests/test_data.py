@@ -1,11 +1,28 @@
 """Text → ids and labels, images → pixels, samples → batches → order."""
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models
 
 from config import UserError
-from data import ImageProcessor, Order, Samples, collate, encode, epoch_order, image_problem, read_samples
+from data import (
+    LLAMA_2_SYSTEM,
+    SYSTEM,
+    TEMPLATES,
+    ImageProcessor,
+    Order,
+    Samples,
+    collate,
+    encode,
+    end,
+    epoch_order,
+    image_problem,
+    pieces,
+    read_samples,
+)
 
 IMG = -200                                             # how LLaVA's own ids mark the image
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
@@ -40,12 +57,13 @@ def test_one_round_gives_llavas_ids_and_supervises_the_answer_with_its_end(llama
     assert supervised == [319, 6635, 29889, 2]
 
 
-def test_later_rounds_follow_transformers_4_31(llama_tokenizer):
+@pytest.mark.parametrize("rule, user", [("4.31", [3308, 1001]), ("4.37", [11889]), ("legacy", [3148, 1001])])
+def test_later_rounds_follow_the_transformers_of_their_time(llama_tokenizer, rule, user):
     ids, supervised, _ = ids_of([human("<image>\nWhat is this?"), gpt("A cat."), human("Why?"), gpt("Because."),
-                                 human("What is this?"), gpt("A mat")], llama_tokenizer)
+                                 human("What is this?"), gpt("A mat")], llama_tokenizer, after_special=rule)
+    middle = [29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311, 29889, 2]
     after_first_end = ids[ids.index(2) + 1:]
-    assert after_first_end[:13] == [3308, 1001, 29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311, 29889, 2]
-    assert after_first_end[13:15] == [3308, 1001]
+    assert after_first_end[:2 * len(user) + len(middle)] == user + middle + user
     assert supervised == [319, 6635, 29889, 2, 7311, 29889, 2, 319, 1775, 2]
 
 
@@ -110,11 +128,55 @@ def test_an_image_is_never_cut(llama_tokenizer):
     assert ids_of(turns, llama_tokenizer, image_tokens=576, max_length=at + 576)[0].count(IMG) == 576
 
 
+THREE = [human("<image>\nQ1"), gpt("A1"), human("Q2"), gpt("A2")]
+S = SYSTEM
+
+
+@pytest.mark.parametrize("template, text, supervised", [
+    ("plain", "<image>A1\nA2\n", ["A1\n", "A2\n"]),
+    ("v1", f"{S} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>", [" A1</s>", " A2</s>"]),
+    ("phi", f"{S} USER: <image>\nQ1 ASSISTANT: A1<|endoftext|>USER: Q2 ASSISTANT: A2<|endoftext|>",
+     [" A1<|endoftext|>", " A2<|endoftext|>"]),
+    ("gemma", f"{S} USER: <image>\nQ1 ASSISTANT: A1<eos>USER: Q2 ASSISTANT: A2<eos>", [" A1<eos>", " A2<eos>"]),
+    ("llama_2", f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s>"
+     "<s>[INST] Q2 [/INST] A2 </s>",
+     [" A1 </s>", " A2 </s>"]),
+    ("mistral", "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>", [" A1 </s>", " A2 </s>"]),
+    ("phi3", "<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\nA2<|end|>",
+     ["A1<|end|>", "A2<|end|>"]),
+])
+def test_each_template_writes_a_conversation_so(template, text, supervised):
+    parts = pieces(THREE, template)
+    assert "".join(p for p, _ in parts) == text
+    assert [p for p, target in parts if target] == supervised
+
+
+def test_every_template_has_an_example():
+    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3"}
+
+
+def test_braces_in_a_text_are_text(llama_tokenizer):
+    (first, _), (second, _) = pieces([human("{system} {text}"), gpt("{text} {0}")], "v1")
+    assert first == f"{S} USER: {{system}} {{text}} ASSISTANT:" and second == " {text} {0}</s>"
+
+
+def test_a_template_of_another_family_is_refused(llama_tokenizer):
+    assert end(llama_tokenizer, "v1") == 2 and end(llama_tokenizer, "plain") == 13
+    with pytest.raises(UserError, match="no '<eos>', which template gemma needs"):
+        end(llama_tokenizer, "gemma")
+
+
+def test_a_family_without_a_begin_token_has_none():
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("ab \n")}, []))
+    ids, labels, mask = encode([human("<image>"), gpt("ab")], tokenizer, "plain", 2)
+    assert ids.tolist() == [0, 0, 0, 1, 3] and mask.tolist() == [True, True, False, False, False]
+
+
 # ------------------------------------------------------------------------------------------------ images
 def test_crop_keeps_the_centre_and_pad_keeps_everything():
     image = Image.new("RGB", (90, 30), (255, 0, 0))
     image.paste((0, 255, 0), (30, 0, 60, 30))          # a green square in the middle of a red strip
-    processor = ImageProcessor(30, 30, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    processor = ImageProcessor(30, 30, False, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
     assert torch.equal(processor(image, pad=False), torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 30, 30))
     padded = ImageProcessor(30, 30)(image, pad=True)
     assert padded.shape == (3, 30, 30)
@@ -128,6 +190,25 @@ def test_every_kind_of_image_becomes_finite_pixels(mode, size):
     for pad in (False, True):
         pixels = ImageProcessor(48, 48)(Image.new(mode, size), pad)
         assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.float32 and pixels.isfinite().all()
+
+
+def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
+    c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+         "image_processor_type": "SiglipImageProcessor"}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
+    processor = ImageProcessor.from_folder(tmp_path)
+    image = Image.effect_noise((70, 50), 80).convert("RGB")
+    wanted = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)) / 127.5 - 1
+    np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted, atol=2e-6)
+    assert processor(Image.new("RGB", (30, 90)), pad=True)[:, 12, 0].abs().max() < 0.01, "padded with grey 127"
+
+
+@pytest.mark.parametrize("form", [
+    {"size": 336, "crop_size": 224}, {"size": {"shortest_edge": 336}, "crop_size": {"height": 224, "width": 224}}])
+def test_old_and_new_forms_of_a_preprocessor_config_are_read(form, tmp_path):
+    c = {**form, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
+    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(336, 224, False, (0.1, 0.2, 0.3), (1, 2, 3))
 
 
 def test_preprocessing_is_bicubic_on_bytes_then_normalised(tmp_path):

@@ -26,7 +26,7 @@ def refuses(done, *says):
     ("train.py", "--data x.json", ["--data is of one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
     ("train.py", "--vision absent", ["there is no folder absent"]),
-    ("train.py", "--llm toy/clip", ["toy/clip/config.json", "llama is supported"]),
+    ("train.py", "--llm toy/clip", ["toy/clip/config.json", "supported are llama"]),
     ("train.py", "--vision tests", ["tests/config.json does not exist; the folder holds: adapters.py"]),
     ("train.py", "--stage pretrain --projector x", ["--projector is where --stage finetune starts from"]),
     ("train.py", "--stage finetune --projector absent", ["absent does not exist"]),

@@ -109,6 +109,19 @@ def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encode
             assert 0 < change < 0.1, f"{name} moved by {change} in three steps from where stage 2 starts"
 
 
+def test_stage_2_may_begin_with_llavas_own_projector_file(small_world, reference, tmp_path):
+    stored = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
+    names = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+    for n, old in names.items():
+        for leaf in ("weight", "bias"):
+            stored[f"{old}.{leaf}"] = stored.pop(f"multi_modal_projector.{n}.{leaf}")
+    torch.save(stored, tmp_path / "mm_projector.bin")
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out, projector in zip(outs, (reference["pretrain"], tmp_path)):
+        assert call(*command(small_world, out, steps=2, projector=projector)).returncode == 0
+    assert losses_of(outs[0], "finetune") == losses_of(outs[1], "finetune")
+
+
 def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_path):
     """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had happened."""
     out = tmp_path / "run"

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
 import weights
@@ -30,6 +31,7 @@ def llm(tmp_path):
     (folder / "config.json").write_text(json.dumps(LLM))
     config = DecoderConfig(**{k: v for k, v in LLM.items() if k != "model_type"})
     save_file(random(Decoder(config)).half().state_dict(), folder / "model.safetensors")
+    shutil.copyfile(ROOT / "toy" / "llm" / "tokenizer.json", folder / "tokenizer.json")
     return folder
 
 
@@ -125,11 +127,11 @@ def cut(n):
 @pytest.mark.parametrize("damage, says", [
     (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2110000000\n"),
      r"git-lfs pointer \(\d+ bytes\), not the weights \(2.11 GB\): run git lfs pull"),
-    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "not a safetensors file; it starts with"),
+    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not weights"),
     (cut(0), "cut off: it has 0 bytes"), (cut(5), "cut off"), (cut(100), "cut off in its header"),
     (cut(-100), r"cut off: \d+ bytes, but its header says \d+"),
     (lambda p: p.write_bytes(p.read_bytes() + b"more"), "too long"),
-    (lambda p: p.unlink(), "has no model.safetensors .* it holds config.json"),
+    (lambda p: p.unlink(), "has no model.safetensors, .* it holds config.json"),
 ])
 def test_a_broken_file_is_named_with_its_cause(llm, damage, says):
     damage(llm / "model.safetensors")
@@ -143,6 +145,7 @@ def test_a_broken_file_is_named_with_its_cause(llm, damage, says):
     (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}), "left over"),
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(24, 16)}), "left over"),
     (lambda t: t.update({"transformer.wte.weight": torch.zeros(2)}), "belong to no part of the model, such as"),
+    (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(2)}), "names of another layout; get the"),
     (lambda t: t.update({"model.norm.weight": torch.ones(17)}), r"model.norm.weight has shape \(17,\), but .* \(16,\)"),
 ])
 def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, says):
@@ -152,7 +155,8 @@ def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, sa
 
 
 @pytest.mark.parametrize("fields, says", [
-    ({"model_type": "qwen2"}, "model_type 'qwen2'; llama is supported"), ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ({"model_type": "qwen2"}, "model_type 'qwen2'; supported are llama, mistral"),
+    ({"hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling 'linear'"),
     ({"attention_bias": True}, "attention_bias"),
     ({"quantization_config": {}}, "quantization_config"),
@@ -164,9 +168,9 @@ def test_an_unsupported_config_is_refused(llm, fields, says):
 
 
 def test_the_wrong_folder_is_refused(llm, clip, tmp_path):
-    with pytest.raises(UserError, match="CLIP vision encoder is supported"):
+    with pytest.raises(UserError, match="vision encoder is supported"):
         weights.load_vision(llm)
-    with pytest.raises(UserError, match="llama is supported"):
+    with pytest.raises(UserError, match="supported are llama"):
         weights.load_llm(clip)
     with pytest.raises(UserError, match="there is no folder"):
         weights.load_llm(tmp_path / "absent")

@@ -152,7 +152,8 @@ class CLIP(nn.Module):
     def __init__(self, config):
         super().__init__()
         vision, size = config["vision_config"], config["projection_dim"]
-        self.vision_model = ViT(VisionConfig(**{k: vision[k] for k in VisionConfig.__dataclass_fields__}))
+        fields = {k: vision[k] for k in VisionConfig.__dataclass_fields__ if k in vision}
+        self.vision_model = ViT(VisionConfig(**fields))
         self.text_model = TextTower(config["text_config"])
         self.visual_projection = nn.Linear(vision["hidden_size"], size, bias=False)
         self.text_projection = nn.Linear(config["text_config"]["hidden_size"], size, bias=False)
@@ -229,7 +230,7 @@ def optimise(model, steps, lr, weight_decay):
 
 
 # ------------------------------------------------------------------------------------------------ LLaMA
-def train_llama(tokenizer, rng, steps=1500, batch=32, lr=3e-3):
+def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(),
               "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,

@@ -1,0 +1,29 @@
+"""MoCa, modality calibration: an affine map of the image tokens at the end of every layer.
+
+Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality Integration Rate, arXiv 2410.07167.
+
+    ψ_k(f) = u_k · f + v_k   for image tokens f of layer k;  text tokens stay as they are               (5)
+
+    symbol   variable        shape
+    f        hidden_states   (B,T,D)  what leaves layer k; image tokens where image_mask (B,T)
+    u, v     self.u, self.v  (D,)     one pair a layer; u = 1, v = 0 at the start
+
+Where the paper is silent
+* Precision: float32 inside, then back; the text tokens are bit for bit those that came in (as in the released code).
+* Decoding: a generated token is text, so the map acts on the prompt alone.
+"""
+import torch
+from torch import Tensor, nn
+
+
+class MoCa(nn.Module):
+    """The map of one layer. The identity as made."""
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.u = nn.Parameter(torch.ones(hidden_size))
+        self.v = nn.Parameter(torch.zeros(hidden_size))
+
+    def forward(self, hidden_states: Tensor, image_mask: Tensor) -> Tensor:
+        """hidden_states (B,T,D), image_mask (B,T) bool → (B,T,D) of the same dtype."""
+        calibrated = self.u.float() * hidden_states.float() + self.v.float()                # eq. (5)
+        return torch.where(image_mask[..., None], calibrated.to(hidden_states.dtype), hidden_states)

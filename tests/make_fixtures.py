@@ -1,0 +1,144 @@
+"""Writes tests/fixtures/models: tiny checkpoints of every family with the values that transformers computes from them.
+
+Run by hand, where transformers 5.23 is installed (the tests need no transformers): python tests/make_fixtures.py
+Each folder is what `save_pretrained` writes, in float32, and golden.safetensors: inputs, every hidden state in
+transformers' convention (0 the embeddings, the last one of a decoder after its final norm), logits. Nothing here reads
+the code under test. Attention is "sdpa"; "attention", the mean over the heads in each layer, is of "eager", whose other
+values must agree. defaults.json holds what each config class of transformers says when its config.json says nothing.
+
+Weights are 0.3 N(0,1) and norms 1 + 0.3 N(0,1) (Gemma's, which add 1 themselves, 0.3 N(0,1)): as initialised by
+transformers, norms are 1 and biases 0, which would hide errors. Where an epsilon has to be seen, inputs are small.
+"""
+import copy
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import transformers as hf
+from safetensors.torch import save_file
+
+OUT = Path(__file__).resolve().parent / "fixtures" / "models"
+IMAGE_ID = 60
+SMALL = {"hidden_size": 16, "intermediate_size": 24}
+TEXT = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+VISION = {**SMALL, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
+TEXT_TOWER = {**TEXT, "num_hidden_layers": 1, "vocab_size": 8, "max_position_embeddings": 4}    # only to be ignored
+CLIP = {**VISION, "image_size": 16}
+LLAMA = {**TEXT, "rms_norm_eps": 1e-5}
+
+DECODERS = {  # family: model, its config, factor on the embeddings
+    "llama": (hf.LlamaForCausalLM, hf.LlamaConfig(**LLAMA), 0.1),
+    "mistral": (hf.MistralForCausalLM, hf.MistralConfig(
+        **TEXT, num_key_value_heads=2, sliding_window=5, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}), 0.3),
+    "phi": (hf.PhiForCausalLM, hf.PhiConfig(                                # 4 of 10 dimensions are rotated
+        **TEXT | {"hidden_size": 20, "num_attention_heads": 2}, layer_norm_eps=1e-4, resid_pdrop=0.0,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}), 0.1),
+    "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config(
+        **TEXT, num_key_value_heads=2, sliding_window=11, rms_norm_eps=1e-5), 0.1),
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(                        # sqrt(20) is no number of bfloat16
+        **TEXT | {"hidden_size": 20}, num_key_value_heads=1, head_dim=8), 0.1)}
+DEFAULTS = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "phi": hf.PhiConfig, "phi3": hf.Phi3Config,
+            "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
+            "siglip_vision_model": hf.SiglipVisionConfig}
+KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "max_position_embeddings", "hidden_act",
+        "tie_word_embeddings", "sliding_window", "rope_parameters", "image_size", "patch_size")
+
+
+def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """The same numbers for the same seed, whatever the order in which transformers makes its modules."""
+    with torch.no_grad():
+        for i, (name, p) in enumerate(sorted(model.named_parameters())):
+            generator = torch.Generator().manual_seed(1000 * seed + i)
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator))
+            if "norm" in name and name.endswith("weight") and "gemma" not in type(model).__name__.lower():
+                p.add_(1)
+    return model.eval()
+
+
+def numbers(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def finish(family: str, model: hf.PreTrainedModel, golden: dict[str, torch.Tensor]) -> None:
+    folder = OUT / family
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    save_file({name: t.detach().contiguous().clone() for name, t in golden.items()}, folder / "golden.safetensors")
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    size = sum(p.stat().st_size for p in folder.iterdir())
+    print(f"{family:8} {size / 1000:5.1f} KB", {n: tuple(t.shape) for n, t in golden.items()})
+
+
+def decoder(family: str, seed: int) -> None:
+    cls, config, factor = DECODERS[family]
+    model = randomize(cls._from_config(config, attn_implementation="sdpa"), seed)
+    input_ids = torch.randint(3, 60, (2, 12), generator=numbers(seed))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(factor)
+        out = model(input_ids, output_hidden_states=True, use_cache=False)
+        eager = cls._from_config(config, attn_implementation="eager").eval()
+        eager.load_state_dict(model.state_dict())
+        attentions = eager(input_ids, output_attentions=True, use_cache=False)
+        half = copy.deepcopy(model.model).bfloat16()
+        embeds = half.embed_tokens(input_ids)
+    assert torch.allclose(attentions.logits, out.logits, rtol=0, atol=5e-6)
+    finish(family, model, {"input_ids": input_ids, "hidden_states": torch.stack(out.hidden_states),
+                           "logits": out.logits, "attention": torch.stack(attentions.attentions).mean(2),
+                           "embeds_bfloat16": embeds, "normed_bfloat16": half.layers[0].input_layernorm(embeds)})
+
+
+def encoder(family: str, seed: int) -> None:
+    """The whole two-tower model is saved, as it is released; only the vision tower is run."""
+    if family == "clip":
+        config = hf.CLIPConfig(text_config=TEXT_TOWER, vision_config=CLIP, projection_dim=8)
+        cls, scale = hf.CLIPModel, 1.0
+    else:                            # 18 pixels hold 2 patches of 8; dark pictures, or the epsilon would not be seen
+        config = hf.SiglipConfig(text_config=TEXT_TOWER | {"projection_size": 16},
+                                 vision_config=VISION | {"image_size": 18})
+        cls, scale = hf.SiglipModel, 0.05
+    model = randomize(cls._from_config(config, attn_implementation="sdpa"), seed)
+    side = config.vision_config.image_size
+    with torch.no_grad():
+        if family == "siglip":
+            for p in model.vision_model.embeddings.parameters():
+                p.mul_(scale)
+        pixel_values = scale * torch.randn((2, 3, side, side), generator=numbers(seed))
+        out = model.vision_model(pixel_values, output_hidden_states=True)
+    finish(family, model, {"pixel_values": pixel_values, "hidden_states": torch.stack(out.hidden_states)})
+
+
+def llava(seed: int) -> None:
+    config = hf.LlavaConfig(vision_config=hf.CLIPVisionConfig(**CLIP), text_config=hf.LlamaConfig(**LLAMA),
+                            image_token_index=IMAGE_ID, vision_feature_layer=-2,
+                            vision_feature_select_strategy="default")
+    model = randomize(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa"), seed)
+    input_ids = torch.randint(3, 60, (2, 12), generator=numbers(seed))
+    input_ids[0, 3:7] = IMAGE_ID                                                           # 4 patches, at two places
+    input_ids[1, 1:5] = IMAGE_ID
+    pixel_values = torch.randn((2, 3, 16, 16), generator=numbers(seed))
+    with torch.no_grad():
+        out = model(input_ids=input_ids, pixel_values=pixel_values, output_hidden_states=True, use_cache=False)
+    image_embeds = out.image_hidden_states
+    finish("llava", model, {"input_ids": input_ids, "pixel_values": pixel_values, "image_embeds":
+                            image_embeds.reshape(2, 4, -1), "hidden_states": torch.stack(out.hidden_states),
+                            "logits": out.logits})
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    families = sys.argv[1:] or ["clip", "siglip", *DECODERS, "llava"]
+    for seed, family in enumerate(["clip", "siglip", *DECODERS, "llava"], start=1):
+        if family in families:
+            llava(seed) if family == "llava" else (decoder if family in DECODERS else encoder)(family, seed)
+    defaults = {family: cls().to_dict() for family, cls in DEFAULTS.items()}
+    defaults = {family: {k: v for k, v in fields.items() if k in KEPT} for family, fields in defaults.items()}
+    (OUT / "defaults.json").write_text(json.dumps(defaults, indent=1) + "\n")
+    total = sum(p.stat().st_size for p in OUT.rglob("*") if p.is_file())
+    print(json.dumps({"transformers": hf.__version__, "torch": torch.__version__, "bytes": total}))

@@ -1,0 +1,69 @@
+"""methods/moca.py: the map itself, and where the decoder applies it."""
+import pytest
+import torch
+from test_families import L, liuhaotian, renamed, store, tensors_of, tower, whole  # noqa: F401, tower and whole: fixtures
+from test_model import LENGTHS, batch_of, prompts, tiny, without_cache
+
+import weights
+from config import UserError
+from methods.moca import MoCa
+
+
+def test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit():
+    torch.manual_seed(0)
+    h, mask = torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5
+    moca = MoCa(4)
+    assert torch.equal(moca(h, mask), h), "it is not the identity at the start"
+    torch.nn.init.normal_(moca.u)
+    torch.nn.init.normal_(moca.v)
+    out = moca(h, mask)
+    for b in range(2):
+        for t in range(5):
+            wanted = [moca.u[d] * h[b, t, d] + moca.v[d] for d in range(4)] if mask[b, t] else h[b, t]
+            assert torch.equal(out[b, t], torch.stack(list(wanted)))
+    low = h.bfloat16()
+    assert moca(low, mask).dtype == torch.bfloat16 and torch.equal(moca(low, mask)[~mask], low[~mask])
+
+
+def calibrated():
+    model = tiny(torch.float32, moca=True)
+    for name, p in model.named_parameters():
+        if ".moca." in name:
+            torch.nn.init.normal_(p, mean=1.0 if name.endswith("u") else 0.0, std=0.5)
+    return model
+
+
+def test_it_acts_after_every_layer_on_image_positions_alone():
+    model, plain = calibrated(), tiny(torch.float32)
+    batch = batch_of(*prompts([9, 12]))
+    seen = {}
+    for key, m in (("with", model), ("without", plain)):
+        m(batch_of(batch.input_ids, batch.image_mask, batch.pixel_values.float()),
+          lambda i, h, _, key=key: seen.update({(key, i): h}))
+    before = batch.image_mask.cumsum(1) == 0
+    for i in (1, 2, 3):
+        assert torch.equal(seen["with", i][before], seen["without", i][before]), "text before the image changed"
+    first = model.language_model.moca[0](seen["without", 1], batch.image_mask)
+    assert torch.equal(seen["with", 1], first)
+
+
+def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
+    model = calibrated()
+    ids, masks, pixels = prompts(LENGTHS[:4])
+    answers = model.generate(ids, pixels.float(), 8, masks)
+    assert answers == [without_cache(model, i, m, p.float(), 8)[0] for i, m, p in zip(ids, masks, pixels)]
+    assert answers != tiny(torch.float32).generate(ids, pixels.float(), 8, masks)
+
+
+def test_released_moca_checkpoints_load_with_their_maps(tower, whole, tmp_path):  # noqa: F811
+    """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in config.json."""
+    maps = {f"model.layers.{n}.modality_layernorm.{p}": torch.randn(16) for n in range(2) for p in ("scale", "shift")}
+    tensors = {**renamed(tensors_of("llava"), *L, (r"vision_tower\.", None)), **maps}
+    model = weights.load(store(tmp_path / "moca", {**liuhaotian(), "use_moca": True}, tensors, "bin"), vision=tower)
+    for n, layer in enumerate(model.language_model.moca):
+        assert torch.equal(layer.u, maps[f"model.layers.{n}.modality_layernorm.scale"])
+        assert torch.equal(layer.v, maps[f"model.layers.{n}.modality_layernorm.shift"])
+    without = {n: p for n, p in model.named_parameters() if ".moca." not in n}
+    assert without.keys() == dict(whole.named_parameters()).keys()
+    with pytest.raises(UserError, match="left over"):
+        weights.load(store(tmp_path / "plain", liuhaotian(), tensors, "bin"), vision=tower)
