@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")    # threads that spin while they wait
+                                                                                # stall a machine that others use too
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -38,9 +40,9 @@ from toy import world
 # What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=1, gradient_checkpointing=False),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=2e-3, epochs=1, gradient_checkpointing=False)}
-TOY_PROJECTOR_SCALE = 2.0
+TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
+       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+TOY_PROJECTOR_SCALE = 0.25
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 TEMPLATE = {"pretrain": "plain", "finetune": "v1"}
 
@@ -67,7 +69,7 @@ class Config:
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
-    workers: int = option(2, "processes that prepare batches")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
@@ -290,7 +292,8 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
 
     stop = []                                             # a signal asks to save and leave after the current step
     before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
-    batches = iter(loader(data, order, cfg.workers, pin=ranks.device.type == "cuda"))
+    gpu = ranks.device.type == "cuda"
+    batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
     with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
         while step < steps:
             began = time.perf_counter()

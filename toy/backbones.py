@@ -229,7 +229,7 @@ def optimise(model, steps, lr, weight_decay):
 
 
 # ------------------------------------------------------------------------------------------------ LLaMA
-def train_llama(tokenizer, rng, steps=1500, batch=32, lr=3e-3):
+def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(),
               "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
               "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
