@@ -28,7 +28,7 @@ def clone(tmp_path_factory):
     world.write_text(small)
     subprocess.run([sys.executable, "toy/world.py", "--out", "data/world", "--seed", "1"], cwd=clone, check=True)
     (clone / "weights").mkdir()
-    for name, folder in [("clip-vit-large-patch14-336", "clip"), ("llama-2-7b-hf", "llm")]:
+    for name, folder in [("clip-vit-large-patch14-336", "clip"), ("vicuna-7b-v1.5", "llm")]:
         shutil.copytree(clone / "toy" / folder, clone / "weights" / name)
     shutil.copytree(clone / "data/world/images", clone / "data/558k")
     shutil.copyfile(clone / "data/world/pretrain.json", clone / "data/blip_laion_cc_sbu_558k.json")
@@ -81,7 +81,7 @@ def test_every_equation_leads_to_code_and_to_a_test():
     assert len(rows) >= 4
     for equations, file, function, test_file, test in rows:
         code = (ROOT / file).read_text()
-        assert re.search(rf"^def {function}\(", code, re.M), f"{file} has no {function}"
+        assert re.search(rf"^(def|class) {function}\(", code, re.M), f"{file} has no {function}"
         for number in re.findall(r"\(\d+\)", equations):
             assert re.search(rf"# eq\. [^\n]*{re.escape(number)}", code), f"no line of {file} carries # eq. {number}"
         assert re.search(rf"^def {test}\(", (ROOT / test_file).read_text(), re.M), f"{test_file} has no {test}"
@@ -91,6 +91,6 @@ def test_every_path_and_flag_that_is_named_exists():
     for name in re.findall(r"`((?:tests|runs|bench|toy|methods)/[\w./]+)`", README):
         assert (ROOT / name).exists(), f"README names {name}"
     flags = set(re.findall(r"`(--[a-z-]+)", README))
-    help_texts = "".join((ROOT / f).read_text() for f in ("train.py", "evaluate.py", "mir.py"))
+    help_texts = "".join((ROOT / f).read_text() for f in ("train.py", "evaluate.py", "mir.py", "export.py"))
     for flag in flags:
         assert flag[2:].replace("-", "_") + ":" in help_texts, f"README names {flag}"
