@@ -17,6 +17,7 @@ import shutil
 import signal
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -169,7 +170,8 @@ def start_ranks(cfg: Config) -> Ranks:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The first rank alone looks at the images of a data set: the others may have to wait for long.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
     return Ranks(rank, ranks, device, dtype)
 
 
