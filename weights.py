@@ -96,11 +96,16 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
 
 
+def is_mapped(path: Path) -> bool:
+    """Are tensors read from the file where they are asked for? Not in a .bin of before PyTorch 1.6, which is no zip."""
+    with open(path, "rb") as f:
+        return path.suffix == ".safetensors" or f.read(2) == b"PK"
+
+
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a .bin file, mapped into memory (a legacy one, of before PyTorch 1.6, is read)."""
     check_start(path)
-    with open(path, "rb") as f:
-        zipped = f.read(2) == b"PK"
+    zipped = is_mapped(path)
     if zipped and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
     try:
@@ -221,17 +226,21 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     for name, (path, key, rows) in here.items():
         by_file.setdefault(path, []).append((name, key, rows))
     for path, items in by_file.items():
-        with open_tensors(path) as f:
-            for name, key, rows in items:
-                tensor = f.get_tensor(key)
-                whole = tensor.shape
-                tensor = tensor[slice(*rows[:2])] if rows else tensor
-                if tensor.shape != wanted[name].shape or rows and whole[0] != rows[2]:
-                    made = (rows[2], *wanted[name].shape[1:]) if rows else tuple(wanted[name].shape)
-                    raise UserError(f"{path}: {key} has shape {tuple(whole)}, but the config makes it {made}")
-                owner, _, leaf = name.rpartition(".")
-                parameter = nn.Parameter(tensor.to(device, dtype or tensor.dtype, copy=True))
-                setattr(module.get_submodule(owner), leaf, parameter)
+        # What was read of a mapped file counts as memory in use until the file is closed: a few tensors at a time.
+        size = 8 if is_mapped(path) else len(items)
+        for some in (items[i:i + size] for i in range(0, len(items), size)):
+            with open_tensors(path) as f:
+                for name, key, rows in some:
+                    tensor = f.get_tensor(key)
+                    whole = tensor.shape
+                    tensor = tensor[slice(*rows[:2])] if rows else tensor
+                    if tensor.shape != wanted[name].shape or rows and whole[0] != rows[2]:
+                        made = (rows[2], *wanted[name].shape[1:]) if rows else tuple(wanted[name].shape)
+                        raise UserError(f"{path}: {key} has shape {tuple(whole)}, but the config makes it {made}")
+                    owner, _, leaf = name.rpartition(".")
+                    parameter = nn.Parameter(tensor.to(device, dtype or tensor.dtype, copy=True))
+                    setattr(module.get_submodule(owner), leaf, parameter)
+                    del tensor
     if tied:
         module.lm_head.weight = module.model["embed_tokens"].weight
 

@@ -76,7 +76,7 @@ def measure(load, folder: Path, queue) -> None:
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    queue.put((seconds, peak, float(model.lm_head.weight.float().sum())))
+    queue.put((seconds, peak, model.lm_head.weight.float().sum().item()))
 
 
 if __name__ == "__main__":
