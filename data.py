@@ -142,6 +142,9 @@ class ImageProcessor:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "ImageProcessor":
         c = read_json(Path(folder) / "preprocessor_config.json")
+        absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
+        if absent:
+            raise UserError(f"{folder}/preprocessor_config.json lacks {', '.join(absent)}: it is of another kind")
 
         def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
             return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]

@@ -32,7 +32,6 @@ class Assistant:
     template: str
     after_special: str
     pad: bool                   # images onto a square (stage 2) or centre crop (stage 1): as in training
-    folder: Path
 
     @classmethod
     def from_checkpoint(cls, ckpt, vision=None, llm=None, device: str = "auto", dtype: str = "auto") -> "Assistant":
@@ -41,7 +40,7 @@ class Assistant:
         device, dtype = weights.choose_device(device, dtype)
         model = weights.load(folder, vision, llm, dtype, device).eval()
         return cls(model, load_tokenizer(folder), ImageProcessor.from_folder(folder), c["template"], c["after_special"],
-                   c["pad"], folder)
+                   c["pad"])
 
     def answer(self, questions: list[tuple[str, Path | None]], max_new_tokens: int = 64) -> list[str]:
         """One batch of (text, image file or None) → greedy answers. Raises UserError for an unreadable image."""

@@ -146,14 +146,6 @@ def read_sentencepiece(path: Path) -> Tokenizer:
 
 
 # ------------------------------------------------------------------------------------------------ text
-def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """Id of a special token that the template needs."""
-    i = tokenizer.token_to_id(token)
-    if i is None:
-        raise UserError(f"the tokenizer has no {token!r}, which the template needs: it is another model's tokenizer")
-    return i
-
-
 def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
     """Ids of a text, no BOS added, and the (start, end) characters of each.
 

@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -260,10 +261,13 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     samples, without = read_samples(path)
     if images is None and any(s.get("image") is not None for s in samples):
         raise UserError(f"{path} names images: say with --images in which folder they are")
-    tokenizer = load_tokenizer(cfg.llm)
+    tokenizer, processor, vision = load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), vision_config(cfg)
     end(tokenizer, cfg.template)                          # else the template is another family's
-    data = Samples(samples, images or ".", tokenizer, ImageProcessor.from_folder(cfg.vision), cfg.template,
-                   vision_config(cfg).image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+    if processor.crop_size != vision.image_size:
+        raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
+                        f"config.json wants {vision.image_size}: they are not of one model")
+    data = Samples(samples, images or ".", tokenizer, processor, cfg.template, vision.image_tokens,
+                   cfg.max_length, cfg.stage == "finetune", cfg.after_special)
     found = ranks.gather(data.image_problems() if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
@@ -304,8 +308,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
-        state = torch.load(ckpt / "state.pt", map_location=ranks.device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(read_state(ckpt, ranks.device)["optimizer"])
     objective = Objective(model, cfg.loss)
     if ranks.ranks > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
@@ -373,6 +376,14 @@ def backward(objective: nn.Module, micro: list[Batch], count: dict[str, float], 
             total = t.total.detach()
             summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
     return list(summed.values())
+
+
+def read_state(ckpt: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(ckpt / "state.pt", map_location=device, weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{ckpt}/state.pt is missing or cut off ({str(e).splitlines()[0][:80]}): move {ckpt} away, and "
+                        "--resume goes on from what was saved before it") from None
 
 
 def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:

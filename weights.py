@@ -7,7 +7,7 @@ place. Nothing is skipped silently: a tensor missing, left over or of another sh
     python weights.py export CKPT OUT    a trained checkpoint → a llava-hf folder, for transformers
 
 A checkpoint of ours is a folder: config.json (everything needed to rebuild it), model.safetensors (what was trained in
-stage 1; everything after stage 2), state.pt (to resume), and copies of the tokenizer and of preprocessor_config.json.
+stage 1; everything after stage 2), state.pt (to resume), tokenizer.json and preprocessor_config.json.
 """
 import contextlib
 import dataclasses
@@ -144,7 +144,10 @@ def weight_files(folder: Path) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            shards = sorted(set(read_json(index)["weight_map"].values()))
+            places = read_json(index)
+            if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
+                raise UserError(f"{index} has no weight_map: download it again")
+            shards = sorted(set(places["weight_map"].values()))
             absent = [s for s in shards if not (folder / s).is_file()]
             if absent:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "

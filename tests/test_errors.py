@@ -1,8 +1,9 @@
 """Bad input, as typed by a user: one clear line, exit code 2, no traceback, nothing written over."""
 import json
+import shutil
 
 import pytest
-from conftest import call, launch
+from conftest import ROOT, call, launch
 from PIL import Image
 
 SCRIPTS = ("train.py", "evaluate.py", "mir.py")
@@ -125,6 +126,24 @@ def test_a_checkpoint_of_another_stage_or_cut_off_is_refused(data):
     path.write_bytes(path.read_bytes()[:-1000])
     refuses(call("evaluate.py", "--ckpt", folder / "2", "--image", folder / "0.png", "--prompt", "What?"),
             "model.safetensors is cut off")
+
+
+def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
+    samples, folder = data
+    assert train(samples, folder, "--save-every", "1").returncode == 0
+    ckpt = folder / "run" / "pretrain-2"
+    config = json.loads((ckpt / "config.json").read_text())
+    (ckpt / "config.json").write_text(json.dumps({**config, "steps": 4}))       # as if killed half-way
+    (ckpt / "state.pt").write_bytes((ckpt / "state.pt").read_bytes()[:500])
+    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/state.pt is missing or cut off")
+    vision = folder / "vision"
+    shutil.copytree(ROOT / "toy" / "clip", vision)
+    processor = json.loads((vision / "preprocessor_config.json").read_text())
+    (vision / "preprocessor_config.json").write_text(json.dumps({**processor, "crop_size": 32}))
+    refuses(train(samples, folder, "--vision", vision, out="2"), "images of 32 pixels, but config.json wants 48")
+    del processor["size"]
+    (vision / "preprocessor_config.json").write_text(json.dumps(processor))
+    refuses(train(samples, folder, "--vision", vision, out="2"), "preprocessor_config.json lacks size")
 
 
 def test_help_lists_every_flag_with_its_meaning():
