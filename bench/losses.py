@@ -3,9 +3,9 @@
     python bench/losses.py           ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, T=112
     python bench/losses.py --gpu     7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
-A step: forward, backward, clipping, AdamW. Times are medians over rounds in which every objective takes one step in turn;
-their ratios are medians over rounds too. Peak memory is measured in a process of its own, beyond what is there before the
-step (weights, their gradients, optimiser). basic-naive writes BASIC down literally: all attention maps, both
+A step: forward, backward, clipping, AdamW. Times are medians over rounds in which every objective takes one step in
+turn; their ratios are medians over rounds too. Peak memory is measured in a process of its own, beyond what is there
+before the step (weights, their gradients, optimiser). basic-naive writes BASIC down literally: all attention maps, both
 distributions whole.
 """
 import multiprocessing
@@ -175,7 +175,7 @@ def main() -> None:
             print(f"{name:18}{statistics.median(s[case] for s in rounds):10.3f}{ratio:8.3f}{peaks[case]:12.0f}"
                   f"{peaks[case] / peaks[base]:8.3f}")
         extra, naive = (peaks[c, False] - peaks[base] for c in ("basic", "basic-naive"))
-        print(f"BASIC's memory beyond ce's: {extra:.0f} MiB, written down naively {naive:.0f} MiB: {extra / naive:.3f} ×")
+        print(f"BASIC's memory beyond ce's: {extra:.0f} MiB; naively {naive:.0f} MiB; ratio {extra / naive:.3f}")
 
 
 if __name__ == "__main__":

@@ -46,5 +46,5 @@ def reconstruction_loss(hidden_states: Tensor, image_embeds: Tensor,
         d = 2 * d.sigmoid() - 1
     elif distance != "l2":
         raise ValueError(f"distance {distance!r} is not known; l2, inverse and sigmoid are")
-    total = d.mean(-1).sum()                                                                        # L_i of eq. (11)
+    total = d.mean(-1).sum()                                                                        # eq. (11), L_i
     return total, torch.tensor(len(d), device=d.device)
