@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from methods.moca import MoCa
@@ -252,16 +253,14 @@ class Attention(nn.Module):
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = q.shape[1] != k.shape[1]
-        if cache is None:
-            # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-        else:
-            keys, values, positions = cache
-            sample = torch.arange(len(x), device=x.device)[:, None]
-            keys[sample, :, positions] = k.transpose(1, 2)                                  # (B,T,K,d) into (B,K,S,d)
-            values[sample, :, positions] = v.transpose(1, 2)
-            S = mask.shape[-1]
-            y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, enable_gqa=gqa)
+        if cache is not None:
+            keys, values, rows, positions, end = cache                                      # (B,K,S,d) twice
+            keys[rows[:, None], :, positions] = k.transpose(1, 2)                           # (b,T,K,d) into them
+            values[rows[:, None], :, positions] = v.transpose(1, 2)
+            if end is not None:
+                k, v = keys[:, :, :end], values[:, :, :end]
+        # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         attention = None if asked is None else attention_to_image(q, k, *asked, self.window)
         return self.o_proj(y.transpose(1, 2).flatten(2)), attention
 
@@ -298,11 +297,23 @@ class DecoderLayer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B,K,S,d), written at each row's own positions."""
+    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions."""
     def __init__(self, c: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device):
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy(self, row: int, to: list[int], length: int) -> None:
+        """The first `length` slots of a row, into other rows."""
+        for t in (self.keys, self.values):
+            t[:, to, :, :length] = t[:, row:row + 1, :, :length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops the other rows, a layer at a time: a whole second cache may not fit."""
+        for t in (self.keys, self.values):
+            for layer in t:
+                layer[:len(rows)] = layer[rows]
+        self.keys, self.values = self.keys[:, :len(rows)], self.values[:, :len(rows)]
 
 
 class Decoder(nn.Module):
@@ -329,13 +340,14 @@ class Decoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
                 positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None) -> Tensor:
+                image_mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
         watch(i, h, attention) is called with each layer's index 1..L, its output (detached, before the final norm)
-        and, if asked = (rows, image_columns), its `attention_to_image`. With a cache: `positions` (B,T) of these
-        tokens and the number of cache slots in use, `end`."""
+        and, if asked = (rows, image_columns), its `attention_to_image`. A cache keeps the keys and values of these
+        tokens: the first ones of some of its `rows`, or with `end` those at `positions` (B,T) of all its rows, which
+        see the slots before `end` as well."""
         h = inputs_embeds
         c = self.config
         if positions is None:
@@ -344,13 +356,14 @@ class Decoder(nn.Module):
         if positions.dim() == 2:
             rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
         mask = None                                       # None: plain causal attention, the fastest kernel
-        if cache is not None:
+        if end is not None:
             # Slot j is visible from position ≥ j: what a shorter prompt's padding left stays hidden until overwritten.
             mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
+        rows = torch.arange(len(h), device=h.device) if rows is None else rows
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions), asked)
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end), asked)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -406,36 +419,85 @@ class Llava(nn.Module):
 
     @torch.inference_mode()
     def generate(self, input_ids: list[Tensor], pixel_values: Tensor, max_new_tokens: int = 128,
-                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None) -> list[list[int]]:
-        """Greedy answers to a batch of prompts of any lengths, as lists of ids without the end token.
+                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None,
+                 image_index=None) -> list[list[int]]:
+        """Greedy answers to B prompts of any lengths, as lists of ids without the end token.
 
         input_ids: 1-d tensors; image_mask: 1-d bool tensors marking the image positions (None: text only);
-        pixel_values (B,3,H,W). Prompts are padded on the right: each row writes its new tokens over its own padding."""
-        lm, device = self.language_model, pixel_values.device
-        lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
-        prompt = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)    # (B,T)
-        h = lm.embed(prompt)
-        mask = None
-        if image_mask is not None:
-            mask = nn.utils.rnn.pad_sequence(list(image_mask), batch_first=True).to(device)
-            h = self.merge(h, self.embed_images(pixel_values), mask)
-        B, T = prompt.shape
-        cache = KVCache(lm.config, B, T + max_new_tokens, h.dtype, device)
-        positions = torch.arange(T, device=device).expand(B, T)
-        h = lm(h, cache=cache, positions=positions, end=T, image_mask=mask)
-        h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) of the last token
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
+        pixel_values (I,3,H,W); image_index (B,): which of those each prompt is about (None: its own, I = B).
+
+        Each image is encoded once. What all prompts about it begin with is computed once, in the cache row of the first
+        of them, and copied to the others' rows. The rest of each prompt is padded on the right: each row writes its new
+        tokens over its own padding."""
+        lm, device, B = self.language_model, pixel_values.device, len(input_ids)
+        dtype = lm.model["embed_tokens"].weight.dtype
+        masks = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
+        image_of = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
+        images = self.embed_images(pixel_values) if any(m.any() for m in masks) else None   # (I,N,D)
+
+        def embed(rows: list[int], spans: list[slice]) -> tuple[Tensor, Tensor | None]:
+            """A span of each of these prompts with its image tokens, (b,T,D), and their image_mask, None if empty."""
+            h = lm.embed(pad_sequence([input_ids[r][s] for r, s in zip(rows, spans)], batch_first=True).to(device))
+            mask = pad_sequence([masks[r][s] for r, s in zip(rows, spans)], batch_first=True)
+            if not mask.any():
+                return h, None
+            mask = mask.to(device)
+            return self.merge(h, images[[image_of[r] for r in rows]], mask), mask
+
+        groups = {}                                          # rows by image; all those without one are a group
+        for r in range(B):
+            groups.setdefault(image_of[r] if masks[r].any() else None, []).append(r)
+        start = [0] * B                                      # where each row goes on after what its group shares
+        for rows in groups.values():
+            shared = shared_prefix([input_ids[r] for r in rows], [masks[r] for r in rows])
+            for r in rows:
+                start[r] = shared
+        length = [len(ids) for ids in input_ids]
+        rest = max(n - s for n, s in zip(length, start))
+        end = max(start) + rest
+        cache = KVCache(lm.config, B, max(end, max(length) + max_new_tokens), dtype, device)
+        if max(start) > 0:
+            firsts = [rows[0] for rows in groups.values()]
+            h, mask = embed(firsts, [slice(start[r]) for r in firsts])
+            lm(h, cache=cache, image_mask=mask, rows=torch.tensor(firsts, device=device))
+            for first, *others in groups.values():
+                cache.copy(first, others, start[first])
+        h, mask = embed(range(B), [slice(s, None) for s in start])                          # (B,rest,D)
+        start, length = torch.tensor([start, length], device=device)                        # (B,) each
+        positions = start[:, None] + torch.arange(rest, device=device)
+        h = lm(h, cache=cache, positions=positions, end=end, image_mask=mask)
+        h = h[torch.arange(B, device=device), length - start - 1]                           # (B,D) of the last token
+
+        token = lm.lm_head(h).argmax(-1)                                                    # (B,)
+
+        end = int(length.max())
+        answers = F.pad(token[:, None], (0, max_new_tokens - 1))                            # (B,new)
+        rows, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(1, max_new_tokens):
             if eos_token_id is not None:
-                done |= answers[-1] == eos_token_id
-                if done.all():
+                done |= token == eos_token_id
+                going = (~done).nonzero()[:, 0]
+                if len(going) == 0:
                     break
-            h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
-                   end=T + step)[:, 0]
-            answers.append(lm.lm_head(h).argmax(-1))
-        rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
-        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+                if len(going) <= len(rows) // 2:              # the ended rows cost more than it takes to drop them
+                    cache.keep(going)
+                    rows, length, token, done = rows[going], length[going], token[going], done[going]
+            h = lm(lm.embed(token[:, None]), cache=cache, positions=(length + step - 1)[:, None], end=end + step)
+            token = lm.lm_head(h[:, 0]).argmax(-1)                                          # (b,)
+            answers[rows, step] = token
+        return [a[:a.index(eos_token_id)] if eos_token_id in a else a for a in answers.tolist()]
+
+
+def shared_prefix(input_ids: list[Tensor], image_mask: list[Tensor]) -> int:
+    """How many tokens all prompts about one image begin with: fewer than any of them has, and not a part of the
+    image."""
+    n = min(len(ids) for ids in input_ids) - 1
+    same = torch.ones(n, dtype=torch.bool, device=input_ids[0].device)
+    for ids, mask in zip(input_ids, image_mask):
+        same &= (ids[:n] == input_ids[0][:n]) & (mask[:n] == image_mask[0][:n])
+    n = int(same.cumprod(0).sum())
+    cut = image_mask[0][:n].any() and any(mask[n:].any() for mask in image_mask)
+    return int(image_mask[0].int().argmax()) if cut else n
 
 
 def marked(mask: Tensor, width: int | None = None) -> Tensor:
