@@ -417,45 +417,37 @@ class Llava(nn.Module):
                                 image_mask=batch.image_mask)
         return Output(h, image_embeds, text_embeds)
 
-    @torch.inference_mode()
-    def generate(self, input_ids: list[Tensor], pixel_values: Tensor, max_new_tokens: int = 128,
-                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None,
-                 image_index=None) -> list[list[int]]:
-        """Greedy answers to B prompts of any lengths, as lists of ids without the end token.
-
-        input_ids: 1-d tensors; image_mask: 1-d bool tensors marking the image positions (None: text only);
-        pixel_values (I,3,H,W); image_index (B,): which of those each prompt is about (None: its own, I = B).
+    def prefill(self, input_ids: list[Tensor], pixel_values: Tensor, image_mask: list[Tensor], image_index: list[int],
+                room: int) -> tuple[KVCache, Tensor]:
+        """A cache of B prompts, with `room` for as many tokens behind each, and the hidden state (B,D) of their ends.
 
         Each image is encoded once. What all prompts about it begin with is computed once, in the cache row of the first
-        of them, and copied to the others' rows. The rest of each prompt is padded on the right: each row writes its new
-        tokens over its own padding."""
+        of them, and copied to the others' rows; so is what all prompts without an image begin with."""
         lm, device, B = self.language_model, pixel_values.device, len(input_ids)
-        dtype = lm.model["embed_tokens"].weight.dtype
-        masks = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
-        image_of = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
-        images = self.embed_images(pixel_values) if any(m.any() for m in masks) else None   # (I,N,D)
+        images = self.embed_images(pixel_values) if any(m.any() for m in image_mask) else None          # (I,N,D)
 
         def embed(rows: list[int], spans: list[slice]) -> tuple[Tensor, Tensor | None]:
-            """A span of each of these prompts with its image tokens, (b,T,D), and their image_mask, None if empty."""
+            """A span of each of these prompts, with its part of the image, (b,T,D), and image_mask, None if empty."""
             h = lm.embed(pad_sequence([input_ids[r][s] for r, s in zip(rows, spans)], batch_first=True).to(device))
-            mask = pad_sequence([masks[r][s] for r, s in zip(rows, spans)], batch_first=True)
+            mask = pad_sequence([image_mask[r][s] for r, s in zip(rows, spans)], batch_first=True)
             if not mask.any():
                 return h, None
             mask = mask.to(device)
-            return self.merge(h, images[[image_of[r] for r in rows]], mask), mask
+            return self.merge(h, images[[image_index[r] for r in rows]], mask), mask
 
-        groups = {}                                          # rows by image; all those without one are a group
+        groups = {}
         for r in range(B):
-            groups.setdefault(image_of[r] if masks[r].any() else None, []).append(r)
-        start = [0] * B                                      # where each row goes on after what its group shares
+            groups.setdefault(image_index[r] if image_mask[r].any() else None, []).append(r)
+        start = [0] * B                                      # of what a row does not share
         for rows in groups.values():
-            shared = shared_prefix([input_ids[r] for r in rows], [masks[r] for r in rows])
+            shared = shared_prefix([input_ids[r] for r in rows], [image_mask[r] for r in rows])
             for r in rows:
                 start[r] = shared
         length = [len(ids) for ids in input_ids]
         rest = max(n - s for n, s in zip(length, start))
-        end = max(start) + rest
-        cache = KVCache(lm.config, B, max(end, max(length) + max_new_tokens), dtype, device)
+        end = max(start) + rest                              # padded, no row's slots end later
+        dtype = lm.model["embed_tokens"].weight.dtype
+        cache = KVCache(lm.config, B, max(end, max(length) + room), dtype, device)
         if max(start) > 0:
             firsts = [rows[0] for rows in groups.values()]
             h, mask = embed(firsts, [slice(start[r]) for r in firsts])
@@ -466,12 +458,27 @@ class Llava(nn.Module):
         start, length = torch.tensor([start, length], device=device)                        # (B,) each
         positions = start[:, None] + torch.arange(rest, device=device)
         h = lm(h, cache=cache, positions=positions, end=end, image_mask=mask)
-        h = h[torch.arange(B, device=device), length - start - 1]                           # (B,D) of the last token
+        return cache, h[torch.arange(B, device=device), length - start - 1]
 
+    @torch.inference_mode()
+    def generate(self, input_ids: list[Tensor], pixel_values: Tensor, max_new_tokens: int = 128,
+                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None,
+                 image_index=None) -> list[list[int]]:
+        """Greedy answers to B prompts of any lengths, as lists of ids without the end token.
+
+        input_ids: 1-d tensors; image_mask: 1-d bool tensors marking the image positions (None: text only);
+        pixel_values (I,3,H,W); image_index (B,): which of those each prompt is about (None: its own, I = B). Prompts
+        are padded on the right: each row writes its new tokens over its own padding. An answer depends on neither the
+        other prompts nor their order, up to the rounding of sums: two logits that are equal to 1e-5 may change places.
+        """
+        lm, device, B = self.language_model, pixel_values.device, len(input_ids)
+        image_mask = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
+        image_index = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
+        cache, h = self.prefill(input_ids, pixel_values, image_mask, image_index, max_new_tokens)
         token = lm.lm_head(h).argmax(-1)                                                    # (B,)
-
-        end = int(length.max())
         answers = F.pad(token[:, None], (0, max_new_tokens - 1))                            # (B,new)
+        positions = torch.tensor([len(ids) for ids in input_ids], device=device)            # (B,) of that token
+        end = max(len(ids) for ids in input_ids)
         rows, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(1, max_new_tokens):
             if eos_token_id is not None:
@@ -479,11 +486,11 @@ class Llava(nn.Module):
                 going = (~done).nonzero()[:, 0]
                 if len(going) == 0:
                     break
-                if len(going) <= len(rows) // 2:              # the ended rows cost more than it takes to drop them
+                if len(going) <= len(rows) // 2:             # by halves: dropping rows copies those that stay
                     cache.keep(going)
-                    rows, length, token, done = rows[going], length[going], token[going], done[going]
-            h = lm(lm.embed(token[:, None]), cache=cache, positions=(length + step - 1)[:, None], end=end + step)
-            token = lm.lm_head(h[:, 0]).argmax(-1)                                          # (b,)
+                    rows, token, positions, done = (t[going] for t in (rows, token, positions, done))
+            h = lm(lm.embed(token[:, None]), cache=cache, positions=positions[:, None], end=end + step)
+            token, positions = lm.lm_head(h[:, 0]).argmax(-1), positions + 1                # (b,)
             answers[rows, step] = token
         return [a[:a.index(eos_token_id)] if eos_token_id in a else a for a in answers.tolist()]
 
