@@ -496,14 +496,14 @@ class Llava(nn.Module):
 
 
 def shared_prefix(input_ids: list[Tensor], image_mask: list[Tensor]) -> int:
-    """How many tokens all prompts about one image begin with: fewer than any of them has, and not a part of the
-    image."""
+    """The number of tokens that all prompts about one image begin with; fewer than any of them has, for an answer
+    begins with the logits of the last, and with the image whole or not at all."""
     n = min(len(ids) for ids in input_ids) - 1
     same = torch.ones(n, dtype=torch.bool, device=input_ids[0].device)
     for ids, mask in zip(input_ids, image_mask):
         same &= (ids[:n] == input_ids[0][:n]) & (mask[:n] == image_mask[0][:n])
     n = int(same.cumprod(0).sum())
-    cut = image_mask[0][:n].any() and any(mask[n:].any() for mask in image_mask)
+    cut = image_mask[0][:n].any() and image_mask[0][n:].any()
     return int(image_mask[0].int().argmax()) if cut else n
 
 

@@ -98,14 +98,14 @@ def test_the_same_question_about_two_images_has_two_answers():
 
 def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(monkeypatch):
     model = tiny(torch.float32)
-    ids, masks, pixels = prompts([2 + N + 3] * 6)
-    for i in range(6):
+    ids, masks, pixels = prompts([2 + N + 3] * 6 + [5], without_image=[6])
+    for i in range(7):
         ids[i][:2] = ids[0][:2]
-        ids[i][2 + N] = i + 3                                                   # so nothing more is shared
+        ids[i][2 + N * masks[i].any()] = i + 3                                  # so nothing more is shared
     encoded, decoded = spy(monkeypatch, model.vision_tower), spy(monkeypatch, model.language_model)
-    model.generate(ids, pixels[:2].float(), 3, masks, image_index=[0, 1, 0, 0, 1, 0])
+    model.generate(ids, pixels[:2].float(), 3, masks, image_index=[0, 1, 0, 0, 1, 0, 0])
     assert [len(out) for out in encoded] == [2]
-    assert [tuple(out.shape[:2]) for out in decoded] == [(2, 2 + N), (6, 3), (6, 1), (6, 1)]
+    assert [tuple(out.shape[:2]) for out in decoded] == [(3, 2 + N), (7, 3), (7, 1), (7, 1)]     # text shares apart
 
 
 def test_text_alone_encodes_no_image(monkeypatch):
