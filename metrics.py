@@ -64,7 +64,8 @@ def vqa_norm(text: str, m4c: bool = True) -> str:
     comma = re.search(r"(?<=\d),+(?=\d)", text)
     before = text
     for p in ";/[]\"{}()=+\\_-><@`,?!":
-        text = text.replace(p, "" if comma or p + " " in before or " " + p in before else " ")
+        if p in before:
+            text = text.replace(p, "" if comma or p + " " in before or " " + p in before else " ")
     text = re.sub(r"\.(?!\d)", "", text, count=32)      # the 32 is the official scorer's: a flag passed as a count
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
