@@ -26,6 +26,7 @@ from config import UserError
 IMAGE = "<image>"
 SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
 BLOCK = 1 << 22       # bytes read at a time
+DECODE = json.JSONDecoder().raw_decode
 SPACE = re.compile(r"[ \t\r\n]*")                               # what JSON calls white space
 HEADER = struct.Struct("<8sqqI")                                # VERSION, the data's size and mtime, crc of the entries
 VERSION = b"samples1"
@@ -112,8 +113,8 @@ class Window:
         size = self.block
         while True:
             try:
-                value, end = json.JSONDecoder().raw_decode(self.text, self.at)
-                if end < len(self.text) or self.ended:          # else it may be a number's first digits
+                value, end = DECODE(self.text, self.at)
+                if end + 2 < len(self.text) or self.ended:      # else it may be a number's start: 1 of 1e+9
                     self.advance(end)
                     return value
             except json.JSONDecodeError as e:
@@ -130,7 +131,7 @@ class Window:
 
 def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
     """(first byte, bytes, value) of each element of a JSON list. Raises UserError with the byte of what is no JSON."""
-    window, n = Window(file, block), 0
+    window = Window(file, block)
     try:
         if window.peek() != "[":
             window.value()
@@ -144,7 +145,6 @@ def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
             start = window.start
             value = window.value()
             yield start, window.start - start, value
-            n += 1
             mark = window.peek()
             if mark not in (",", "]"):
                 raise ValueError(f"Expecting ',' or ']': byte {window.start}")
@@ -153,8 +153,7 @@ def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
             raise ValueError(f"Extra data: byte {window.start}")
     except ValueError as e:
         size = os.fstat(file.fileno()).st_size
-        raise UserError(f"{path} is not JSON ({e} of {size}, after {n} whole samples): mend it, or download it again"
-                        ) from None
+        raise UserError(f"{path} is not JSON ({e} of {size}): mend it, or download it again") from None
 
 
 def lines(file, path: Path) -> Iterator[tuple]:
