@@ -5,7 +5,8 @@
 
 Each side runs in a process of its own; its peak memory is sampled every 2 ms, beyond what it had after its imports.
 `own` is memory of the process alone, `mapped` are pages of files, which all processes of a machine share.
-json.load holds the whole file as Python objects: it is measured on a tenth, and said so.
+`cpu` are seconds of a core: where a machine does other work too, they say more than the clock's. json.load makes Python
+objects of the whole file: it is measured on a tenth of the samples, and the line says so.
 """
 import json
 import multiprocessing
@@ -52,38 +53,33 @@ def write(path: Path, n: int) -> None:
         f.write("]")
 
 
-# ------------------------------------------------------------------------------------------------ the two sides
-def index(path: Path) -> dict:
-    samples, _ = read_samples(path)
-    return {"samples": len(samples)}
-
-
-def start(path: Path) -> dict:
-    """What a rank does at its start and then at every step, without pictures."""
-    began = time.perf_counter()
+# ------------------------------------------------------------------------------------------------ the sides
+def start(path: Path) -> tuple:
+    """What a rank does before its first batch, but for pictures. The first time, the index is made."""
     samples, _ = read_samples(path)
     order = iter(Order(len(samples), 128, 16, 1, samples.lengths()))
-    batch = next(order)
-    done = {"start-up": time.perf_counter() - began}
-    began = time.perf_counter()
-    for _ in range(500):
+    return samples, order, next(order)
+
+
+def read(path: Path) -> None:
+    """16,000 samples more, in the order of training."""
+    samples, order, batch = start(path)
+    for _ in range(1000):
         for i in batch:
             assert samples[i]["conversations"]
         batch = next(order)
-    return done | {"reading a sample": (time.perf_counter() - began) / (500 * len(batch))}
 
 
-def order(path: Path) -> dict:
+def sort(path: Path) -> None:
+    """Ten epochs' orders."""
     samples, _ = read_samples(path)
-    lengths = samples.lengths()
-    began = time.perf_counter()
-    epoch_order(len(samples), 128, 1, 0, lengths)
-    return {"epoch_order": time.perf_counter() - began}
+    for epoch in range(10):
+        epoch_order(len(samples), 128, 1, epoch, samples.lengths())
 
 
-def load(path: Path) -> dict:
+def load(path: Path) -> None:
     kept = json.load(open(path, encoding="utf-8"))
-    return {"samples": len(kept)}
+    assert all("conversations" in s for s in kept)
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -101,12 +97,12 @@ def measure(job, path: Path, queue) -> None:
                 peak[k] = max(peak[k], v - before[k])
     watcher = threading.Thread(target=sample)
     watcher.start()
-    began = time.perf_counter()
-    result = job(path)
-    seconds = time.perf_counter() - began
+    began, cpu = time.perf_counter(), time.process_time()
+    kept = job(path)                                            # noqa: F841, still in memory at the end
+    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     done.set()
     watcher.join()
-    queue.put({"seconds": seconds, **result, **peak})
+    queue.put({"seconds": seconds, "cpu": cpu, **peak})
 
 
 def child(job, path: Path) -> dict:
@@ -142,24 +138,21 @@ def main() -> None:
         write(path, cfg.samples)
         write(tenth, cfg.samples // 10)
         size = path.stat().st_size
-        print(f"{cfg.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond the imports")
-        once = child(index, path)
-        place = path.with_name(".data.json.index").stat().st_size
-        print(f"index, once        {once['seconds']:7.1f} s   {size / once['seconds'] / 1e6:.0f} MB/s   own "
-              f"{once['own']:6.0f}   mapped {once['mapped']:4.0f}   ({place / 2**20:.0f} MiB on disk)")
-        for name, job, key in [("start-up after it", start, "start-up"), ("an epoch's order", order, "epoch_order")]:
-            r = child(job, path)
-            print(f"{name:18} {r[key]:7.2f} s              own {r['own']:6.0f}   mapped {r['mapped']:4.0f}"
-                  + (f"   then {r['reading a sample'] * 1e6:.0f} µs a sample" if job is start else ""))
-        r = child(load, tenth)
-        print(f"json.load, × 10    {10 * r['seconds']:7.1f} s              own {10 * r['own']:6.0f}   mapped "
-              f"{10 * r['mapped']:4.0f}   (measured on {cfg.samples // 10:,} samples)")
+        print(f"{cfg.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond the imports", flush=True)
+        for name, job, file, times in [
+                ("index made", start, path, 1), ("start-up after it", start, path, 1),
+                ("and 16,000 samples", read, path, 1), ("ten epochs' orders", sort, path, 1),
+                ("json.load, × 10", load, tenth, 10)]:
+            r = {k: v * times for k, v in child(job, file).items()}
+            on = f"   (measured on {cfg.samples // times:,} samples)" * (times > 1)
+            print(f"{name:20} {r['seconds']:7.2f} s   cpu {r['cpu']:7.2f} s   own {r['own']:6.0f}   mapped "
+                  f"{r['mapped']:4.0f}{on}", flush=True)
         lengths = read_samples(path)[0].lengths()
         for ranks in [[1], [3], [8], [8, 3, 1], [1, 8]]:
             began = time.perf_counter()
             seen = visits(len(lengths), lengths, ranks)
             assert (seen[:-1] == 1).all(), f"on {ranks} ranks {(seen[:-1] != 1).sum()} samples come not once"
-            print(f"an epoch on {' then '.join(map(str, ranks)):12} ranks: each of {len(lengths):,} samples once, "
+            print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} samples once, "
                   f"{seen[-1]} fillers   ({time.perf_counter() - began:.1f} s)")
 
 

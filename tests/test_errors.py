@@ -140,7 +140,9 @@ def test_a_look_at_what_is_not_there_is_one_line(data):
                             (["--check", folder / "data.json"], "names images: say with --images"),
                             (["--check", folder / "data.json", "--images", folder / "x"], "x is not a folder"),
                             (["--check", folder / "data.json", "--images", folder, "--out", folder / "x" / "y"],
-                             "cannot be written: No such file")]:
+                             "cannot be written: No such file"),
+                            (["--check", folder / "data.json", "--images", folder, "--llm", ROOT / "toy" / "llm",
+                              "--template", "gemma"], "which template gemma needs")]:
         refuses(call("data.py", *arguments), says)
 
 

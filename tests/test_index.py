@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -248,6 +249,14 @@ def test_a_copy_for_another_process_is_small_and_reads_the_same(data):
     for other in (pickle.loads(raw), copy.copy(data.samples)):
         assert [other[i] for i in range(len(other))] == [data.samples[i] for i in range(len(data))]
         assert isinstance(other.entries, np.memmap)
+
+
+def test_many_may_read_at_a_time(data):
+    """Threads here; processes that were forked share a file's position in the same way."""
+    numbers = list(range(len(data))) * 60
+    with ThreadPoolExecutor(8) as pool:
+        for i, s in zip(numbers, pool.map(data.samples.__getitem__, numbers)):
+            assert s["id"] == f"s{i + (i >= 4)}"
 
 
 def test_images_are_looked_at_once_each_and_named(tmp_path):
