@@ -236,8 +236,13 @@ class Batch:
     attention_mask: Tensor    # (B,T) bool, False: padding
     pixel_values: Tensor      # (B,3,H,W) float32
     has_image: Tensor         # (B,) bool
+    reconstruct: Tensor       # (B,) bool, VDEP mode: the image alone, to be predicted
     ids: list[str] = field(default_factory=list)      # of the samples, for messages
     bad: list[str] = field(default_factory=list)      # images that could not be read
+
+    def text_after_image(self) -> Tensor:
+        """(B,T) bool: the text tokens that see an image."""
+        return self.attention_mask & ~self.image_mask & (self.image_mask.cumsum(1) > 0)
 
     def to(self, device) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -248,8 +253,8 @@ class Batch:
 
 
 def collate(samples: list[tuple], image_size: int) -> Batch:
-    """samples: (input_ids, labels, image_mask, pixel_values or None, id, problem or None) each."""
-    ids, labels, masks, pixels, names, problems = zip(*samples)
+    """samples: (input_ids, labels, image_mask, pixel_values or None, reconstruct, id, problem or None) each."""
+    ids, labels, masks, pixels, reconstruct, names, problems = zip(*samples)
 
     def pad(rows, value):
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
@@ -257,7 +262,8 @@ def collate(samples: list[tuple], image_size: int) -> Batch:
     return Batch(pad(ids, PLACEHOLDER), pad(labels, IGNORE), pad(masks, False),
                  pad([torch.ones(len(i), dtype=torch.bool) for i in ids], False),
                  torch.stack([zero if p is None else p for p in pixels]),
-                 torch.tensor([bool(m.any()) for m in masks]), list(names), [p for p in problems if p])
+                 torch.tensor([bool(m.any()) for m in masks]), torch.tensor(reconstruct), list(names),
+                 [p for p in problems if p])
 
 
 def read_jsonl(path: Path) -> list:
@@ -308,7 +314,8 @@ def question_file(ckpt: Path, data: str | None, images: str | None, default: str
 
 
 class Samples(torch.utils.data.Dataset):
-    """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch.
+    """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch;
+    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
     def __init__(self, samples: SampleFile | list[dict], images: str | Path, tokenizer: Tokenizer,
@@ -317,7 +324,7 @@ class Samples(torch.utils.data.Dataset):
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
         self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
         bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
-        self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None
+        self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None, False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -325,8 +332,12 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple:
         if i < 0:
             return *self.filler, "filler", None
+        reconstruct = i >= len(self)
+        i -= len(self) * reconstruct
         s = self.samples[i]
         name = str(s.get("id", i))
+        if reconstruct and s.get("image") is None:
+            return *self.filler, name, None
         pixels = None
         if s.get("image") is not None:
             path = self.images / s["image"]
@@ -334,19 +345,26 @@ class Samples(torch.utils.data.Dataset):
                 pixels = self.processor(open_image(path), self.pad)
             except ValueError as e:
                 return *self.filler, name, f"{path}: {e}"
-        return *encode(s["conversations"], self.tokenizer, *self.text), pixels, name, None
+        turns = [{"from": "human", "value": IMAGE}] if reconstruct else s["conversations"]
+        return *encode(turns, self.tokenizer, *self.text), pixels, reconstruct, name, None
 
 
 # ------------------------------------------------------------------------------------------------ order
-def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None,
+                again: int = 0) -> np.ndarray:
     """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once, then fillers (-1).
+
+    again (without lengths): so many samples, drawn anew every epoch, come a second time in VDEP mode, as number + n.
 
     With lengths (negative: text alone) a batch is all image or all text, but for the one that takes both remainders,
     and its samples are sorted by length, so that those of a micro-batch need little padding (LLaVA's grouping)."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(np.arange(n, dtype=np.int32))       # 4 bytes a sample: there are millions
+    numbers = np.arange(n, dtype=np.int32)                      # 4 bytes a sample: there may be millions
+    order = rng.permutation(numbers)
+    if again:
+        order = rng.permutation(np.append(order, n + rng.permutation(numbers)[:again]))
     if lengths is None:
-        return np.append(order, np.full(-n % global_batch, -1, np.int32)).reshape(-1, global_batch)
+        return np.append(order, np.full(-len(order) % global_batch, -1, np.int32)).reshape(-1, global_batch)
     text = lengths[order] < 0
     kinds = order[~text], order[text]
     whole = [k[:len(k) // global_batch * global_batch].reshape(-1, global_batch) for k in kinds]
@@ -364,17 +382,16 @@ class Order:
 
     Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it does not matter."""
     def __init__(self, n: int, global_batch: int, micro_batch: int, seed: int, lengths: np.ndarray | None = None,
-                 rank: int = 0, ranks: int = 1, start: int = 0):
-        self.args = n, global_batch, seed
-        self.lengths, self.micro_batch, self.rank, self.ranks, self.start = lengths, micro_batch, rank, ranks, start
-        self.steps_per_epoch = -(-n // global_batch)
+                 rank: int = 0, ranks: int = 1, start: int = 0, again: int = 0):
+        self.args, self.kinds = (n, global_batch, seed), (lengths, again)
+        self.micro_batch, self.rank, self.ranks, self.start = micro_batch, rank, ranks, start
+        self.steps_per_epoch = -(-(n + again) // global_batch)
 
     def __iter__(self):
-        n, global_batch, seed = self.args
         epoch, first = divmod(self.start, self.steps_per_epoch)
         while True:
-            for batch in epoch_order(n, global_batch, seed, epoch, self.lengths)[first:]:
-                for a in range(self.rank, global_batch // self.micro_batch, self.ranks):
+            for batch in epoch_order(*self.args, epoch, *self.kinds)[first:]:
+                for a in range(self.rank, len(batch) // self.micro_batch, self.ranks):
                     yield batch[a * self.micro_batch:(a + 1) * self.micro_batch].tolist()
             epoch, first = epoch + 1, 0
 

@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -66,6 +66,7 @@ class Config:
     """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
     stage: Literal["both", "pretrain", "finetune"] = option("both", "both: the toy's two stages in one go")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
+    moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
     vision: str = option("toy/clip", "folder of the vision encoder")
     llm: str = option("toy/llm", "folder of the language model")
     projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
@@ -87,6 +88,17 @@ class Config:
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
+    vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
+    vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
+    vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
+    vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
+    vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum is the paper to the letter")
+    basic_k: int | None = option(None, "shallow layers that refine for BASIC; unset: half of them")
+    basic_weights: Literal["increasing", "constant", "decreasing"] = option("increasing", "of those layers")
+    basic_degree: Literal["attention", "equal"] = option("attention", "how much an image token is supervised")
+    basic_das: float = option(1.0, "weight of BASIC's direction loss; 0: off")
+    basic_sds: float = option(0.01, "weight of BASIC's semantic loss; 0: off")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
@@ -107,9 +119,16 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
             cfg = replace(cfg, **{name: value})
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "basic_k"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
+    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
+        if not 0 <= getattr(cfg, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to {most}, not {getattr(cfg, name)}")
+    for f in fields(cfg):
+        loss = f.name.split("_")[0]
+        if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
+            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {loss}; this is --loss {cfg.loss}")
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
@@ -232,9 +251,15 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
         torch.manual_seed(cfg.seed)
         projector = Projector(*sizes).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
+    if source and not whole:
+        weights.load_moca(source, llm, torch.float32, ranks.device)
+    if cfg.moca and not llm.config.moca:
+        llm.add_moca()
     model = Llava(vision, projector, llm)
     model.vision_tower.requires_grad_(False)
     model.language_model.requires_grad_(trained_llm)
+    if cfg.moca:
+        llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
     return model
 
@@ -307,14 +332,15 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
+    again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
+    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
         optimizer.load_state_dict(read_state(ckpt, ranks.device)["optimizer"])
-    objective = Objective(model, cfg.loss)
+    objective = Objective(model, cfg)
     if ranks.ranks > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     if ranks.first:
@@ -486,6 +512,9 @@ def main() -> None:
     check_out(cfg, out)
     for folder, check in [(cfg.vision, weights.vision_config), (cfg.llm, weights.decoder_config)]:
         check(folder)
+    layers = weights.decoder_config(cfg.llm).num_hidden_layers
+    if cfg.basic_k and cfg.basic_k > layers:
+        raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
     if cfg.projector:
         stage_checkpoint(cfg.projector, "pretrain")
     if not toy and not Path(cfg.data).is_file():
