@@ -32,8 +32,7 @@ from data import FAMILY_TEMPLATE, ImageProcessor, begin, end
 from model import ACTIVATIONS, Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from tokenizer import load_tokenizer
 
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model",
-         "language_model.moca": "MoCa"}
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
 CODE_VERSION = 1
 
 # Names in released files → names in `Llava`: every rule is tried once, in this order. A name that becomes "" is known
@@ -218,7 +217,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     here = unfuse(here, module.config if isinstance(module, Decoder) else None)
     if tied:
         here.pop("lm_head.weight", None)
-    what = PARTS[prefix]
+    what = PARTS.get(prefix, prefix)
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
     for problem, names in [("are missing", [n for n in wanted if n not in here]),
