@@ -1,6 +1,6 @@
 """Time and peak memory of one training step for every objective, as ratios to cross-entropy in the same run.
 
-    python bench/losses.py             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 text tokens
+    python bench/losses.py             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 words
     python bench/losses.py --text 48   the same with short texts
     python bench/losses.py --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
