@@ -625,11 +625,11 @@ def load(name: str, data: Path, images: Path | None = None, labels: Path | None 
         seen[number] += 1
         if seen[number] > 1 and not benchmark.repeats:
             raise UserError(f"{files[0]}: question id {number} is there twice")
+        category = None if missing(r.get("category")) or r["category"] == "default" else str(r["category"])
         samples.append(Sample(
             number if seen[number] == 1 else f"{number}#{seen[number]}", prompt_of(benchmark, r, style),
-            locate(image, images, files[0]), reference(r.get("answer")),
-            None if missing(r.get("category")) else str(r["category"]), [str(o) for o in r.get("options") or []], r,
-            outline(r, region)))
+            locate(image, images, files[0]), reference(r.get("answer")), category,
+            [str(o) for o in r.get("options") or []], r, outline(r, region)))
     if name == "textvqa":
         lines = sum(OCR in s.prompt for s in samples)
         info["ocr"] = "on" if lines == len(samples) else "off" if not lines else f"on for {lines} of {len(samples)}"

@@ -206,74 +206,77 @@ def answer_samples(assistant: Assistant, samples: list[Sample], done: dict, path
             at += len(batch)
 
 
+def ask(cfg: "Config", name: str, samples: list[Sample], settings: dict, folder: Path, out: Path,
+        max_new_tokens: int) -> tuple[dict[str, str], list[int]] | None:
+    """The checkpoint's answers by id, and the batch sizes they were made with; on ranks other than 0 None. What a
+    stopped run has left in `out` is taken over if its settings were these."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if torch.cuda.is_available() and cfg.device != "cpu":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if ranks > 1:                             # the first rank that is done may wait for hours
+        dist.init_process_group("gloo", timeout=timedelta(days=7))
+    if cfg.overwrite and rank == 0:
+        for path in out.glob("pred.rank*.jsonl"):
+            path.unlink()
+    if ranks > 1:
+        dist.barrier()
+    done, _ = done_before(out, settings)
+    if any(s.id not in done for s in samples):
+        assistant = Assistant.from_checkpoint(folder, cfg.vision, cfg.llm, cfg.device, cfg.dtype, settings["template"])
+        header = {"settings": settings, "batch_size": cfg.batch_size}
+        answer_samples(assistant, samples, done, out / f"pred.rank{rank}of{ranks}.jsonl", header, cfg.batch_size,
+                       max_new_tokens, rank, ranks, name)
+    if ranks > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return done_before(out, settings) if rank == 0 else None
+
+
 # ------------------------------------------------------------------------------------------------ a benchmark
 def run_benchmark(cfg: "Config", name: str) -> None:
-    """Loads, answers (or reads answers), scores, writes and prints; rank 0 does all but the answering."""
-    data, images, labels = [None if p is None else Path(p) for p in (cfg.data, cfg.images, cfg.labels)]
-    if data is None:
+    """Loads, answers (or reads answers), scores, writes and prints. All ranks answer, the first does the rest."""
+    if cfg.data is None:
         raise UserError(f"--bench {name} wants --data: its file, or the folder that holds it")
-    benchmark = BENCHMARKS[name]
-    if cfg.metric:
-        benchmark = replace(benchmark, score=cfg.metric)
-    max_new = cfg.max_new_tokens or benchmark.max_new
-    if cfg.score_only:
-        rank, ranks, folder, source = 0, 1, None, Path(cfg.score_only)
-    else:
-        rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    data, images, labels, given, out = [None if p is None else Path(p) for p in (
+        cfg.data, cfg.images, cfg.labels, cfg.score_only, cfg.out)]
+    benchmark = replace(BENCHMARKS[name], score=cfg.metric) if cfg.metric else BENCHMARKS[name]
+    max_new, folder = cfg.max_new_tokens or benchmark.max_new, None
+    if given is None:
         folder = weights.checkpoint_folder(cfg.ckpt)
         c = read_json(folder / "config.json")
         template = cfg.template or c["template"]
         if template == "plain":
             raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: "
                             "--template v1 asks nevertheless; expect answers that cannot be parsed")
-    if cfg.score_only and images is None:
+    elif images is None:
         images = Path()                                           # nobody looks at them
     samples, info = load(name, data, images, labels, cfg.split, cfg.style, cfg.ocr, cfg.region)
+    settings = {k: v for k, v in info.items() if k in ("split", "style", "ocr", "region")}
     asked = what_is_asked(samples)
     partial = cfg.limit is not None and cfg.limit < len(samples)
     samples = samples[:cfg.limit]
-    settings = {k: v for k, v in info.items() if k in ("split", "style", "ocr", "region")}
-    if name == "own":
-        settings["metric"] = benchmark.score
 
-    if cfg.score_only:
-        out = Path(cfg.out) if cfg.out else source.parent / f"{source.stem}.scored"
+    if given is None:
+        absent(samples)
+        out = (out or folder.parent / "eval" / folder.name) / (f"{name}-{cfg.split}" if cfg.split else name)
+        out.mkdir(parents=True, exist_ok=True)
+        dtype = str(weights.choose_device(cfg.device, cfg.dtype)[1]).removeprefix("torch.")
+        settings.update(checkpoint=fingerprint(folder), questions=asked, template=template, dtype=dtype, pad=c["pad"],
+                        after_special=c["after_special"], max_new_tokens=max_new, code_version=weights.CODE_VERSION)
+        answered = ask(cfg, name, samples, settings, folder, out, max_new)
+        if answered is None:
+            return
+        predictions, settings["batch_size"] = answered
+    else:
+        out = out or given.parent / f"{given.stem}.scored"
         if (out / "results.json").exists() and not cfg.overwrite:
             raise UserError(f"{out} holds results already: --overwrite, or another --out")
         out.mkdir(parents=True, exist_ok=True)
-        predictions = read_answers(source, samples, benchmark.repeats, info["counts"])
-        settings["answers"] = str(source)
-    else:
-        absent(samples)
-        out = (Path(cfg.out) if cfg.out else folder.parent / "eval" / folder.name) / (
-            name if cfg.split is None else f"{name}-{cfg.split}")
-        out.mkdir(parents=True, exist_ok=True)
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        if torch.cuda.is_available() and cfg.device != "cpu":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dtype = weights.choose_device(cfg.device, cfg.dtype)[1]
-        settings.update(checkpoint=fingerprint(folder), questions=asked, template=template,
-                        after_special=c["after_special"], pad=c["pad"], dtype=str(dtype).removeprefix("torch."),
-                        max_new_tokens=max_new, code_version=weights.CODE_VERSION)
-        if ranks > 1:                     # the first rank that is done may wait for hours
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
-        if cfg.overwrite and rank == 0:
-            for path in out.glob("pred.rank*.jsonl"):
-                path.unlink()
-        if ranks > 1:
-            dist.barrier()
-        done, _ = done_before(out, settings)
-        if any(s.id not in done for s in samples):
-            assistant = Assistant.from_checkpoint(folder, cfg.vision, cfg.llm, cfg.device, cfg.dtype, template)
-            answer_samples(assistant, samples, done, out / f"pred.rank{rank}of{ranks}.jsonl",
-                           {"settings": settings, "batch_size": cfg.batch_size}, cfg.batch_size, max_new, rank, ranks,
-                           name)
-        if ranks > 1:
-            dist.barrier()
-            dist.destroy_process_group()
-        if rank > 0:
-            return
-        predictions, settings["batch_size"] = done_before(out, settings)
+        predictions = read_answers(given, samples, benchmark.repeats, info["counts"])
+        settings["answers"] = str(given)
+    if name == "own":
+        settings["metric"] = benchmark.score
 
     rows, results = score(benchmark, samples, predictions, partial)
     with open(out / "pred.jsonl", "w", encoding="utf-8") as f:
@@ -284,7 +287,7 @@ def run_benchmark(cfg: "Config", name: str) -> None:
     warnings = [f"{n} {what}" for what, n in info["counts"].items() if n]
     if info["released"] and info["n"] not in info["released"]:
         warnings.append(f"{info['n']} questions; the released files have {' or '.join(map(str, info['released']))}")
-    report = {"benchmark": name, "checkpoint": str(folder) if folder else None, "partial": partial, **results,
+    report = {"benchmark": name, "checkpoint": None if folder is None else str(folder), "partial": partial, **results,
               "settings": {**settings, "limit": cfg.limit}, "files": info["files"], "warnings": warnings,
               "versions": {"torch": torch.__version__, "code": weights.CODE_VERSION}}
     (out / "results.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

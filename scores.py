@@ -352,8 +352,7 @@ def summary(report: dict) -> str:
     rows = {"all": {k: v for k, v in m.items() if not isinstance(v, dict)}}
     for group in (v for v in m.values() if isinstance(v, dict)):
         if group and not isinstance(next(iter(group.values())), dict):
-            headline = next(iter(report["headline"]))
-            group = {"pooled": group} if "f1" in group else {k: {headline: v} for k, v in group.items()}
+            group = {"pooled": group} if "f1" in group else {k: {"by category": v} for k, v in group.items()}
         rows.update(group)
     lines += [table({k: r for k, r in rows.items() if r})] if m else ["no public reference answers: nothing to score"]
     lines += [f"warning: {w}" for w in report["warnings"]]

@@ -387,7 +387,7 @@ def mmmu(root: Path) -> Case:
 
 
 def mmt_rows(image) -> list[dict]:
-    return [{"index": 5, "question": " What is it? ", "A": "cat", "B": "dog", "C": "", "D": "", "E": "", "F": "",
+    return [{"index": 5, "question": " What is it? ", "A": "cat", "B": "dog", "C": "", "D": "late", "E": "", "F": "",
              "G": "",
              "H": "", "I": "", "answer": "B", "image": image(0), "category": "animals", "l2-category": "recognition",
              "split": "VAL"},
