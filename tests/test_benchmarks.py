@@ -122,9 +122,13 @@ def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
     rows = [re.findall(r"<c.*?>(?:<v>|<is><t.*?>)(.*?)(?:</v>|</t></is>)</c>", r) for r in sheet.split("<row>")[1:]]
     assert rows[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
     assert rows[2] == ["1000001", "Which?", "dog", "cow", "cat", "", "C. cat", "test"]
+
+
+def test_a_spreadsheet_library_reads_that_file(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    table = list(openpyxl.load_workbook(tmp_path / "out/submission.xlsx").active.values)
-    assert table[1][:3] == (1, "Which?", "cat")
+    scores.write_xlsx(tmp_path / "t.xlsx", [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 "}])
+    assert list(openpyxl.load_workbook(tmp_path / "t.xlsx").active.values) == [
+        ("index", "question", "A"), (1, "a < b &\nc", " 是 ")]
 
 
 # ------------------------------------------------------------------------------------------------ images
