@@ -199,13 +199,15 @@ class Source:
     files: names to look for, the first that is there; {split} is filled in. columns: our name → the file's column, a
     format over columns, or a function of the row; "?" in front marks what may be absent. Wanted are `id` and one of
     `question` (raw), `text` (written as LLaVA asks it) and `prompt` (to be asked as it is); `image` is a file's name in
-    --images, or the image. labels are joined by the columns in `join`; of `strict` labels none may be left over."""
+    --images, or the image. labels are joined by the columns in `join`; of `strict` labels none may be left over.
+    shards: may several files match?"""
     files: str
     columns: dict
     split: str = ""
     labels: "Source | None" = None
     join: tuple = ("id",)
     strict: bool = False
+    shards: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def near(name: str) -> str:
 
 
 def parquet(columns: dict, split: str, config: str = "data", **more) -> Source:
-    return Source(f"{config}/{{split}}-*.parquet {{split}}-*.parquet", columns, split, **more)
+    return Source(f"{config}/{{split}}-*.parquet {{split}}-*.parquet", columns, split, shards=True, **more)
 
 
 def options(row: dict, names: str = "ABCDEFGHI") -> list[str]:
@@ -382,10 +384,10 @@ BENCHMARKS = {
     "pope": Benchmark((
         Source(near("llava_pope_test.jsonl"), LLAVA, "test",
                Source(near("coco_pope_*.json"), dict(category=pope_category, image="image", question="text",
-                                                     answer="label"), strict=True),
+                                                     answer="label"), strict=True, shards=True),
                ("category", "image", "question")),
         Source(near("coco_pope_*.json"), dict(id=lambda r: f"{pope_category(r)}/{r['question_id']}",
-               category=pope_category, question="text", image="image", answer="label"), "test"),
+               category=pope_category, question="text", image="image", answer="label"), "test", shards=True),
         parquet(dict(id="{category}/{question_id}", question="question", image="image", answer="answer",
                      category="category"), "test")),
         "pope", "f1", 128, SHORT, summary="pope", sizes=(9000, 8910)),
@@ -418,10 +420,10 @@ BENCHMARKS = {
         *(Source(f"data/{split}-*.parquet */{split}-*.parquet {split}-*.parquet",
                  dict(id="id", question="question", options=lambda r: literal(r["options"]), image=mmmu_images,
                       question_type="question_type", answer=lambda r: literal(r["answer"]),
-                      category=lambda r: subject(r["id"])), split) for split in ("validation", "test"))),
+                      category=lambda r: subject(r["id"])), split, shards=True) for split in ("validation", "test"))),
         "mmmu", "accuracy", 128, lambda r, style: LETTER if r["question_type"] == "multiple-choice" else SHORT,
         lambda r, style: r["question"] + listing(r) + "\n", submission="mmmu", sizes=(900, 10500)),
-    "mmt": Benchmark((Source(near("MMT-Bench_VAL*.tsv"), MMT, "val"), parquet(MMT, "val"), parquet(MMT, "test")),
+    "mmt": Benchmark((Source(near("MMT-Bench_VAL.tsv"), MMT, "val"), parquet(MMT, "val"), parquet(MMT, "test")),
                      "choice", "accuracy", 8, "\nAnswer the question using a single character from the given options.",
                      lambda r, style: f"Question: <image>\n{r['question'].strip()}" + listing(r, ": "),
                      submission="mmt", sizes=(3127, 28198)),
@@ -482,9 +484,12 @@ def looked_for(source: Source, split: str | None) -> list[str]:
 
 
 def find(source: Source, folder: Path, split: str | None) -> list[Path]:
-    """The files of a source in a folder (or that folder itself), of the first of its patterns that any matches."""
+    """The files of a source in a folder (or that folder itself), of the first of its patterns that any matches. Raises
+    UserError where several match that are not parts of one."""
     for pattern in looked_for(source, split):
-        hits = [folder] if fnmatch(folder.name, pattern) else sorted(p for p in folder.glob(pattern))
+        hits = [folder] if fnmatch(folder.name, pattern) else sorted(folder.glob(pattern))
+        if len(hits) > 1 and not source.shards:
+            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: say which one with --data FILE")
         if hits:
             return hits
     return []
@@ -551,24 +556,27 @@ def records(source: Source, files: list[Path]) -> list[dict]:
 
 
 def attach(questions: list[dict], source: Source, files: list[Path], labels: list[Path], split: str | None) -> int:
-    """Gives questions what their labels say; → labels left over. Raises UserError for a question without a label, two
-    labels for one, and, where labels are strict, for labels left over: the files are then of different releases."""
-    answers, used = {}, set()
+    """Gives questions what their labels say; → labels left over. A question that is asked twice with two labels gets
+    them in order. Raises UserError for a question without a label, two labels for one, and, where labels are strict,
+    for labels left over: the files are then of different releases."""
+    answers = {}
     names, theirs = [", ".join(p.name for p in group) for group in (files, labels)]
     for label in records(source.labels, labels):
         if label.pop("split", None) in (None, split or source.split):
-            key = join_key(label, source.join)
-            if key in answers and answers[key] != label:
-                raise UserError(f"{theirs}: two different labels for {' · '.join(key)}")
-            answers[key] = label
+            answers.setdefault(join_key(label, source.join), []).append(label)
     keys = [join_key(q, source.join) for q in questions]
     lost = [key for key in keys if key not in answers]
     if lost:
         raise UserError(f"{len(lost)} of {len(keys)} questions of {names} have no label in {theirs}, the first "
                         f"{' · '.join(lost[0])}: the two are of different releases or splits")
+    times, used = Counter(keys), Counter()
     for question, key in zip(questions, keys):
-        used.add(key)
-        question.update({k: v for k, v in answers[key].items() if k not in ("id", "question")})
+        same = all(label == answers[key][0] for label in answers[key])
+        if not same and len(answers[key]) != times[key]:
+            raise UserError(f"{theirs}: different labels for one question, {' · '.join(key)}")
+        label = answers[key][0 if same else used[key]]
+        used[key] += 1
+        question.update({k: v for k, v in label.items() if k not in ("id", "question")})
     left = len(answers) - len(used)
     if left and source.labels.strict:
         first = next(key for key in answers if key not in used)

@@ -251,7 +251,7 @@ def spoil_names(root):
     ("pope", spoil_pope_text, ["1 of 6 questions of llava_pope_test.jsonl have no label in coco_pope_adversarial.json",
                                "random · coco_val2014_000000310196.jpg · is there a dog", "different releases"]),
     ("pope", spoil_pope_extra, ["1 labels of", "have no question in llava_pope_test.jsonl", "popular · x.jpg"]),
-    ("pope", spoil_pope_twice, ["two different labels for popular", "is there a cup"]),
+    ("pope", spoil_pope_twice, ["different labels for one question, popular", "is there a cup"]),
     ("pope", spoil_labels, ["holds no labels for llava_pope_test.jsonl", "coco_pope_*.json", "--labels"]),
     ("mmbench_en", spoil_rotation, ["1 of 2 MMBench questions lack rotations", "question 1 has rows [1, 2000001]"]),
     ("mmbench_en", spoil_tail, ["row 5 has fewer cells than the header", "cut off"]),
@@ -280,6 +280,25 @@ def test_a_file_of_another_benchmark_or_split_is_refused_by_its_name_or_its_spli
     shutil.copy(table, tmp_path / "mine.tsv")
     refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", tmp_path / "mine.tsv", "--split", "test", *flags),
             "holds split dev, asked for is test")
+
+
+def test_of_two_releases_in_one_folder_one_must_be_named(tmp_path):
+    case = make_benchmarks.mmbench_en(tmp_path)
+    shutil.copy(tmp_path / "mmbench_dev_20230712.tsv", tmp_path / "mmbench_dev_20231003.tsv")
+    path = answer(case, tmp_path)
+    refuses(run(case, tmp_path, "--score-only", path), "holds mmbench_dev_20230712.tsv, mmbench_dev_20231003.tsv: say")
+    done = call("evaluate.py", "--bench", case.bench, "--data", tmp_path / "mmbench_dev_20231003.tsv", "--score-only",
+                path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_question_that_is_asked_twice_gets_its_labels_in_order(tmp_path):
+    case = make_benchmarks.textvqa(tmp_path)
+    for name in ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(re.sub("what year is it", "what is the brand", text, flags=re.I))
+    samples, _ = benchmarks.load("textvqa", tmp_path, tmp_path / "images")
+    assert [s.answer[0] for s in samples] == ["nous", "1999", "poe"] and case.ids[0] == case.ids[1]
 
 
 @pytest.mark.parametrize("lines, says", [
