@@ -248,7 +248,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.bias)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,T,D) → what attention adds (B,T,D), and rotated queries (B,H,T,d) and keys (B,K,T,d)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -261,8 +262,7 @@ class Attention(nn.Module):
                 k, v = keys[:, :, :end], values[:, :, :end]
         # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-        attention = None if asked is None else attention_to_image(q, k, *asked, self.window)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), attention
+        return self.o_proj(y.transpose(1, 2).flatten(2)), q, k
 
 
 class MLP(nn.Module):
@@ -289,11 +289,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
         normed = self.input_layernorm(x)
-        y, attention = self.self_attn(normed, rope, mask, cache, asked)
+        y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
-            return x + y + self.mlp(normed), attention
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), attention
+            x = x + y + self.mlp(normed)
+        else:
+            x = x + y
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        # Last of all: what activation checkpointing runs again ends before it, for nothing here is needed backward.
+        return x, None if asked is None else attention_to_image(q, k, *asked, self.self_attn.window)
 
 
 class KVCache:
@@ -308,13 +311,6 @@ class KVCache:
         for t in (self.keys, self.values):
             t[:, to, :, :length] = t[:, row:row + 1, :, :length]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops the other rows, a layer at a time: a whole second cache may not fit."""
-        for t in (self.keys, self.values):
-            for layer in t:
-                layer[:len(rows)] = layer[rows]
-        self.keys, self.values = self.keys[:, :len(rows)], self.values[:, :len(rows)]
-
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
@@ -328,8 +324,13 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         if config.moca:
-            self.moca = nn.ModuleList(MoCa(config.hidden_size) for _ in range(config.num_hidden_layers))
+            self.add_moca()
         self.gradient_checkpointing = False
+
+    def add_moca(self) -> None:
+        """MoCa after every layer, the identity at first."""
+        self.config.moca = True
+        self.moca = nn.ModuleList(MoCa(self.config.hidden_size) for _ in self.model["layers"])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings (B,T,D), scaled where the family scales them."""
@@ -340,16 +341,17 @@ class Decoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
                 positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
+                image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
-        watch(i, h, attention) is called with each layer's index 1..L, its output (detached, before the final norm)
-        and, if asked = (rows, image_columns), its `attention_to_image`. A cache keeps the keys and values of these
-        tokens: the first ones of some of its `rows`, or with `end` those at `positions` (B,T) of all its rows, which
-        see the slots before `end` as well."""
+        watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
+        before the final norm) and, if asked = (rows, image_columns), its `attention_to_image`. A cache keeps the keys
+        and values of these tokens: the first ones of some of its `rows`, or with `end` those at `positions` (B,T) of
+        all its rows, which see the slots before `end` as well."""
         h = inputs_embeds
         c = self.config
+        watched = 0 if watch is None else c.num_hidden_layers if watched is None else watched
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
@@ -363,14 +365,15 @@ class Decoder(nn.Module):
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         rows = torch.arange(len(h), device=h.device) if rows is None else rows
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end), asked)
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end),
+                    asked if i < watched else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
             if c.moca and image_mask is not None:
                 h = self.moca[i](h, image_mask)
-            if watch is not None:
+            if i < watched:
                 watch(i + 1, h.detach(), attention)
         return self.model["norm"](h)
 
@@ -405,16 +408,17 @@ class Llava(nn.Module):
         image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))
         return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)
 
-    def forward(self, batch, watch=None, attention_from: Tensor | None = None) -> Output:
+    def forward(self, batch, watch=None, attention_from: Tensor | None = None, watched: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
-        watch and attention_from (B,T) bool, the query rows whose attention is wanted: see Decoder.forward."""
+        watch, attention_from (B,T) bool, the query rows whose attention is wanted, and watched, how many layers: see
+        Decoder.forward."""
         image_embeds = self.embed_images(batch.pixel_values)
         text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
         h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
-                                image_mask=batch.image_mask)
+                                image_mask=batch.image_mask, watched=watched)
         return Output(h, image_embeds, text_embeds)
 
     def prefill(self, input_ids: list[Tensor], pixel_values: Tensor, image_mask: list[Tensor], image_index: list[int],
@@ -475,24 +479,19 @@ class Llava(nn.Module):
         image_mask = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
         image_index = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
         cache, h = self.prefill(input_ids, pixel_values, image_mask, image_index, max_new_tokens)
-        token = lm.lm_head(h).argmax(-1)                                                    # (B,)
-        answers = F.pad(token[:, None], (0, max_new_tokens - 1))                            # (B,new)
-        positions = torch.tensor([len(ids) for ids in input_ids], device=device)            # (B,) of that token
+        answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
+        length = torch.tensor([len(ids) for ids in input_ids], device=device)               # (B,)
         end = max(len(ids) for ids in input_ids)
-        rows, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(1, max_new_tokens):
             if eos_token_id is not None:
-                done |= token == eos_token_id
-                going = (~done).nonzero()[:, 0]
-                if len(going) == 0:
+                done |= answers[-1] == eos_token_id
+                if done.all():
                     break
-                if len(going) <= len(rows) // 2:             # by halves: dropping rows copies those that stay
-                    cache.keep(going)
-                    rows, token, positions, done = (t[going] for t in (rows, token, positions, done))
-            h = lm(lm.embed(token[:, None]), cache=cache, positions=positions[:, None], end=end + step)
-            token, positions = lm.lm_head(h[:, 0]).argmax(-1), positions + 1                # (b,)
-            answers[rows, step] = token
-        return [a[:a.index(eos_token_id)] if eos_token_id in a else a for a in answers.tolist()]
+            h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=(length + step - 1)[:, None], end=end + step)
+            answers.append(lm.lm_head(h[:, 0]).argmax(-1))
+        rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
+        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
 
 
 def shared_prefix(input_ids: list[Tensor], image_mask: list[Tensor]) -> int:

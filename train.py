@@ -18,7 +18,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -42,10 +42,11 @@ from data import (
     Order,
     Samples,
     end,
+    image_problems,
     loader,
     read_jsonl,
-    read_samples,
 )
+from index import read_samples
 from losses import LOSSES, Objective, Term, counts
 from model import Llava, Projector, VisionConfig
 from tokenizer import RULES, load_tokenizer
@@ -65,6 +66,7 @@ class Config:
     """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
     stage: Literal["both", "pretrain", "finetune"] = option("both", "both: the toy's two stages in one go")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
+    moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
     vision: str = option("toy/clip", "folder of the vision encoder")
     llm: str = option("toy/llm", "folder of the language model")
     projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
@@ -86,6 +88,17 @@ class Config:
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
+    vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
+    vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
+    vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
+    vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
+    vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum is the paper to the letter")
+    basic_k: int | None = option(None, "shallow layers that refine for BASIC; unset: half of them")
+    basic_weights: Literal["increasing", "constant", "decreasing"] = option("increasing", "of those layers")
+    basic_degree: Literal["attention", "equal"] = option("attention", "how much an image token is supervised")
+    basic_das: float = option(1.0, "weight of BASIC's direction loss; 0: off")
+    basic_sds: float = option(0.01, "weight of BASIC's semantic loss; 0: off")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
@@ -106,9 +119,16 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
             cfg = replace(cfg, **{name: value})
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "basic_k"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
+    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
+        if not 0 <= getattr(cfg, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to {most}, not {getattr(cfg, name)}")
+    for f in fields(cfg):
+        loss = f.name.split("_")[0]
+        if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
+            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {loss}; this is --loss {cfg.loss}")
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
@@ -231,9 +251,15 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
         torch.manual_seed(cfg.seed)
         projector = Projector(*sizes).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
+    if source and not whole:
+        weights.load_moca(source, llm, torch.float32, ranks.device)
+    if cfg.moca and not llm.config.moca:
+        llm.add_moca()
     model = Llava(vision, projector, llm)
     model.vision_tower.requires_grad_(False)
     model.language_model.requires_grad_(trained_llm)
+    if cfg.moca:
+        llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
     return model
 
@@ -258,8 +284,11 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     if there are such images and they are not to be skipped."""
     toy = out / "data"
     path, images = (toy / f"{cfg.stage}.json", toy / "images") if cfg.data is None else (cfg.data, cfg.images)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        read_samples(path)                                # its index is made once a machine
+    ranks.wait()
     samples, without = read_samples(path)
-    if images is None and any(s.get("image") is not None for s in samples):
+    if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: say with --images in which folder they are")
     tokenizer, processor, vision = load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), vision_config(cfg)
     end(tokenizer, cfg.template)                          # else the template is another family's
@@ -268,14 +297,15 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
                         f"config.json wants {vision.image_size}: they are not of one model")
     data = Samples(samples, images or ".", tokenizer, processor, cfg.template, vision.image_tokens,
                    cfg.max_length, cfg.stage == "finetune", cfg.after_special)
-    found = ranks.gather(data.image_problems() if ranks.first else None)[0]
+    found = ranks.gather(image_problems(samples, images or ".") if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
         raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{'; …' if len(bad) > 5 else ''}): mend "
                         "them, or go on without them with --skip-bad-images")
-    data.samples = [s for s in samples if s.get("image") not in found]
-    left_out = len(samples) - len(data)
-    if not data.samples:
+    bad_image = samples.with_image(list(found))
+    left_out = int(bad_image.sum())
+    samples.keep(~bad_image)
+    if not len(data):
         raise UserError(f"{path}: no samples left ({without} have no answer, {left_out} no usable image)")
     if ranks.first:
         print(f"{cfg.stage}: {len(data)} samples from {path}"
@@ -301,15 +331,16 @@ def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
 def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks) -> None:
     """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
-    lengths = data.lengths() if cfg.stage == "finetune" else None
-    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
+    lengths = data.samples.lengths() if cfg.stage == "finetune" else None
+    again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
+    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
         optimizer.load_state_dict(read_state(ckpt, ranks.device)["optimizer"])
-    objective = Objective(model, cfg.loss)
+    objective = Objective(model, cfg)
     if ranks.ranks > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
     if ranks.first:
@@ -481,6 +512,9 @@ def main() -> None:
     check_out(cfg, out)
     for folder, check in [(cfg.vision, weights.vision_config), (cfg.llm, weights.decoder_config)]:
         check(folder)
+    layers = weights.decoder_config(cfg.llm).num_hidden_layers
+    if cfg.basic_k and cfg.basic_k > layers:
+        raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
     if cfg.projector:
         stage_checkpoint(cfg.projector, "pretrain")
     if not toy and not Path(cfg.data).is_file():

@@ -217,7 +217,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     here = unfuse(here, module.config if isinstance(module, Decoder) else None)
     if tied:
         here.pop("lm_head.weight", None)
-    what = PARTS[prefix]
+    what = PARTS.get(prefix, prefix)
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
     for problem, names in [("are missing", [n for n in wanted if n not in here]),
@@ -366,6 +366,15 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
     return projector
 
 
+def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu") -> None:
+    """Gives `llm` the MoCa that a stage-1 checkpoint trained beside its projector; nothing if it trained none."""
+    found = find_tensors(Path(folder))
+    if any(name.startswith("language_model.moca.") for name in found):
+        with torch.device("meta"):
+            llm.add_moca()
+        fill(llm.moca, "language_model.moca", found, folder, dtype, device)
+
+
 def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path | None = None,
          dtype: torch.dtype | None = None, device="cpu") -> Llava:
     """A whole model: a checkpoint of ours, llava-hf's, liuhaotian's (which has no tower: `vision` is CLIP's folder),
@@ -382,6 +391,8 @@ def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path |
             raise UserError(f"{folder} was trained on {base}, which is not there now: say where it is with {flag}")
     vision, llm = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
     projector = load_projector(folder, vision.config.hidden_size, llm.config.hidden_size, dtype, device)
+    if not whole:
+        load_moca(folder, llm, dtype, device)
     return Llava(vision, projector, llm, c["vision_layer"])
 
 

@@ -1,26 +1,26 @@
 """methods/moca.py: the map itself, and where the decoder applies it."""
 import pytest
 import torch
+from adapters import make_moca
 from test_families import L, liuhaotian, renamed, store, tensors_of, tower, whole  # noqa: F401, tower and whole: fixtures
 from test_model import LENGTHS, batch_of, prompts, tiny, without_cache
 
 import weights
 from config import UserError
-from methods.moca import MoCa
 
 
 def test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit():
     torch.manual_seed(0)
     h, mask = torch.randn(2, 5, 4), torch.rand(2, 5) < 0.5
-    moca = MoCa(4)
+    moca = make_moca(4)
     assert torch.equal(moca(h, mask), h), "it is not the identity at the start"
     torch.nn.init.normal_(moca.u)
     torch.nn.init.normal_(moca.v)
     out = moca(h, mask)
-    for b in range(2):
-        for t in range(5):
-            wanted = [moca.u[d] * h[b, t, d] + moca.v[d] for d in range(4)] if mask[b, t] else h[b, t]
-            assert torch.equal(out[b, t], torch.stack(list(wanted)))
+    assert torch.equal(out[~mask], h[~mask])
+    for b, t in mask.nonzero():
+        wanted = torch.stack([moca.u[d] * h[b, t, d] + moca.v[d] for d in range(4)])
+        torch.testing.assert_close(out[b, t], wanted, atol=1e-6, rtol=0)
     low = h.bfloat16()
     assert moca(low, mask).dtype == torch.bfloat16 and torch.equal(moca(low, mask)[~mask], low[~mask])
 
@@ -45,6 +45,22 @@ def test_it_acts_after_every_layer_on_image_positions_alone():
         assert torch.equal(seen["with", i][before], seen["without", i][before]), "text before the image changed"
     first = model.language_model.moca[0](seen["without", 1], batch.image_mask)
     assert torch.equal(seen["with", 1], first)
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_every_layer_has_a_map_of_its_own(layer):
+    model, plain = tiny(moca=True), tiny()
+    for m in model.language_model.moca:
+        torch.nn.init.ones_(m.u), torch.nn.init.zeros_(m.v)
+    torch.nn.init.constant_(model.language_model.moca[layer - 1].u, 2.0)
+    batch, seen = batch_of(*prompts([9, 12])), {}
+    for key, m in (("with", model), ("without", plain)):
+        m(batch, lambda i, h, _, key=key: seen.update({(key, i): h}))
+    for i in range(1, layer):
+        assert torch.equal(seen["with", i], seen["without", i]), "it acts before its layer"
+    a, b = seen["with", layer], seen["without", layer]
+    assert torch.equal(a[batch.image_mask], 2 * b[batch.image_mask]) and torch.equal(a[~batch.image_mask],
+                                                                                     b[~batch.image_mask])
 
 
 def test_it_acts_on_the_prompt_and_not_on_generated_tokens():

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The objectives side by side on the toy: 5 methods × 3 seeds × both stages at the papers' coefficients; BASIC with a
+# smaller weight; and a control for VDEP, whose stage 1 has twice the steps: cross-entropy over as many, half the batch.
+# Expected: LOG.md's table, after about 60 minutes on 2 cores (two runs at a time, a thread each; under 1 GiB a run).
+# What is done already is kept: run it again after an interruption.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-out/compare}
+runs=(
+    "ce" "vdep --loss vdep" "vista --loss vista" "basic --loss basic" "moca --moca"
+    "basic.01 --loss basic --basic-das 0.01" "control --stage pretrain --global-batch 24"
+)
+one() {
+    out=$1; seed=$2; name=${3%% *}; flags=${3#"$name"}
+    folder=$out/$name-$seed
+    [ -f "$folder/results.json" ] && return
+    export OMP_NUM_THREADS=1
+    # shellcheck disable=SC2086
+    python train.py --seed "$seed" --out "$folder" --resume $flags > "$out/$name-$seed.log" 2>&1 || echo "$name $seed failed: $out/$name-$seed.log"
+}
+export -f one
+mkdir -p "$out"
+for run in "${runs[@]}"; do for seed in 1 2 3; do printf '%s\0%s\0%s\0' "$out" $seed "$run"; done; done |
+    xargs -0 -n 3 -P "${JOBS:-2}" bash -c 'one "$@"' _
+python runs/compare.py "$out"
