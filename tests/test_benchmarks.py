@@ -472,6 +472,16 @@ def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(ma
     assert ask(many, other, *flags, "--overwrite").returncode == 0
 
 
+def test_weights_are_told_apart_by_blocks_all_over_their_file(tmp_path):
+    data = bytearray(8 << 20)
+    for n, at in enumerate((None, 0, 4 << 20, len(data) - 1)):
+        if at is not None:
+            data[at:at + 200_000] = bytes([n]) * len(data[at:at + 200_000])
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "model.safetensors").write_bytes(data)
+    assert len({evaluate.fingerprint(tmp_path / str(n)) for n in range(4)}) == 4
+
+
 def test_two_ranks_share_the_images_and_give_the_answers_of_one(many, ckpt):
     assert ask(many, ckpt).returncode == 0
     one = predictions(many)
