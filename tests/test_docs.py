@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import make_benchmarks
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -43,6 +44,8 @@ def clone(tmp_path_factory):
     samples.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
     (clone / "data/llava_v1_5_mix665k.json").write_text(json.dumps(samples))
     Image.new("RGB", (60, 40)).save(clone / "data/one.jpg")
+    make_benchmarks.pope(clone / "eval/pope")
+    make_benchmarks.vqav2(clone / "eval/vqav2")
     (clone / "questions.jsonl").write_text('{"image": "one.jpg", "text": "Is there a circle?", "answer": "No"}\n')
     return clone
 
@@ -108,6 +111,6 @@ def test_every_path_and_flag_that_is_named_exists():
     for name in re.findall(r"`((?:tests|runs|bench|toy|methods)/[\w./]+)`", README):
         assert (ROOT / name).exists(), f"README names {name}"
     flags = set(re.findall(r"`(--[a-z-]+)", README))
-    help_texts = "".join((ROOT / f).read_text() for f in ("train.py", "evaluate.py", "mir.py", "export.py"))
+    help_texts = "".join((ROOT / f).read_text() for f in ("train.py", "evaluate.py", "mir.py", "export.py", "data.py"))
     for flag in flags:
         assert flag[2:].replace("-", "_") + ":" in help_texts, f"README names {flag}"
