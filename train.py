@@ -8,7 +8,6 @@
 A step: the counts of the loss's terms are summed over ranks and accumulation steps, then each micro-batch adds the
 gradient of Σ weight · total / count. The result is the same however the global batch is cut.
 """
-import contextlib
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +25,12 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")    
                                                                                 # stall a machine that others use too
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
 import mir
+import parallel
 import weights
 from config import UserError, option, parse, read_json, run
 from data import (
@@ -47,7 +46,8 @@ from data import (
     read_samples,
 )
 from losses import LOSSES, Objective, Term, counts
-from model import Llava, Projector, VisionConfig
+from model import Decoder, Llava, Projector, VisionConfig
+from parallel import Ranks
 from tokenizer import RULES, load_tokenizer
 from toy import world
 
@@ -84,14 +84,19 @@ class Config:
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
+    parallel: Literal["auto", "ddp", "fsdp"] = option("auto", "ddp: every rank holds the model; fsdp: a part of it. "
+                                                      "auto: fsdp in stage 2")
+    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    keep_last: int = option(1, "checkpoints of a stage that are kept")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
 
 
-FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "device", "gradient_checkpointing")   # on --resume
+FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "keep_last", "device", "gradient_checkpointing",
+                  "parallel", "timeout")                  # on --resume
 
 
 def settings(cfg: Config, stage: str, ranks: int) -> Config:
@@ -106,7 +111,8 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
             cfg = replace(cfg, **{name: value})
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
+                 "timeout"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
     if cfg.global_batch % ranks:
@@ -127,53 +133,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ------------------------------------------------------------------------------------------------ ranks
-@dataclass
-class Ranks:
-    """This process among those of torchrun; alone without it."""
-    rank: int
-    ranks: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: list) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
-        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        if self.ranks > 1:
-            dist.all_reduce(t)
-        return t.tolist()
-
-    def gather(self, value) -> list:
-        """Every rank's value, on every rank."""
-        if self.ranks == 1:
-            return [value]
-        out = [None] * self.ranks
-        dist.all_gather_object(out, value)
-        return out
-
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.ranks > 1:
-            dist.barrier()
-
-
-def start_ranks(cfg: Config) -> Ranks:
-    device, dtype = weights.choose_device(cfg.device, cfg.dtype)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        # The first rank alone looks at the images of a data set: the others may have to wait for long.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return Ranks(rank, ranks, device, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ a run's folder
@@ -221,8 +180,16 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
     asks for gradients; what is frozen is in the dtype of computing."""
     whole = ckpt is not None and cfg.stage == "finetune"
     trained_llm = cfg.stage == "finetune"
-    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device, vision_config(cfg))
-    llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device)
+
+    def cut(part: nn.Module) -> None:
+        """On the meta device, before there is anything to hold."""
+        part.requires_grad_(trained_llm and isinstance(part, Decoder))
+        if ranks.mesh is not None:
+            for block in (part.model if isinstance(part, Decoder) else part.encoder)["layers"]:
+                parallel.shard(block, ranks)
+    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device, vision_config(cfg), cut)
+    llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device,
+                           prepare=cut)
     sizes = vision.config.hidden_size, llm.config.hidden_size
     source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
     if source:
@@ -231,11 +198,8 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
         torch.manual_seed(cfg.seed)
         projector = Projector(*sizes).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
-    model = Llava(vision, projector, llm)
-    model.vision_tower.requires_grad_(False)
-    model.language_model.requires_grad_(trained_llm)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
-    return model
+    return Llava(vision, projector, llm)
 
 
 def vision_config(cfg: Config) -> VisionConfig:
@@ -251,6 +215,28 @@ def stage_checkpoint(folder: str | Path, stage: str) -> Path:
     if found != stage:
         raise UserError(f"{path} is a {found} checkpoint; a {stage} one is wanted here")
     return path
+
+
+def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of a stage that is whole, or None if there is none at all. One that is not whole is renamed
+    *.broken. Raises UserError if all are: starting anew is for somebody to decide."""
+    found = None
+    if ranks.first:
+        problems = []
+        for path in reversed(weights.checkpoints(out, stage)):
+            problem = weights.checkpoint_problem(path)
+            if problem is None:
+                found = path
+                break
+            problems.append((path, problem))
+        if problems and not found:
+            raise UserError(f"{problems[0][1]}, and there is no older checkpoint: move {problems[0][0]} away, "
+                            "and --resume starts the stage anew")
+        for path, problem in problems:
+            shutil.rmtree(f"{path}.broken", ignore_errors=True)
+            os.replace(path, f"{path}.broken")
+            print(f"{problem}: it is {path.name}.broken now, and {stage} goes on from {found.name}")
+    return ranks.gather(found)[0]
 
 
 def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]:
@@ -305,17 +291,17 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    objective = parallel.wrap(Objective(model, cfg.loss), ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
-        optimizer.load_state_dict(read_state(ckpt, ranks.device)["optimizer"])
-    objective = Objective(model, cfg.loss)
-    if ranks.ranks > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
+        load_optimizer(optimizer, ckpt)
+    hold = parallel.holds_gradients(trained, ranks)
     if ranks.first:
         print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.ranks} ranks × {accumulation} accumulation × "
               f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on "
-              f"{ranks.device}; {sum(p.numel() for p in trained.values()):,} parameters trained")
+              f"{ranks.device}; {sum(p.numel() for p in trained):,} parameters trained"
+              + ", sharded" * (ranks.mesh is not None) + ", gradients after every micro-batch" * (not hold))
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
     stop = []                                             # a signal asks to save and leave after the current step
@@ -329,13 +315,16 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
             unreadable(micro, cfg, out)
             wanted = [counts(b) for b in micro]
             names = list(wanted[0])
-            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
+            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names]).float()))
 
-            terms = backward(objective, micro, count, ranks)
-            gradient = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
-            *totals, tokens, stopping = ranks.sum(
-                [*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
-            values = {t.name: total / max(count[t.name], 1) for t, total in zip(terms, totals)}
+            terms = backward(objective, micro, count, ranks, hold)
+            norm = parallel.gradient_norm(trained, ranks)
+            parallel.clip(trained, norm, 1.0)
+            sums = ranks.sum([*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
+            # The one place where a step waits for the device: what is checked and logged is read in one piece.
+            *numbers, gradient = torch.cat([torch.stack([*count.values()]), sums, norm[None]]).tolist()
+            counted, (*totals, tokens, stopping) = dict(zip(names, numbers)), numbers[len(names):]
+            values = {t.name: total / max(counted[t.name], 1) for t, total in zip(terms, totals)}
             loss = sum(t.weight * values[t.name] for t in terms)
             check_finite(loss, gradient, step + 1, terms, micro, ranks)
 
@@ -351,39 +340,60 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
                 bar.set_postfix_str(f"{named} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
                 bar.update()
                 log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=gradient,
-                          tokens_per_s=round(rate), supervised=int(count["ce"]),
+                          tokens_per_s=round(rate), supervised=int(counted["ce"]),
                           peak_gib=round(peak_gib(ranks.device), 3))
-                if step == steps or step % cfg.save_every == 0 or stopping:
-                    save(out, cfg, model, optimizer, step, steps)
+            if step == steps or step % cfg.save_every == 0 or stopping:
+                save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
                 raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume goes on")
     for s, handler in zip(SIGNALS, before):
         signal.signal(s, handler)
 
 
-def backward(objective: nn.Module, micro: list[Batch], count: dict[str, float], ranks: Ranks) -> list[Term]:
-    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch.
-    Returns the terms with their totals over this rank's micro-batches."""
+def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor], ranks: Ranks,
+             hold: bool) -> list[Term]:
+    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch. hold:
+    gradients travel once a step. Returns the terms with their totals over this rank's micro-batches."""
     summed = {}
     for i, batch in enumerate(micro):
-        last = i == len(micro) - 1                        # gradients travel once a step
-        with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
+        with parallel.gradients(objective, travel=not hold or i == len(micro) - 1):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
                 terms = objective(batch.to(ranks.device))
-            loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
-            (loss * ranks.ranks).backward()               # DDP averages over ranks; the loss is a sum
+            loss = sum(t.weight * t.total / count[t.name].clamp(min=1) for t in terms)
+            (loss * ranks.ranks).backward()               # gradients are averaged over ranks; the loss is a sum
         for t in terms:
             total = t.total.detach()
             summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
     return list(summed.values())
 
 
-def read_state(ckpt: Path, device: torch.device) -> dict:
+def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
+    """The optimizer's state of a checkpoint, whoever wrote it; of what is cut over ranks, this rank's rows. The file is
+    mapped: no rank holds it whole."""
     try:
-        return torch.load(ckpt / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt is missing or cut off ({str(e).splitlines()[0][:80]}): move {ckpt} away, and "
-                        "--resume goes on from what was saved before it") from None
+        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away, and --resume "
+                        "goes on from what was saved before it") from None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, kept in state["state"].items():
+        for name, t in kept.items():
+            if t.dim():                                   # the moments; the step is a number
+                kept[name] = parallel.placed(t, parameters[i], parameters[i].device, t.dtype)
+    optimizer.load_state_dict(state)
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """The optimizer's whole state in the first rank's memory (8 bytes a trained parameter). Every rank must call."""
+    state = optimizer.state_dict()
+    out = {}
+    for i, kept in state["state"].items():
+        out[i] = {}
+        for name, t in kept.items():
+            full = parallel.whole(t)
+            if ranks.first:
+                out[i][name] = full.cpu()
+    return {**state, "state": out}
 
 
 def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:
@@ -414,18 +424,20 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
-def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int) -> None:
-    """Checkpoint <out>/<stage>-<step>; the stage's previous one goes when this one is there."""
-    older = weights.checkpoints(out, cfg.stage)
+def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
+    """Checkpoint <out>/<stage>-<step>, written by the first rank; when it is there, all but --keep-last go."""
+    if not ranks.first and ranks.mesh is None:
+        return
     names = {n for n, p in model.named_parameters() if p.requires_grad or cfg.stage == "finetune"}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
               "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
     path = out / f"{cfg.stage}-{step}"
-    weights.save_checkpoint(path, model, names, config, {"optimizer": optimizer.state_dict(), "step": step})
-    for p in older:
-        if p != path:
-            shutil.rmtree(p)
+    state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
+    weights.save_checkpoint(path, model, names, config, state, write=ranks.first)
+    if ranks.first:
+        for older in weights.checkpoints(out, cfg.stage)[:-cfg.keep_last]:
+            shutil.rmtree(older)
 
 
 # ------------------------------------------------------------------------------------------------ the toy's report
@@ -465,6 +477,24 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
 
 
+def run_stage(cfg: Config, plan: Config, out: Path, ranks: Ranks) -> None:
+    """A stage of the run `cfg`, as `plan` says, from where it was left. Returns when its last checkpoint is there."""
+    ckpt = newest(out, plan.stage, ranks)
+    if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
+        return                                            # --resume: this stage is done
+    if plan.stage == "finetune" and cfg.stage == "both":
+        plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
+    ranks = parallel.over(ranks, cfg.parallel == "fsdp" or cfg.parallel == "auto" and plan.stage == "finetune")
+    # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
+    model = build(plan, ckpt, ranks)
+    if cfg.data is None:
+        begin(cfg, out, [], ranks)
+    data, bad = load_data(plan, out, ranks)
+    begin(cfg, out, bad, ranks)
+    train(plan, ckpt, model, data, out, ranks)
+    ranks.wait()
+
+
 def main() -> None:
     began = time.perf_counter()
     cfg = parse(Config)
@@ -489,21 +519,10 @@ def main() -> None:
         raise UserError(f"--images {cfg.images} is not a folder")
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
-    ranks = start_ranks(cfg)
-    for plan in plans:
-        ckpt = (weights.checkpoints(out, plan.stage) or [None])[-1]
-        if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
-            continue                                      # --resume: this stage is done
-        if plan.stage == "finetune" and cfg.stage == "both":
-            plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
-        # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
-        model = build(plan, ckpt, ranks)
-        if toy:
-            begin(cfg, out, [], ranks)
-        data, bad = load_data(plan, out, ranks)
-        begin(cfg, out, bad, ranks)
-        train(plan, ckpt, model, data, out, ranks)
-        ranks.wait()                                      # the checkpoint is there for all
+    ranks = parallel.start_ranks(*weights.choose_device(cfg.device, cfg.dtype), cfg.timeout)
+    with parallel.losses_explained(ranks):
+        for plan in plans:
+            run_stage(cfg, plan, out, ranks)
     if ranks.ranks > 1:
         dist.destroy_process_group()
     if toy and ranks.first:
