@@ -217,8 +217,13 @@ class Batch:
     attention_mask: Tensor    # (B,T) bool, False: padding
     pixel_values: Tensor      # (B,3,H,W) float32
     has_image: Tensor         # (B,) bool
+    reconstruct: Tensor       # (B,) bool, VDEP mode: the image alone, to be predicted
     ids: list[str] = field(default_factory=list)      # of the samples, for messages
     bad: list[str] = field(default_factory=list)      # images that could not be read
+
+    def text_after_image(self) -> Tensor:
+        """(B,T) bool: the text tokens that see an image."""
+        return self.attention_mask & ~self.image_mask & (self.image_mask.cumsum(1) > 0)
 
     def to(self, device) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
@@ -229,8 +234,8 @@ class Batch:
 
 
 def collate(samples: list[tuple], image_size: int) -> Batch:
-    """samples: (input_ids, labels, image_mask, pixel_values or None, id, problem or None) each."""
-    ids, labels, masks, pixels, names, problems = zip(*samples)
+    """samples: (input_ids, labels, image_mask, pixel_values or None, reconstruct, id, problem or None) each."""
+    ids, labels, masks, pixels, reconstruct, names, problems = zip(*samples)
 
     def pad(rows, value):
         return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
@@ -238,7 +243,7 @@ def collate(samples: list[tuple], image_size: int) -> Batch:
     return Batch(pad(ids, PLACEHOLDER), pad(labels, IGNORE), pad(masks, False),
                  pad([torch.ones(len(i), dtype=torch.bool) for i in ids], False),
                  torch.stack([zero if p is None else p for p in pixels]),
-                 torch.tensor([bool(m.any()) for m in masks]), list(names), [p for p in problems if p])
+                 torch.tensor([bool(m.any()) for m in masks]), torch.tensor(reconstruct), list(names), [p for p in problems if p])
 
 
 def read_samples(path: str | Path) -> tuple[list[dict], int]:
@@ -333,7 +338,8 @@ def question_file(ckpt: Path, data: str | None, images: str | None, default: str
 
 
 class Samples(torch.utils.data.Dataset):
-    """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch.
+    """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch;
+    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
     def __init__(self, samples: list[dict], images: str | Path, tokenizer: Tokenizer, processor: ImageProcessor,
@@ -341,7 +347,7 @@ class Samples(torch.utils.data.Dataset):
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
         self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
         bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
-        self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None
+        self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None, False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -349,8 +355,12 @@ class Samples(torch.utils.data.Dataset):
     def __getitem__(self, i: int) -> tuple:
         if i < 0:
             return *self.filler, "filler", None
+        reconstruct = i >= len(self)
+        i -= len(self) * reconstruct
         s = self.samples[i]
         name = str(s.get("id", i))
+        if reconstruct and s.get("image") is None:
+            return *self.filler, name, None
         pixels = None
         if s.get("image") is not None:
             path = self.images / s["image"]
@@ -358,7 +368,8 @@ class Samples(torch.utils.data.Dataset):
                 pixels = self.processor(open_image(path), self.pad)
             except ValueError as e:
                 return *self.filler, name, f"{path}: {e}"
-        return *encode(s["conversations"], self.tokenizer, *self.text), pixels, name, None
+        turns = [{"from": "human", "value": IMAGE}] if reconstruct else s["conversations"]
+        return *encode(turns, self.tokenizer, *self.text), pixels, reconstruct, name, None
 
     def lengths(self) -> np.ndarray:
         """Rough length of each sample in characters, negative for text alone: enough to batch like with like."""
@@ -374,15 +385,20 @@ class Samples(torch.utils.data.Dataset):
 
 
 # ------------------------------------------------------------------------------------------------ order
-def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None,
+                again: int = 0) -> np.ndarray:
     """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once, then fillers (-1).
+
+    again (without lengths): so many samples, drawn anew every epoch, come a second time in VDEP mode, as number + n.
 
     With lengths (negative: text alone) a batch is all image or all text, but for the one that takes both remainders,
     and its samples are sorted by length, so that those of a micro-batch need little padding (LLaVA's grouping)."""
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(n)
+    if again:
+        order = rng.permutation(np.append(order, n + rng.permutation(n)[:again]))
     if lengths is None:
-        return np.append(order, np.full(-n % global_batch, -1)).reshape(-1, global_batch)
+        return np.append(order, np.full(-len(order) % global_batch, -1)).reshape(-1, global_batch)
     kinds = [order[lengths[order] >= 0], order[lengths[order] < 0]]
     whole = [k[:len(k) // global_batch * global_batch].reshape(-1, global_batch) for k in kinds]
     rest = np.concatenate([k[w.size:] for k, w in zip(kinds, whole)])
@@ -397,17 +413,16 @@ class Order:
 
     Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it does not matter."""
     def __init__(self, n: int, global_batch: int, micro_batch: int, seed: int, lengths: np.ndarray | None = None,
-                 rank: int = 0, ranks: int = 1, start: int = 0):
-        self.args = n, global_batch, seed
-        self.lengths, self.micro_batch, self.rank, self.ranks, self.start = lengths, micro_batch, rank, ranks, start
-        self.steps_per_epoch = len(epoch_order(n, global_batch, seed, 0, lengths))
+                 rank: int = 0, ranks: int = 1, start: int = 0, again: int = 0):
+        self.args, self.kinds = (n, global_batch, seed), (lengths, again)
+        self.micro_batch, self.rank, self.ranks, self.start = micro_batch, rank, ranks, start
+        self.steps_per_epoch = len(epoch_order(*self.args, 0, *self.kinds))
 
     def __iter__(self):
-        n, global_batch, seed = self.args
         epoch, first = divmod(self.start, self.steps_per_epoch)
         while True:
-            for batch in epoch_order(n, global_batch, seed, epoch, self.lengths)[first:]:
-                for a in range(self.rank, global_batch // self.micro_batch, self.ranks):
+            for batch in epoch_order(*self.args, epoch, *self.kinds)[first:]:
+                for a in range(self.rank, len(batch) // self.micro_batch, self.ranks):
                     yield batch[a * self.micro_batch:(a + 1) * self.micro_batch].tolist()
             epoch, first = epoch + 1, 0
 

@@ -247,7 +247,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.bias)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,T,D) → what attention adds (B,T,D), and rotated queries (B,H,T,d) and keys (B,K,T,d)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -262,8 +263,7 @@ class Attention(nn.Module):
             values[sample, :, positions] = v.transpose(1, 2)
             S = mask.shape[-1]
             y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, enable_gqa=gqa)
-        attention = None if asked is None else attention_to_image(q, k, *asked, self.window)
-        return self.o_proj(y.transpose(1, 2).flatten(2)), attention
+        return self.o_proj(y.transpose(1, 2).flatten(2)), q, k
 
 
 class MLP(nn.Module):
@@ -290,11 +290,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
         normed = self.input_layernorm(x)
-        y, attention = self.self_attn(normed, rope, mask, cache, asked)
+        y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
-            return x + y + self.mlp(normed), attention
-        x = x + y
-        return x + self.mlp(self.post_attention_layernorm(x)), attention
+            x = x + y + self.mlp(normed)
+        else:
+            x = x + y
+            x = x + self.mlp(self.post_attention_layernorm(x))
+        # Last of all: what activation checkpointing runs again ends before it, for nothing here is needed backward.
+        return x, None if asked is None else attention_to_image(q, k, *asked, self.self_attn.window)
 
 
 class KVCache:
@@ -317,8 +320,13 @@ class Decoder(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model["embed_tokens"].weight
         if config.moca:
-            self.moca = nn.ModuleList(MoCa(config.hidden_size) for _ in range(config.num_hidden_layers))
+            self.add_moca()
         self.gradient_checkpointing = False
+
+    def add_moca(self) -> None:
+        """MoCa after every layer, the identity at first."""
+        self.config.moca = True
+        self.moca = nn.ModuleList(MoCa(self.config.hidden_size) for _ in self.model["layers"])
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings (B,T,D), scaled where the family scales them."""
@@ -329,15 +337,16 @@ class Decoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
                 positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None) -> Tensor:
+                image_mask: Tensor | None = None, watched: int | None = None) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
-        watch(i, h, attention) is called with each layer's index 1..L, its output (detached, before the final norm)
-        and, if asked = (rows, image_columns), its `attention_to_image`. With a cache: `positions` (B,T) of these
-        tokens and the number of cache slots in use, `end`."""
+        watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
+        before the final norm) and, if asked = (rows, image_columns), its `attention_to_image`. With a cache:
+        `positions` (B,T) of these tokens and the number of cache slots in use, `end`."""
         h = inputs_embeds
         c = self.config
+        watched = 0 if watch is None else c.num_hidden_layers if watched is None else watched
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
@@ -350,14 +359,14 @@ class Decoder(nn.Module):
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions), asked)
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions), asked if i < watched else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
             if c.moca and image_mask is not None:
                 h = self.moca[i](h, image_mask)
-            if watch is not None:
+            if i < watched:
                 watch(i + 1, h.detach(), attention)
         return self.model["norm"](h)
 
@@ -392,16 +401,17 @@ class Llava(nn.Module):
         image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))
         return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)
 
-    def forward(self, batch, watch=None, attention_from: Tensor | None = None) -> Output:
+    def forward(self, batch, watch=None, attention_from: Tensor | None = None, watched: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
-        watch and attention_from (B,T) bool, the query rows whose attention is wanted: see Decoder.forward."""
+        watch, attention_from (B,T) bool, the query rows whose attention is wanted, and watched, how many layers: see
+        Decoder.forward."""
         image_embeds = self.embed_images(batch.pixel_values)
         text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
         h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
-                                image_mask=batch.image_mask)
+                                image_mask=batch.image_mask, watched=watched)
         return Output(h, image_embeds, text_embeds)
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +65,7 @@ class Config:
     """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
     stage: Literal["both", "pretrain", "finetune"] = option("both", "both: the toy's two stages in one go")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
+    moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
     vision: str = option("toy/clip", "folder of the vision encoder")
     llm: str = option("toy/llm", "folder of the language model")
     projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
@@ -90,6 +91,17 @@ class Config:
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(1, "checkpoints of a stage that are kept")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
+    vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
+    vdep_ratio: float = option(1.0, "samples in VDEP mode per sample in LLaVA mode, 0 to 1")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
+    vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
+    vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
+    vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum is the paper to the letter")
+    basic_k: int | None = option(None, "shallow layers that refine for BASIC; unset: half of them")
+    basic_weights: Literal["increasing", "constant", "decreasing"] = option("increasing", "of those layers")
+    basic_degree: Literal["attention", "equal"] = option("attention", "how much an image token is supervised")
+    basic_das: float = option(1.0, "weight of BASIC's direction loss; 0: off")
+    basic_sds: float = option(0.01, "weight of BASIC's semantic loss; 0: off")
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
@@ -112,9 +124,18 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
     for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
-                 "timeout"):
+                 "timeout", "basic_k"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
+    for name in ("vdep_alpha", "vdep_ratio", "basic_das", "basic_sds"):
+        if not 0 <= getattr(cfg, name) <= (1 if name == "vdep_ratio" else math.inf):
+            raise UserError(f"--{name.replace('_', '-')} must be 0 {'to 1' if name == 'vdep_ratio' else 'or more'}, not "
+                            f"{getattr(cfg, name)}")
+    given = [f for f in fields(cfg) if getattr(cfg, f.name) != f.default]
+    for f in given:
+        if f.name.split("_")[0] in set(LOSSES) - {cfg.loss}:
+            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {f.name.split('_')[0]}; this is "
+                            f"--loss {cfg.loss}")
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
@@ -198,6 +219,12 @@ def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
         torch.manual_seed(cfg.seed)
         projector = Projector(*sizes).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
+    if source and not whole:
+        weights.load_moca(source, llm, torch.float32, ranks.device)
+    if cfg.moca and not llm.config.moca:
+        llm.add_moca()
+    if cfg.moca:
+        llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
     return Llava(vision, projector, llm)
 
@@ -288,10 +315,11 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
     lengths = data.lengths() if cfg.stage == "finetune" else None
-    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step)
+    again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
+    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
-    objective = parallel.wrap(Objective(model, cfg.loss), ranks)
+    objective = parallel.wrap(Objective(model, cfg), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
     if ckpt:
@@ -373,7 +401,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
     try:
         state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away, and --resume "
+        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
                         "goes on from what was saved before it") from None
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, kept in state["state"].items():
@@ -511,6 +539,9 @@ def main() -> None:
     check_out(cfg, out)
     for folder, check in [(cfg.vision, weights.vision_config), (cfg.llm, weights.decoder_config)]:
         check(folder)
+    layers = weights.decoder_config(cfg.llm).num_hidden_layers
+    if cfg.basic_k and cfg.basic_k > layers:
+        raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
     if cfg.projector:
         stage_checkpoint(cfg.projector, "pretrain")
     if not toy and not Path(cfg.data).is_file():

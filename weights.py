@@ -33,7 +33,8 @@ from model import ACTIVATIONS, Decoder, DecoderConfig, Llava, Projector, VisionC
 from parallel import placed, whole
 from tokenizer import load_tokenizer
 
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model",
+         "language_model.moca": "MoCa"}
 CODE_VERSION = 1
 
 # Names in released files → names in `Llava`: every rule is tried once, in this order. A name that becomes "" is known
@@ -374,6 +375,15 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
     return projector
 
 
+def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu") -> None:
+    """Gives `llm` the MoCa that a stage-1 checkpoint of ours trained beside its projector; nothing if it trained none."""
+    found = find_tensors(Path(folder))
+    if any(name.startswith("language_model.moca.") for name in found):
+        with torch.device("meta"):
+            llm.add_moca()
+        fill(llm.moca, "language_model.moca", found, folder, dtype, device)
+
+
 def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path | None = None,
          dtype: torch.dtype | None = None, device="cpu") -> Llava:
     """A whole model: a checkpoint of ours, llava-hf's, liuhaotian's (which has no tower: `vision` is CLIP's folder),
@@ -390,6 +400,8 @@ def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path |
             raise UserError(f"{folder} was trained on {base}, which is not there now: say where it is with {flag}")
     vision, llm = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
     projector = load_projector(folder, vision.config.hidden_size, llm.config.hidden_size, dtype, device)
+    if not whole:
+        load_moca(folder, llm, dtype, device)
     return Llava(vision, projector, llm, c["vision_layer"])
 
 

@@ -10,6 +10,7 @@ Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality 
 
 Where the paper is silent
 * Precision: float32 inside, then back; the text tokens are bit for bit those that came in (as in the released code).
+* Training: in both stages, also where the language model is frozen (`--moca`).
 * Decoding: a generated token is text, so the map acts on the prompt alone.
 """
 import torch
@@ -25,5 +26,5 @@ class MoCa(nn.Module):
 
     def forward(self, hidden_states: Tensor, image_mask: Tensor) -> Tensor:
         """hidden_states (B,T,D), image_mask (B,T) bool → (B,T,D) of the same dtype."""
-        calibrated = self.u.float() * hidden_states.float() + self.v.float()                # eq. (5)
+        calibrated = torch.addcmul(self.v.float(), self.u.float(), hidden_states.float())   # eq. (5)
         return torch.where(image_mask[..., None], calibrated.to(hidden_states.dtype), hidden_states)
