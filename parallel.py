@@ -92,7 +92,7 @@ def losses_explained(ranks: Ranks) -> Iterator[None]:
             raise
         what = "was not heard of for --timeout minutes" if silent else "ended"
         raise UserError(f"another rank {what}: its own message, if it left one, says why. --resume goes on from "
-                        f"the newest checkpoint ({text[-100:]})") from None
+                        f"the newest checkpoint ({text[:100]})") from None
 
 
 # ------------------------------------------------------------------------------------------------ cutting a model

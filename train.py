@@ -8,6 +8,7 @@
 A step: the counts of the loss's terms are summed over ranks and accumulation steps, then each micro-batch adds the
 gradient of Σ weight · total / count. The result is the same however the global batch is cut.
 """
+import contextlib
 import json
 import math
 import os
@@ -332,11 +333,10 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
               + ", sharded" * (ranks.mesh is not None) + ", gradients after every micro-batch" * (not hold))
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    stop = []                                             # a signal asks to save and leave after the current step
-    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
     gpu = ranks.device.type == "cuda"
-    batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
-    with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
+    with (signals_noted() as stop,
+          tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar):
+        batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
         while step < steps:
             began = time.perf_counter()
             micro = [next(batches) for _ in range(accumulation)]
@@ -374,8 +374,18 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
                 save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
                 raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume goes on")
-    for s, handler in zip(SIGNALS, before):
-        signal.signal(s, handler)
+
+@contextlib.contextmanager
+def signals_noted():
+    """SIGTERM and SIGINT only fill the list that this gives: the step is finished and saved, and then the run ends.
+    Processes that prepare batches, begun inside, do not die of them either."""
+    stop = []
+    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(SIGNALS, before):
+            signal.signal(s, handler)
 
 
 def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor], ranks: Ranks,

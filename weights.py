@@ -513,7 +513,7 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(e, RuntimeError) and "inline_container" not in str(e):
             raise                                                 # not torch.save's: a rank was lost while gathering
-        reason = " ".join(str(e).split())[:160]
+        reason = "writing failed" if isinstance(e, RuntimeError) else " ".join(str(e).split())[:160]
         raise UserError(f"{folder} could not be saved ({reason}; {shutil.disk_usage(folder.parent).free / 1e9:.1f} GB "
                         "are free there): what was saved before is as it was; make room, then --resume") from None
 
