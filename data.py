@@ -243,7 +243,8 @@ def collate(samples: list[tuple], image_size: int) -> Batch:
     return Batch(pad(ids, PLACEHOLDER), pad(labels, IGNORE), pad(masks, False),
                  pad([torch.ones(len(i), dtype=torch.bool) for i in ids], False),
                  torch.stack([zero if p is None else p for p in pixels]),
-                 torch.tensor([bool(m.any()) for m in masks]), torch.tensor(reconstruct), list(names), [p for p in problems if p])
+                 torch.tensor([bool(m.any()) for m in masks]), torch.tensor(reconstruct), list(names),
+                 [p for p in problems if p])
 
 
 def read_samples(path: str | Path) -> tuple[list[dict], int]:

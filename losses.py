@@ -74,7 +74,7 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
     refined, looks = [], []                               # running sums of eq. (4) and (5)
 
     def watch(i: int, h: Tensor, attention: Tensor | None) -> None:
-        refined[:] = [sum(refined) + w[i - 1] * at_image(h, batch, n).float()]
+        refined[:] = [sum(refined) + w[i - 1] * at_image(h, batch, n).float()]              # eq. (4)
         if attention is not None:
             looks[:] = [sum(looks) + attention]
     attended = cfg.basic_degree == "attention"
@@ -86,7 +86,7 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
         degree = (batch.has_image & text.any(1)).float()[:, None].expand(-1, n) / n         # (B,N)
     terms = [next_token(model, batch, out)]
     if cfg.basic_das:
-        terms.append(Term("das", *direction_loss(out.image_embeds, refined[0], degree), cfg.basic_das))
+        terms.append(Term("das", *direction_loss(out.image_embeds, refined[0], degree), cfg.basic_das))     # eq. (8)
     if cfg.basic_sds:
         E = lm.model["embed_tokens"].weight
         terms.append(Term("sds", *semantic_loss(out.image_embeds, refined[0], degree, E), cfg.basic_sds))

@@ -359,7 +359,8 @@ class Decoder(nn.Module):
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions), asked if i < watched else None)
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions),
+                    asked if i < watched else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:

@@ -93,7 +93,7 @@ class Config:
     keep_last: int = option(1, "checkpoints of a stage that are kept")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
-    vdep_ratio: float = option(1.0, "samples in VDEP mode per sample in LLaVA mode, 0 to 1")
+    vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
     vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
     vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
     vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
@@ -128,15 +128,13 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
                  "timeout", "basic_k"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
-    for name in ("vdep_alpha", "vdep_ratio", "basic_das", "basic_sds"):
-        if not 0 <= getattr(cfg, name) <= (1 if name == "vdep_ratio" else math.inf):
-            raise UserError(f"--{name.replace('_', '-')} must be 0 {'to 1' if name == 'vdep_ratio' else 'or more'}, not "
-                            f"{getattr(cfg, name)}")
-    given = [f for f in fields(cfg) if getattr(cfg, f.name) != f.default]
-    for f in given:
-        if f.name.split("_")[0] in set(LOSSES) - {cfg.loss}:
-            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {f.name.split('_')[0]}; this is "
-                            f"--loss {cfg.loss}")
+    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
+        if not 0 <= getattr(cfg, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be from 0 to {most}, not {getattr(cfg, name)}")
+    for f in fields(cfg):
+        loss = f.name.split("_")[0]
+        if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
+            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {loss}; this is --loss {cfg.loss}")
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks

@@ -376,7 +376,7 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
 
 
 def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu") -> None:
-    """Gives `llm` the MoCa that a stage-1 checkpoint of ours trained beside its projector; nothing if it trained none."""
+    """Gives `llm` the MoCa that a stage-1 checkpoint trained beside its projector; nothing if it trained none."""
     found = find_tensors(Path(folder))
     if any(name.startswith("language_model.moca.") for name in found):
         with torch.device("meta"):

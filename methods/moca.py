@@ -26,5 +26,6 @@ class MoCa(nn.Module):
 
     def forward(self, hidden_states: Tensor, image_mask: Tensor) -> Tensor:
         """hidden_states (B,T,D), image_mask (B,T) bool → (B,T,D) of the same dtype."""
-        calibrated = torch.addcmul(self.v.float(), self.u.float(), hidden_states.float())   # eq. (5)
+        exact = torch.promote_types(hidden_states.dtype, torch.float32)
+        calibrated = torch.addcmul(self.v.to(exact), self.u.to(exact), hidden_states.to(exact))     # eq. (5)
         return torch.where(image_mask[..., None], calibrated.to(hidden_states.dtype), hidden_states)

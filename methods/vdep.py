@@ -4,8 +4,8 @@ From Visuals to Vocabulary: Establishing Equivalence Between Image and Text Toke
 in MLLMs (VDEP), arXiv 2502.09093.
 
     L = L_t + α L_i,  α = 0.001                                                                       (11)
-    L_i = 1/(N−1) Σ_{i<N} d(h_i, x_{i+1})        h: final hidden states;  x: the "dynamic embeddings", what the projector
-                                                 makes of the image, here targets
+    L_i = 1/(N−1) Σ_{i<N} d(h_i, x_{i+1})     h: final hidden states;  x: the "dynamic embeddings", what the projector
+                                              makes of the image, here as targets
     Hybrid batches (§4.3): a sample is in LLaVA mode and adds to L_t (cross-entropy, its eq. 2: methods/ce.py), or in
     VDEP mode and adds to L_i. The data of stage 1 is seen once in each. Stage 2 is plain cross-entropy.
 
@@ -22,8 +22,8 @@ Where the paper is silent
 * "inverse" and "sigmoid" of the ablation, as functions of d: d / (1 + d) = 1 − 1/(1 + d), and 2σ(d) − 1. Both are 0 at
   d = 0, rise with d and stay below 1: far targets pull less.
 * VDEP-mode prompts are marked <auto_image> in the paper. Attention is causal, so the caption and whatever else comes
-  after the image cannot reach its hidden states: such a sample is <s> and the image alone. A mark before the image would
-  be a word embedding that stage 1 does not train; there is none.
+  after the image cannot reach its hidden states: such a sample is <s> and the image alone. A mark before the image
+  would be a word embedding that stage 1 does not train; there is none.
 """
 from typing import Literal
 
@@ -46,5 +46,5 @@ def reconstruction_loss(hidden_states: Tensor, image_embeds: Tensor,
         d = 2 * d.sigmoid() - 1
     elif distance != "l2":
         raise ValueError(f"distance {distance!r} is not known; l2, inverse and sigmoid are")
-    total = d.mean(-1).sum()                                                                        # L_i of eq. (11)
+    total = d.mean(-1).sum()                                                                        # eq. (11), L_i
     return total, torch.tensor(len(d), device=d.device)

@@ -1,10 +1,38 @@
 """What a course's tests talk to: to have your own version tested, return it here instead of ours."""
 import mir
-from methods import ce
+from methods import basic, ce, moca, vdep, vista
 
 
 def next_token_loss(hidden_states, labels, head_weight, head_bias=None, **options):
     return ce.next_token_loss(hidden_states, labels, head_weight, head_bias, **options)
+
+
+def reconstruction_loss(hidden_states, image_embeds, **options):
+    return vdep.reconstruction_loss(hidden_states, image_embeds, **options)
+
+
+def alignment_loss(text_embeds, text_mask, visual_state, **options):
+    return vista.alignment_loss(text_embeds, text_mask, visual_state, **options)
+
+
+def layer_weights(k, scheme="increasing"):
+    return basic.layer_weights(k, scheme)
+
+
+def supervision_degree(attention, text_mask):
+    return basic.supervision_degree(attention, text_mask)
+
+
+def direction_loss(v, v_hat, degree):
+    return basic.direction_loss(v, v_hat, degree)
+
+
+def semantic_loss(v, v_hat, degree, embedding, **options):
+    return basic.semantic_loss(v, v_hat, degree, embedding, **options)
+
+
+def make_moca(hidden_size):
+    return moca.MoCa(hidden_size)
 
 
 def frechet_distance(x, y):

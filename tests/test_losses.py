@@ -1,43 +1,197 @@
-"""losses.py: the contract between an objective and the trainer."""
+"""losses.py: the contract between an objective and the trainer, and how each method is wired to the model."""
+import pytest
 import torch
-from test_model import batch_of, prompts, tiny
+from test_model import N, batch_of, prompts, tiny
 
 from data import Batch
 from losses import LOSSES, Objective, counts
+from methods import basic, vdep, vista
+from train import Config
+
+STAGES = ("pretrain", "finetune")
 
 
 def example() -> Batch:
-    ids, masks, pixels = prompts([9, 12, 7], without_image=[2])
+    """Four samples: image and text, image and longer text, text alone, an image in VDEP mode."""
+    ids, masks, pixels = prompts([9, 12, 7, 2 + N], without_image=[2])
     b = batch_of(ids, masks, pixels)
-    labels = torch.where(b.attention_mask & (torch.arange(12) > 6), b.input_ids, -100)
-    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels, b.image_mask.any(1))
+    vdep_mode = torch.tensor([False, False, False, True])
+    labels = torch.where(b.attention_mask & (torch.arange(12) > 6) & ~vdep_mode[:, None], b.input_ids, -100)
+    labels[2, 3:6] = b.input_ids[2, 3:6]
+    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels, b.image_mask.any(1), vdep_mode)
 
 
-def test_counts_are_known_from_the_batch_before_any_forward():
+def rows(batch: Batch, which: list[int]) -> Batch:
+    return Batch(**{k: v[which] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
+
+
+def frozen(stage: str, **decoder):
+    """The tiny model as a stage trains it."""
+    model = tiny(**decoder)
+    model.vision_tower.requires_grad_(False)
+    if stage == "pretrain":
+        model.language_model.requires_grad_(False)
+        if model.language_model.config.moca:
+            model.language_model.moca.requires_grad_(True)
+    return model
+
+
+def cfg(loss, stage="pretrain", **options):
+    return Config(loss=loss, stage=stage, **options)
+
+
+def gradient_reach(model, loss) -> set[str]:
+    """Which parts a loss's gradient reaches, and it is not zero."""
+    model.zero_grad(set_to_none=True)
+    loss.backward(retain_graph=True)
+    return {n.split(".")[0] if "moca" not in n else "moca" for n, p in model.named_parameters()
+            if p.grad is not None and (p.grad != 0).any()}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_counts_are_known_from_the_batch_before_any_forward(loss):
     batch = example()
-    for loss in LOSSES:
-        known = counts(batch)
-        for term in Objective(tiny(), loss)(batch):
-            assert term.count == known[term.name] and term.total.ndim == 0
+    for which in ([0, 1, 2, 3], [0], [2], [3], [2, 3]):
+        part = rows(batch, which)
+        for term in Objective(tiny(), cfg(loss))(part):
+            assert term.count == counts(part)[term.name] and term.total.ndim == 0, f"{term.name} of samples {which}"
 
 
-def test_cross_entropy_is_that_of_the_full_logits():
+def test_each_objective_has_its_papers_terms_and_weights():
+    wanted = {"ce": {}, "vdep": {"vdep": 0.001}, "vista": {"vista": 1.0}, "basic": {"das": 1.0, "sds": 0.01}}
+    for loss, weights in wanted.items():
+        terms = Objective(tiny(), cfg(loss))(example())
+        assert {t.name: t.weight for t in terms} == {"ce": 1.0, **weights}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_cross_entropy_is_that_of_the_full_logits_in_every_objective(loss):
     batch, model = example(), tiny()
-    (term,) = Objective(model, "ce")(batch)
+    term = Objective(model, cfg(loss))(batch)[0]
     logits = model.language_model.lm_head(model(batch).hidden_states)
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     assert term.name == "ce" and term.weight == 1.0
     torch.testing.assert_close(term.total / term.count, wanted)
 
 
-def test_a_batch_cut_in_pieces_has_the_gradient_of_the_whole():
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_cut_in_pieces_has_the_gradient_of_the_whole(loss, stage):
     """Sums divided by global counts: what each micro-batch holds does not matter."""
     batch = example()
     def gradient(parts):
-        model = tiny()
-        for rows in parts:
-            piece = Batch(**{k: v[rows] for k, v in vars(batch).items() if isinstance(v, torch.Tensor)})
-            for term in Objective(model, "ce")(piece):
-                (term.total / counts(batch)[term.name]).backward()
+        model = frozen(stage, moca=True)
+        for which in parts:
+            terms = Objective(model, cfg(loss, stage))(rows(batch, which))
+            sum(t.weight * t.total / counts(batch)[t.name] for t in terms).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient([[0, 1, 2]]), gradient([[0], [2], [1]]), atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient([[0, 1, 2, 3]]), gradient([[0], [3, 2], [1]]), atol=1e-6, rtol=0)
+
+
+def test_vdep_rebuilds_from_the_positions_of_the_image_and_only_in_its_own_mode():
+    batch, model = example(), tiny()
+    terms = {t.name: t for t in Objective(model, cfg("vdep"))(batch)}
+    out = model(batch)
+    h = out.hidden_states[3][batch.image_mask[3]][None]                                    # (1,N,D)
+    torch.testing.assert_close(terms["vdep"].total, vdep.reconstruction_loss(h, out.image_embeds[3:])[0])
+    alone = {t.name: t for t in Objective(model, cfg("vdep"))(rows(batch, [0, 1, 2]))}
+    assert alone["vdep"].total == 0 and alone["vdep"].count == 0
+    torch.testing.assert_close(alone["ce"].total, terms["ce"].total)
+    assert [t.name for t in Objective(model, cfg("vdep", "finetune"))(batch)] == ["ce"], "stage 2 is cross-entropy"
+    assert [t.name for t in Objective(model, cfg("vdep", vdep_alpha=0.0))(batch)] == ["ce"]
+
+
+def test_vista_compares_supervised_tokens_with_the_state_at_the_last_image_token():
+    batch, model = example(), tiny()
+    term = Objective(model, cfg("vista"))(batch)[1]
+    out, wanted = model(batch), 0
+    for b in (0, 1):                                       # 2 has no image, 3 no text
+        last = batch.image_mask[b].nonzero().max()
+        text = (batch.labels[b] != -100)[None]
+        wanted += vista.alignment_loss(out.text_embeds[b:b + 1], text, out.hidden_states[b, last][None])[0]
+    torch.testing.assert_close(term.total, wanted)
+    assert term.count == 2
+
+
+@pytest.mark.parametrize("k, options", [
+    (1, {}), (2, {"basic_k": 2}), (3, {"basic_k": 3, "basic_weights": "decreasing"}),
+    (2, {"basic_k": 2, "basic_degree": "equal"})])
+def test_basic_supervises_the_projector_by_its_first_layers(k, options):
+    """Default k: half of the tiny model's three layers is one."""
+    batch, model = example(), tiny(moca=True)
+    _, das, sds = Objective(model, cfg("basic", **options))(batch)
+    seen = {}
+    text = batch.text_after_image()
+    out = model(batch, lambda i, h, a: seen.update({i: (h, a)}), text)
+    w = basic.layer_weights(k, options.get("basic_weights", "increasing"))
+    v_hat, degree = torch.zeros_like(out.image_embeds), torch.zeros(4, N)
+    for b in (0, 1):
+        v_hat[b] = sum(w[i] * seen[i + 1][0][b][batch.image_mask[b]] for i in range(k))
+        looks = sum(seen[i + 1][1][b, :int(text[b].sum())].sum(0) for i in range(k))
+        degree[b] = looks / looks.sum() if options.get("basic_degree") != "equal" else 1 / N
+    E = model.language_model.model["embed_tokens"].weight
+    torch.testing.assert_close(das.total, basic.direction_loss(out.image_embeds, v_hat, degree)[0], atol=1e-5, rtol=0)
+    wanted = basic.semantic_loss(out.image_embeds, v_hat, degree.double(), E)[0]
+    torch.testing.assert_close(sds.total, wanted, atol=1e-5, rtol=0)
+
+
+def test_basic_computes_only_what_is_switched_on(monkeypatch):
+    import model as module
+    calls = []
+    plain = module.attention_to_image
+    monkeypatch.setattr(module, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
+    def names(**options):
+        calls.clear()
+        return [t.name for t in Objective(tiny(), cfg("basic", **options))(example())]
+    assert names(basic_k=2) == ["ce", "das", "sds"]
+    assert len(calls) == 2, "attention was computed beyond layer k, or more than once"
+    assert names(basic_sds=0.0) == ["ce", "das"] and names(basic_das=0.0) == ["ce", "sds"]
+    assert names(basic_degree="equal") == ["ce", "das", "sds"] and not calls
+    assert names(basic_das=0.0, basic_sds=0.0) == ["ce"] and not calls
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_which_parameters_each_term_trains(stage):
+    """BASIC's terms train the projector alone, also where the language model is trained. VISTA's and VDEP's go through
+    the layers; VISTA's meets word embeddings too."""
+    llm = {"language_model"} if stage == "finetune" else set()
+    wanted = {"ce": {"multi_modal_projector", "moca"} | llm, "vdep": {"multi_modal_projector", "moca"},
+              "vista": {"multi_modal_projector", "moca"} | llm, "das": {"multi_modal_projector"},
+              "sds": {"multi_modal_projector"}}
+    for loss in LOSSES:
+        model = frozen(stage, moca=True)
+        for term in Objective(model, cfg(loss, stage))(example()):
+            assert gradient_reach(model, term.total) == wanted[term.name], f"{term.name} in {stage}"
+
+
+def test_vista_moves_word_embeddings_in_stage_2_and_vdeps_target_stays():
+    batch, model = example(), frozen("finetune")
+    term = Objective(model, cfg("vista", "finetune"))(rows(batch, [0]))[1]
+    term.total.backward()
+    moved = model.language_model.model["embed_tokens"].weight.grad.abs().sum(1) > 0
+    assert moved[batch.labels[0][batch.labels[0] != -100]].all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_activation_checkpointing_changes_no_term_and_no_gradient(loss):
+    results = []
+    for on in (False, True):
+        model = frozen("finetune", moca=True)
+        model.language_model.gradient_checkpointing = on
+        terms = Objective(model, cfg(loss, basic_k=2 if loss == "basic" else None))(example())
+        sum(t.weight * t.total for t in terms).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([*(t.total.detach() for t in terms), *gradients])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_under_autocast_every_term_is_float32_and_near_the_exact_one(loss):
+    batch = example()
+    batch.pixel_values = batch.pixel_values.float()
+    exact = Objective(tiny(torch.float32), cfg(loss))(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = Objective(tiny(torch.float32), cfg(loss))(batch)
+    for a, b in zip(exact, low):
+        assert b.total.dtype == torch.float32 and abs(a.total - b.total) < 0.1 * a.total, a.name

@@ -5,12 +5,14 @@ import signal
 import subprocess
 import sys
 import time
+from signal import SIGTERM
 
 import pytest
 import torch
 from conftest import ROOT, call, launch, losses_of
 from safetensors.torch import load_file
 
+import train
 from config import UserError
 from train import Config, learning_rate, settings
 
@@ -31,7 +33,10 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
 @pytest.mark.parametrize("given, ranks, says", [
     (dict(global_batch=10), 4, "10 is not divisible by the 4 ranks"),
     (dict(global_batch=12, micro_batch=5), 1, "not divisible by 1 ranks × --micro-batch 5"),
-    (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0")])
+    (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0"),
+    (dict(loss="vdep", vdep_ratio=1.5), 1, "--vdep-ratio must be from 0 to 1"),
+    (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be from 0"),
+    (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is --loss vista")])
 def test_impossible_settings_are_refused(given, ranks, says):
     with pytest.raises(UserError, match=says):
         settings(Config(**given), "pretrain", ranks)
@@ -146,6 +151,46 @@ def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_
     a, b = (load_file(run / "finetune-20" / "model.safetensors") for run in (out, reference["finetune"]))
     assert all(torch.equal(a[k], b[k]) for k in b)
     assert [p.name for p in out.glob("finetune-*")] == ["finetune-20"], "older checkpoints of the stage were left"
+
+
+@pytest.mark.parametrize("loss, moca, stage", [
+    ("ce", True, "finetune"), ("vdep", True, "pretrain"), ("vista", True, "pretrain"), ("vista", False, "finetune"),
+    ("basic", False, "pretrain"), ("basic", True, "finetune")])
+def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world, tmp_path, monkeypatch, loss, moca,
+                                                                    stage):
+    def arguments(name, micro):
+        options = {"loss": loss, "micro-batch": micro}
+        return [*command(small_world, tmp_path / name, stage, 6, **options), *["--moca"] * moca]
+    runs = [call(*arguments("whole", 16)), call(*arguments("cut", 4)), launch(*arguments("ranks", 8), ranks=2)]
+    with monkeypatch.context() as patch:                   # a signal in the middle of step 3, heard in step 4
+        patch.setattr(train, "check_finite", lambda loss, norm, step, *_: step == 3 and signal.raise_signal(SIGTERM))
+        assert "after step 4" in call(*arguments("resumed", 16)).stderr
+    signal.signal(SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    runs.append(call(*arguments("resumed", 16), "--resume"))
+    assert [r.returncode for r in runs] == [0] * 4, "".join(r.stderr for r in runs)
+    whole, *others = (losses_of(tmp_path / name, stage) for name in ("whole", "resumed", "cut", "ranks"))
+    assert len(whole) == 6 and whole == others[0], "a resumed run differs"
+    for got in others[1:]:
+        worst = max(abs(a - b) for a, b in zip(whole, got))
+        assert worst < 1e-5, f"the losses differ by {worst}: are sums divided by the counts of the whole global batch?"
+    stored = [load_file(tmp_path / name / f"{stage}-6" / "model.safetensors") for name in ("whole", "resumed")]
+    assert all(torch.equal(stored[1][name], t) for name, t in stored[0].items())
+    maps = {name: t for name, t in stored[0].items() if ".moca." in name}
+    assert len(maps) == 8 * moca, "two vectors for each of four layers"
+    for name, t in maps.items():                           # nothing reads the last layer's image tokens in stage 2
+        assert ".3." in name or 0 < (t - t.round()).abs().max() < 0.1, f"{name} was not trained"
+
+
+def test_stage_2_goes_on_with_the_moca_of_stage_1(small_world, tmp_path):
+    assert call(*command(small_world, tmp_path / "one", "pretrain", 3), "--moca").returncode == 0
+    done = call(*command(small_world, tmp_path / "two", steps=1, projector=tmp_path / "one", lr=1e-12))
+    assert done.returncode == 0, done.stderr
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("one/pretrain-3", "two/finetune-1"))
+    maps = [n for n in before if ".moca." in n]
+    assert len(maps) == 8
+    for name in maps:
+        torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
 
 
 def test_a_termination_signal_saves_and_leaves(small_world, reference, tmp_path):
