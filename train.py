@@ -13,12 +13,14 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
+import lora
 import mir
 import parallel
 import weights
@@ -47,7 +50,7 @@ from data import (
     read_samples,
 )
 from losses import LOSSES, Objective, Term, counts
-from model import Decoder, Llava, Projector, VisionConfig
+from model import Llava, Projector, VisionConfig
 from parallel import Ranks
 from tokenizer import RULES, load_tokenizer
 from toy import world
@@ -57,6 +60,7 @@ LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, g
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, when --unlock-llm lora
 TOY_PROJECTOR_SCALE = 0.25
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -78,6 +82,13 @@ class Config:
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps")
     micro_batch: int | None = option(None, "samples a rank works on at a time: the one memory knob")
     lr: float | None = option(None, "peak learning rate")
+    projector_lr: float | None = option(None, "the projector's; unset: --lr")
+    vision_lr: float | None = option(None, "the vision encoder's, if it is trained; unset: --lr")
+    unlock_llm: Literal["none", "lora", "half", "all"] | None = option(
+        None, "what of the language model is trained; half: its lower layers; unset: all in stage 2, none in stage 1")
+    unlock_vision: Literal["none", "half", "all"] = option("none", "what of the vision encoder; half: its upper layers")
+    lora_rank: int = option(128, "of --unlock-llm lora")
+    lora_alpha: float = option(256.0, "its update is scaled by alpha / rank")
     epochs: int | None = option(None, "passes over the data")
     max_steps: int | None = option(None, "steps of a stage, instead of epochs")
     template: Literal[tuple(TEMPLATES)] | None = option(None, "of stage 2; unset: by the language model's family")
@@ -116,6 +127,10 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
     """cfg with what is unset filled in for a stage. Raises UserError for settings that cannot be."""
     cfg = replace(cfg, stage=stage, template="plain" if stage == "pretrain" else cfg.template)
     toy = cfg.data is None
+    if cfg.unlock_llm is None:
+        cfg = replace(cfg, unlock_llm="none" if stage == "pretrain" else "all")
+    if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
+        cfg = replace(cfg, lr=LORA["lr"], projector_lr=cfg.projector_lr or LORA["projector_lr"])
     if cfg.template is None:
         family = read_json(Path(cfg.llm) / "config.json").get("model_type")
         cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
@@ -125,7 +140,7 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
     for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
-                 "timeout", "basic_k"):
+                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
     for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
@@ -195,28 +210,61 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------ one stage
+def is_trained(name: str, cfg: Config, vision_layers: int, llm_layers: int) -> bool:
+    """Is a parameter, by its name in `Llava`, trained? half: as the MIR paper's code unlocks in stage 1, the upper half
+    of the vision encoder's layers (ShareGPT4V's choice) and the lower half of the language model's, and nothing beside
+    layers. Of the vision encoder only what is used can be trained: not the last layer, nor the norm behind it."""
+    part, rest = name.split(".", 1)
+    layer = re.search(r"\.layers\.(\d+)\.", rest)
+    layer = int(layer[1]) if layer else None
+    if part == "vision_tower":
+        used = not rest.startswith("post_layernorm") and layer != vision_layers - 1
+        upper = layer is not None and layer >= vision_layers // 2
+        return used and {"none": False, "half": upper, "all": True}[cfg.unlock_vision]
+    if part == "language_model":
+        lower = layer is not None and layer < llm_layers // 2
+        return cfg.moca and rest.startswith("moca.") or {
+            "none": False, "lora": "lora_" in rest, "half": lower, "all": True}[cfg.unlock_llm]
+    return True
+
+
+def stores_all(cfg: Config) -> bool:
+    """Do checkpoints hold the whole model? In stage 1 only if more than projector and MoCa is trained."""
+    return cfg.stage == "finetune" or cfg.unlock_llm != "none" or cfg.unlock_vision != "none"
+
+
 def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
     """The model of a stage from released folders, or from the checkpoint to resume. What is trained is float32 and
-    asks for gradients; what is frozen is in the dtype of computing."""
-    whole = ckpt is not None and cfg.stage == "finetune"
-    trained_llm = cfg.stage == "finetune"
+    asks for gradients; what is frozen is in the dtype of computing. On the meta device, before anything is read, it is
+    decided what is trained, and where ranks share the model the blocks are cut."""
+    whole = ckpt is not None and stores_all(cfg)
+    folders = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
+    v, t = vision_config(cfg), weights.decoder_config(folders[1])
+    if cfg.unlock_llm == "lora" and not t.lora_rank:
+        t = replace(t, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
 
-    def cut(part: nn.Module) -> None:
-        """On the meta device, before there is anything to hold."""
-        part.requires_grad_(trained_llm and isinstance(part, Decoder))
+    def trained(part: str, name: str) -> bool:
+        return is_trained(f"{part}.{name}", cfg, v.num_hidden_layers, t.num_hidden_layers)
+
+    def prepare(part: str, module: nn.Module) -> None:
+        for name, p in module.named_parameters():
+            p.requires_grad_(trained(part, name))
         if ranks.mesh is not None:
-            for block in (part.model if isinstance(part, Decoder) else part.encoder)["layers"]:
+            for block in (module.encoder if part == "vision_tower" else module.model)["layers"]:
                 parallel.shard(block, ranks)
-    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device, vision_config(cfg), cut)
-    llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device,
-                           prepare=cut)
-    sizes = vision.config.hidden_size, llm.config.hidden_size
+
+    def options(part: str) -> dict:
+        return dict(device=ranks.device, dtype=lambda n: torch.float32 if trained(part, n) else ranks.dtype,
+                    prepare=partial(prepare, part))
+    vision = weights.load_vision(folders[0], config=v, **options("vision_tower"))
+    llm = weights.load_llm(folders[1], config=t, **options("language_model"),
+                           new=lambda name, shape: None if whole else lora.start(name, shape, cfg.seed))
     source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
     if source:
-        projector = weights.load_projector(source, *sizes, torch.float32, ranks.device)
+        projector = weights.load_projector(source, v.hidden_size, t.hidden_size, torch.float32, ranks.device)
     else:
         torch.manual_seed(cfg.seed)
-        projector = Projector(*sizes).to(ranks.device)
+        projector = Projector(v.hidden_size, t.hidden_size).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
     if source and not whole:
         weights.load_moca(source, llm, torch.float32, ranks.device)
@@ -241,6 +289,17 @@ def stage_checkpoint(folder: str | Path, stage: str) -> Path:
     if found != stage:
         raise UserError(f"{path} is a {found} checkpoint; a {stage} one is wanted here")
     return path
+
+
+def check_projector(cfg: Config) -> None:
+    """Raises UserError if --projector cannot be that, or if more was trained with it than would come along."""
+    path = stage_checkpoint(cfg.projector, "pretrain")
+    released = (path / "mm_projector.bin").is_file() or weights.is_released(path)
+    if not released and weights.is_whole(path):
+        others = [Path(p).resolve() for p in (cfg.vision, cfg.llm) if Path(p).resolve() != path.resolve()]
+        if others:
+            raise UserError(f"{path} trained more than its projector, which {others[0]} would leave behind: add "
+                            f"--vision {path} --llm {path}")
 
 
 def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
@@ -320,7 +379,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
     objective = parallel.wrap(Objective(model, cfg), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(groups(model, cfg), weight_decay=0.0, fused=True)
     if ckpt:
         load_optimizer(optimizer, ckpt)
     hold = parallel.holds_gradients(trained, ranks)
@@ -354,9 +413,9 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
             loss = sum(t.weight * values[t.name] for t in terms)
             check_finite(loss, gradient, step + 1, terms, micro, ranks)
 
-            lr = learning_rate(step, steps, cfg.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(step, steps, group["peak"])
+            lr = learning_rate(step, steps, cfg.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -401,6 +460,16 @@ def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor],
             total = t.total.detach()
             summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
     return list(summed.values())
+
+
+def groups(model: Llava, cfg: Config) -> list[dict]:
+    """What is trained, by its peak learning rate. The order is the same on any number of ranks."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            own = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}.get(name.split(".")[0])
+            found.setdefault(own or cfg.lr, []).append(p)
+    return [{"params": ps, "peak": peak, "lr": peak} for peak, ps in found.items()]
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
@@ -464,7 +533,7 @@ def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int,
     """Checkpoint <out>/<stage>-<step>, written by the first rank; when it is there, all but --keep-last go."""
     if not ranks.first and ranks.mesh is None:
         return
-    names = {n for n, p in model.named_parameters() if p.requires_grad or cfg.stage == "finetune"}
+    names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
               "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
@@ -538,8 +607,8 @@ def main() -> None:
     toy, out = cfg.data is None, Path(cfg.out)
     if cfg.stage == "both" and not toy:
         raise UserError("--data is of one stage: say which with --stage pretrain or --stage finetune")
-    if cfg.stage == "both" and (cfg.lr or cfg.epochs):
-        raise UserError("--lr and --epochs are of one stage: say which with --stage pretrain or --stage finetune")
+    if cfg.stage == "both" and (cfg.lr or cfg.epochs or cfg.unlock_llm or cfg.unlock_vision != "none"):
+        raise UserError("--lr, --epochs and --unlock-… are of one stage: say which with --stage pretrain or finetune")
     if cfg.projector and cfg.stage != "finetune":
         raise UserError("--projector is where --stage finetune starts from; it has no use in --stage " + cfg.stage)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
@@ -551,7 +620,7 @@ def main() -> None:
     if cfg.basic_k and cfg.basic_k > layers:
         raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
     if cfg.projector:
-        stage_checkpoint(cfg.projector, "pretrain")
+        check_projector(cfg)
     if not toy and not Path(cfg.data).is_file():
         raise UserError(f"--data {cfg.data} does not exist")
     if cfg.images and not Path(cfg.images).is_dir():

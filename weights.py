@@ -210,10 +210,12 @@ def unfuse(here: dict[str, tuple[Path, str]], c: DecoderConfig | None) -> dict[s
     return out
 
 
-def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], source, dtype=None, device="cpu") -> None:
+def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], source, dtype=None, device="cpu",
+         new=lambda name, shape: None) -> None:
     """Puts the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
     vanish later) and cast on its way. dtype: of all, or a function of a name; None: as stored. Of a parameter that is
-    cut over ranks only this rank's rows are copied. Raises UserError on any difference."""
+    cut over ranks only this rank's rows are copied. new(name, shape) makes a tensor that no file holds yet (LoRA's), or
+    says None. Raises UserError on any difference."""
     wanted = dict(module.named_parameters())
     here = {name[len(prefix) + 1:]: place for name, place in found.items() if name.startswith(prefix + ".")}
     tied = isinstance(module, Decoder) and module.config.tie_word_embeddings
@@ -223,11 +225,20 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     what = PARTS[prefix]
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
-    for problem, names in [("are missing", [n for n in wanted if n not in here]),
+    made = {n: t for n in wanted if n not in here and (t := new(n, wanted[n].shape)) is not None}
+    for problem, names in [("are missing", [n for n in wanted if n not in here and n not in made]),
                            ("are left over", [n for n in here if n not in wanted])]:
         if names:
             raise UserError(f"{source}: {len(names)} tensors of the {what} {problem} ({', '.join(sorted(names)[:3])}"
                             f"{', …' if len(names) > 3 else ''}); its config.json describes another model")
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        to = dtype(name) if callable(dtype) else dtype or tensor.dtype
+        own = placed(tensor, wanted[name], device, to)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(own, wanted[name].requires_grad))
+    for name, tensor in made.items():
+        put(name, tensor)
     by_file = {}
     for name, (path, key, rows) in here.items():
         by_file.setdefault(path, []).append((name, key, rows))
@@ -243,10 +254,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
                     if tensor.shape != wanted[name].shape or rows and whole[0] != rows[2]:
                         made = (rows[2], *wanted[name].shape[1:]) if rows else tuple(wanted[name].shape)
                         raise UserError(f"{path}: {key} has shape {tuple(whole)}, but the config makes it {made}")
-                    owner, _, leaf = name.rpartition(".")
-                    to = dtype(name) if callable(dtype) else dtype or tensor.dtype
-                    own = placed(tensor, wanted[name], device, to)
-                    setattr(module.get_submodule(owner), leaf, nn.Parameter(own, wanted[name].requires_grad))
+                    put(name, tensor)
                     del tensor
     if tied:
         module.lm_head.weight = module.model["embed_tokens"].weight
@@ -357,13 +365,14 @@ def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConf
 
 
 def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig | None = None,
-             prepare=lambda module: None) -> Decoder:
+             prepare=lambda module: None, new=lambda name, shape: None) -> Decoder:
     """The decoder, with its head, of a released or own folder. None: dtype as stored, config as the folder's.
-    prepare(decoder): is called before it is filled, on the meta device, where cutting it over ranks costs nothing."""
+    prepare(decoder): is called before it is filled, on the meta device, where cutting it over ranks costs nothing;
+    new: see fill."""
     with torch.device("meta"):
         llm = Decoder(config or decoder_config(folder))
     prepare(llm)
-    fill(llm, "language_model", find_tensors(Path(folder)), folder, dtype, device)
+    fill(llm, "language_model", find_tensors(Path(folder)), folder, dtype, device, new)
     return llm
 
 
@@ -393,7 +402,7 @@ def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path |
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
     c = read_json(folder / "config.json")
-    whole = c["stage"] == "finetune"
+    whole = is_whole(folder)
     vision, llm = (folder, folder) if whole else (vision or c["vision"], llm or c["llm"])
     for flag, base in [("--vision", vision), ("--llm", llm)]:
         if not Path(base).is_dir():
@@ -466,6 +475,11 @@ def checkpoint_problem(folder: Path) -> str | None:
         return str(e)
     state = folder / "state.pt"
     return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
+
+
+def is_whole(folder: Path) -> bool:
+    """Does a checkpoint of ours hold the whole model? Stage 1 stores the projector alone, unless more was trained."""
+    return any(n.startswith("language_model.model.") for n in find_tensors(folder))
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], write: bool = True, limit: float = 5e9) -> None:

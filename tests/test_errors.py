@@ -23,7 +23,7 @@ def refuses(done, *says):
     ("train.py", "--loss vosta", ["--loss", "'vosta'", "ce"]),
     ("train.py", "--max-steps many", ["--max-steps", "invalid int value: 'many'"]),
     ("train.py", "--global-batch 7 --micro-batch 2", ["7 is not divisible by 1 ranks × --micro-batch 2"]),
-    ("train.py", "--lr 0.1", ["--lr and --epochs are of one stage"]),
+    ("train.py", "--lr 0.1", ["--lr, --epochs and --unlock-… are of one stage"]),
     ("train.py", "--data x.json", ["--data is of one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
     ("train.py", "--vision absent", ["there is no folder absent"]),
