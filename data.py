@@ -1,5 +1,8 @@
 """LLaVA JSON + a folder of images → batches.
 
+    python data.py --check FILE --images DIR               which samples of a file can be used, before a run finds out
+
+    file   ─ SampleFile ─→ sample, read when it is asked for (index.py)
     sample ─ pieces ─→ text, and which characters are the assistant's ─ encode ─→ input_ids, labels, image_mask
     image  ─ ImageProcessor ─→ pixel_values                            ─ collate ─→ Batch (right-padded)
 
@@ -12,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,11 +23,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
-from config import UserError, read_json
-from tokenizer import encode_text
+from config import UserError, option, parse, read_json, run
+from index import IMAGE, SampleFile, sample_problem
+from tokenizer import encode_text, load_tokenizer
 
-IMAGE = "<image>"
 IGNORE = -100
 PLACEHOLDER = 0       # id at image and padding positions; masks, never ids, tell what a position is
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -199,12 +204,26 @@ def image_problem(path: Path) -> str | None:
             tail = f.read()
         if kind == "PNG" and b"IEND" in tail or kind == "JPEG" and b"\xff\xd9" in tail:
             return None
-    except (OSError, SyntaxError):
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         pass
     try:
         open_image(path)
     except ValueError as e:
         return str(e)
+
+
+def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
+    """Image file → why it cannot be used. Looks at every file once, at its ends, a few thousand at a time."""
+    keys, first = np.unique(samples.column("image"), return_index=True)
+    first = np.sort(first[keys != 0])                           # one sample of each image, in the order of the file
+    found = {}
+    with ThreadPoolExecutor(8) as pool, tqdm(total=len(first), desc="images", delay=2, leave=False) as bar:
+        for part in np.array_split(first, len(first) // 4096 + 1):
+            names = [samples[i]["image"] for i in part]
+            problems = pool.map(image_problem, (Path(images) / n for n in names))
+            found |= {n: problem for n, problem in zip(names, problems) if problem}
+            bar.update(len(part))
+    return found
 
 
 # ------------------------------------------------------------------------------------------------ samples and batches
@@ -245,50 +264,6 @@ def collate(samples: list[tuple], image_size: int) -> Batch:
                  torch.stack([zero if p is None else p for p in pixels]),
                  torch.tensor([bool(m.any()) for m in masks]), torch.tensor(reconstruct), list(names),
                  [p for p in problems if p])
-
-
-def read_samples(path: str | Path) -> tuple[list[dict], int]:
-    """The samples of a LLaVA JSON (or JSONL) file that have an answer, and how many have none.
-
-    Raises UserError with the number and id of the first sample that is not in LLaVA's format."""
-    path = Path(path)
-    if path.suffix == ".jsonl":
-        samples = read_jsonl(path)
-    else:
-        samples = read_json(path)
-    if not isinstance(samples, list) or not samples:
-        raise UserError(f"{path} is not a non-empty list of samples [{{id, image, conversations}}, …]")
-    kept = []
-    for n, s in enumerate(samples):
-        problem = sample_problem(s)
-        if problem:
-            name = f" (id {s['id']})" if isinstance(s, dict) and "id" in s else ""
-            raise UserError(f"{path}: sample {n}{name} {problem}")
-        if any(t["from"] == "gpt" for t in s["conversations"][1:]):
-            kept.append(s)
-    return kept, len(samples) - len(kept)
-
-
-def sample_problem(s) -> str | None:
-    """What keeps `s` from being a LLaVA sample, or None."""
-    if not isinstance(s, dict) or not isinstance(s.get("conversations"), list) or not s["conversations"]:
-        return "lacks conversations, a list of {from, value} turns"
-    image = s.get("image")
-    if image is not None and not isinstance(image, str):
-        return f"has image {str(image)[:60]}: one image a sample is supported, given as its file name"
-    turns = s["conversations"]
-    for t in turns:
-        if not isinstance(t, dict) or not isinstance(t.get("value"), str):
-            return "has a turn without a text value"
-        if t.get("from") not in ("human", "gpt"):
-            return f"has a turn from {t.get('from')!r}; human and gpt are known"
-    if any(a["from"] == b["from"] for a, b in zip(turns, turns[1:])):
-        return "has two turns in a row from the same side"
-    count = sum(t["value"].count(IMAGE) for t in turns)
-    if count > 1:
-        return f"has {count} {IMAGE} marks: one image a sample is supported"
-    if count != (image is not None):
-        return f"has {'a file' if image else 'no file'} in image but {'no' if image else 'an'} {IMAGE} mark in its text"
 
 
 def read_jsonl(path: Path) -> list:
@@ -343,8 +318,9 @@ class Samples(torch.utils.data.Dataset):
     i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
-    def __init__(self, samples: list[dict], images: str | Path, tokenizer: Tokenizer, processor: ImageProcessor,
-                 template: str, image_tokens: int, max_length: int, pad: bool, after_special: str = "4.31"):
+    def __init__(self, samples: SampleFile | list[dict], images: str | Path, tokenizer: Tokenizer,
+                 processor: ImageProcessor, template: str, image_tokens: int, max_length: int, pad: bool,
+                 after_special: str = "4.31"):
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
         self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
         bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
@@ -372,18 +348,6 @@ class Samples(torch.utils.data.Dataset):
         turns = [{"from": "human", "value": IMAGE}] if reconstruct else s["conversations"]
         return *encode(turns, self.tokenizer, *self.text), pixels, reconstruct, name, None
 
-    def lengths(self) -> np.ndarray:
-        """Rough length of each sample in characters, negative for text alone: enough to batch like with like."""
-        size = [sum(len(t["value"]) for t in s["conversations"]) for s in self.samples]
-        return np.array(size) * np.array([1 if s.get("image") is not None else -1 for s in self.samples])
-
-    def image_problems(self) -> dict[str, str]:
-        """Image file → why it cannot be used. Looks at every file once, at its ends."""
-        names = sorted({s["image"] for s in self.samples if s.get("image") is not None})
-        with ThreadPoolExecutor(8) as pool:
-            found = pool.map(image_problem, (self.images / n for n in names), chunksize=64)
-        return {n: problem for n, problem in zip(names, found) if problem}
-
 
 # ------------------------------------------------------------------------------------------------ order
 def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.ndarray | None = None,
@@ -395,18 +359,22 @@ def epoch_order(n: int, global_batch: int, seed: int, epoch: int, lengths: np.nd
     With lengths (negative: text alone) a batch is all image or all text, but for the one that takes both remainders,
     and its samples are sorted by length, so that those of a micro-batch need little padding (LLaVA's grouping)."""
     rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(n)
+    numbers = np.arange(n, dtype=np.int32)                      # 4 bytes a sample: there may be millions
+    order = rng.permutation(numbers)
     if again:
-        order = rng.permutation(np.append(order, n + rng.permutation(n)[:again]))
+        order = rng.permutation(np.append(order, n + rng.permutation(numbers)[:again]))
     if lengths is None:
-        return np.append(order, np.full(-len(order) % global_batch, -1)).reshape(-1, global_batch)
-    kinds = [order[lengths[order] >= 0], order[lengths[order] < 0]]
+        return np.append(order, np.full(-len(order) % global_batch, -1, np.int32)).reshape(-1, global_batch)
+    text = lengths[order] < 0
+    kinds = order[~text], order[text]
     whole = [k[:len(k) // global_batch * global_batch].reshape(-1, global_batch) for k in kinds]
     rest = np.concatenate([k[w.size:] for k, w in zip(kinds, whole)])
-    rest = np.append(rest, np.full(-len(rest) % global_batch, -1)).reshape(-1, global_batch)
+    rest = np.append(rest, np.full(-len(rest) % global_batch, -1, np.int32)).reshape(-1, global_batch)
     batches = rng.permutation(np.concatenate([*whole, rest]))
     longest = np.append(np.abs(lengths), 0)                     # number -1, the filler, has length 0
-    return np.take_along_axis(batches, np.argsort(-longest[batches], axis=1, kind="stable"), axis=1)
+    for batch in batches:
+        batch[:] = batch[np.argsort(-longest[batch], kind="stable")]
+    return batches
 
 
 class Order:
@@ -417,7 +385,7 @@ class Order:
                  rank: int = 0, ranks: int = 1, start: int = 0, again: int = 0):
         self.args, self.kinds = (n, global_batch, seed), (lengths, again)
         self.micro_batch, self.rank, self.ranks, self.start = micro_batch, rank, ranks, start
-        self.steps_per_epoch = len(epoch_order(*self.args, 0, *self.kinds))
+        self.steps_per_epoch = -(-(n + again) // global_batch)
 
     def __iter__(self):
         epoch, first = divmod(self.start, self.steps_per_epoch)
@@ -429,6 +397,80 @@ class Order:
 
 
 def loader(samples: Samples, order: Order, workers: int, pin: bool = False) -> DataLoader:
-    """Batches in that order; `workers` processes decode ahead."""
+    """Batches in that order; `workers` processes decode ahead. Workers need no seeds: what a sample becomes depends on
+    the sample alone, so that any number of them gives the same batches."""
     return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin,
                       collate_fn=partial(collate, image_size=samples.processor.crop_size))
+
+
+# ------------------------------------------------------------------------------------------------ a look before a run
+@dataclass
+class Config:
+    """Look through a file of samples before a run: exit code 0 if every sample can be used, 2 if not."""
+    check: str | None = option(None, "LLaVA JSON or JSONL")
+    images: str | None = option(None, "the folder of its images")
+    llm: str | None = option(None, "a language model's folder: to find samples of which --max-length leaves no answer")
+    template: Literal[tuple(TEMPLATES)] = option("v1", "with --llm: how a conversation is written")
+    image_tokens: int = option(576, "with --llm: positions of an image")
+    max_length: int = option(2048, "with --llm: positions a sample may have")
+    out: str | None = option(None, "file for the list of the samples that cannot be used")
+
+
+def check(cfg: Config) -> tuple[dict[str, int], dict[int, str]]:
+    """(what → how many samples of the file, number of a sample → why it cannot be used)."""
+    samples = SampleFile(cfg.check)
+    image, malformed, answered = (samples.column(name) for name in ("image", "malformed", "answered"))
+    if image.any() and cfg.images is None:
+        raise UserError(f"{cfg.check} names images: say with --images in which folder they are")
+    why = {i: sample_problem(samples[i]) for i in np.flatnonzero(malformed).tolist()}
+    why |= dict.fromkeys(np.flatnonzero(~malformed & ~answered).tolist(), "has no answer")
+    rows = {"samples": len(samples), "with an image": int((image != 0).sum()),
+            "text alone": int((~malformed & (image == 0)).sum()), "malformed": int(malformed.sum()),
+            "without an answer": int((~malformed & ~answered).sum()),
+            "image missing": 0, "image corrupt": 0, "image unreadable": 0}
+    if image.any():
+        found = image_problems(samples, cfg.images)
+        for i in np.flatnonzero(samples.with_image(list(found))).tolist():
+            name = samples[i]["image"]
+            kind = ("missing" if found[name] == "missing" else
+                    "unreadable" if found[name].startswith("[Errno") else "corrupt")     # the disk's word, or Pillow's
+            rows[f"image {kind}"] += 1
+            why[i] = f"has image {name}: {found[name]}"
+    if cfg.llm:
+        tokenizer = load_tokenizer(cfg.llm)
+        end(tokenizer, cfg.template)                            # else the template is another family's
+        row = f"no answer within {cfg.max_length} positions"
+        rows[row] = 0
+        for i in tqdm(np.flatnonzero(answered).tolist(), desc="text", delay=2, leave=False):
+            _, labels, _ = encode(samples[i]["conversations"], tokenizer, cfg.template, cfg.image_tokens,
+                                  cfg.max_length)
+            if (labels == IGNORE).all():
+                rows[row] += 1
+                why[i] = f"has {row}"
+    return rows | {"usable": len(samples) - len(why)}, why
+
+
+def main() -> None:
+    cfg = parse(Config)
+    if cfg.check is None:
+        raise UserError("say with --check FILE which samples to look through")
+    if cfg.images and not Path(cfg.images).is_dir():
+        raise UserError(f"--images {cfg.images} is not a folder")
+    try:
+        out = open(cfg.out, "w") if cfg.out else None
+    except OSError as e:
+        raise UserError(f"--out {cfg.out} cannot be written: {e.strerror}") from None
+    rows, why = check(cfg)
+    for name, count in rows.items():
+        print(f"{name:32} {count:12,}")
+    if out:
+        out.writelines(f"sample {i} {why[i]}\n" for i in sorted(why))
+        out.close()
+    if why:
+        i = min(why)
+        raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {cfg.check} cannot be used; the first is "
+                        f"sample {i}, which {why[i]}; " + (f"{cfg.out} lists them" if out else "--out FILE lists them"))
+
+
+if __name__ == "__main__":
+    run(main)

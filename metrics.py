@@ -1,11 +1,86 @@
-"""Scorers: pure functions of strings, standard library only."""
+"""Scorers of the benchmarks: pure functions of answers and references that give the reference scorers' numbers.
+
+    rule  functions              benchmarks                          reference scorer
+    R1    vqa_norm, vqa_acc      VQAv2, OK-VQA, TextVQA, VizWiz      M4C (= EvalAI); m4c=False: lmms-eval's VQAv2
+    R2    exact, accuracy        GQA; the toy                        lmms-eval's exact_match
+    R3    pope_parse, pope       POPE                                the authors', as LLaVA runs it
+    R4    mme_parse, mme         MME                                 lmms-eval; the authors' on real answers
+    R5    circular               MMBench                             VLMEvalKit's circular evaluation
+    R6    pick_choice            every multiple-choice benchmark     none: one rule that never guesses
+    R7    mmmu_open              open questions of MMMU              the authors'; lists kept as strings are read
+    R8    ocrbench               OCRBench                            the authors'
+    R9    anls                   DocVQA                              lmms-eval's anls
+    R10   ptb_tokenize, cider    RefCOCO, RefCOCO+, RefCOCOg         pycocoevalcap
+    R11   realworldqa            RealWorldQA                         lmms-eval 0.7
+
+One answer's score is a bool or in 0..1. Ratios (`pope`, `circular`) are in 0..1, 0/0 being 0; `accuracy`, `mme` and
+`cider` have scales of their own. The references of one question are a list; a single string is a list of one.
+ValueError: rows that the rule cannot score.
+"""
+import ast
+import math
+import re
 import string
+from collections import Counter
+from unicodedata import normalize
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGITS["none"] = "0"
+APOSTROPHES = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
+    how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
+    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd
+    there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's
+    where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll
+    you're you've 'ow's'at y'all'll y'all'd've""".split()
+APOSTROPHES += [f"{x}'d've" for x in "he I it she somebody someone something there they we who you".split()]
+APOSTROPHES += [f"{x}n't've" for x in "could had might should would".split()]
+# A word is known by its spelling with any one of its apostrophes lost; three oddities of the official table follow. Its
+# "Im" and the like have a capital, which no normalised answer has: they are without effect.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in APOSTROPHES for i, c in enumerate(word) if c == "'"}
+CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
+PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
+COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
+
+
+def listed(answers: str | list[str]) -> list[str]:
+    """The references of one question. Raises ValueError if there is none."""
+    answers = [answers] if isinstance(answers, str) else list(answers)
+    if not answers:
+        raise ValueError("a question without a reference answer has no score")
+    return answers
+
+
+def ratio(part: float, whole: float) -> float:
+    return part / whole if whole else 0.0
+
+
+def vqa_norm(text: str, m4c: bool = True) -> str:
+    """R1: an answer as VQA accuracy compares it. m4c=False leaves the first step out, as VQAv2 does, and differs on
+    commas and possessives."""
+    if m4c:
+        text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    comma = re.search(r"(?<=\d),+(?=\d)", text)
+    before = text
+    for p in ";/[]\"{}()=+\\_-><@`,?!":
+        if p in before:
+            text = text.replace(p, "" if comma or p + " " in before or " " + p in before else " ")
+    text = re.sub(r"\.(?!\d)", "", text, count=32)      # the 32 is the official scorer's: a flag passed as a count
+    words = (DIGITS.get(word, word) for word in text.lower().split())
+    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+def vqa_acc(pred: str, answers: list[str], m4c: bool = True) -> float:
+    """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for 0..4 of 10 matching.
+    Fewer than 4 references cannot give 1, and a single one gives 0."""
+    pred, answers = vqa_norm(pred, m4c), [vqa_norm(answer, m4c) for answer in listed(answers)]
+    n, m = len(answers), answers.count(pred)
+    return (m * min(3, m - 1) + (n - m) * min(3, m)) / (3 * n)
 
 
 def exact(prediction: str, reference: str) -> bool:
-    """GQA's exact match: equal after strip, lower case and deletion of ASCII punctuation, on both sides."""
+    """R2: equal after strip, lower case and deletion of ASCII punctuation, on both sides."""
     a, b = (s.strip().lower().translate(NO_PUNCTUATION) for s in (prediction, reference))
     return a == b
 
@@ -17,3 +92,240 @@ def accuracy(rows: list[tuple[str, str, str]]) -> dict[str, float]:
         hits.setdefault(category, []).append(exact(prediction, reference))
     result = {category: 100 * sum(h) / len(h) for category, h in hits.items()}
     return {**result, "mean": sum(result.values()) / len(result)} if result else {}
+
+
+def pope_parse(text: str) -> str:
+    """R3: "no" if a word before the first full stop is exactly No, no or not; all else is "yes", even "NO" and ""."""
+    words = text.split(".")[0].replace(",", "").split(" ")
+    return "no" if {"No", "no", "not"} & set(words) else "yes"
+
+
+def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
+    """R3: acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. preds are
+    answers, parsed here, or "yes" and "no", which stay so; labels are "yes" or "no". LLaVA reports the mean f1 of the
+    three categories, one call each."""
+    if len(preds) != len(labels):
+        raise ValueError(f"POPE has {len(labels)} labels, and there are {len(preds)} answers")
+    if odd := set(labels) - {"yes", "no"}:
+        raise ValueError(f"a POPE label is yes or no, not {odd.pop()!r}")
+    count = Counter(zip(map(pope_parse, preds), labels))
+    tp, fp, fn, n = count["yes", "yes"], count["yes", "no"], count["no", "yes"], len(labels)
+    precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
+    return {"acc": ratio(tp + count["no", "no"], n), "precision": precision, "recall": recall,
+            "f1": ratio(2 * precision * recall, precision + recall), "yes_ratio": ratio(tp + fp, n), "n": n}
+
+
+def mme_parse(text: str) -> str:
+    """R4: yes, no or other. Of a longer answer the first four characters count: "not", "know" and "nope" are no."""
+    text = text.lower().strip().replace(".", "")
+    if len(text) == 1:
+        return {"y": "yes", "n": "no"}.get(text, "other")
+    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+
+
+def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) -> dict[str, float]:
+    """R4: rows of (category, question_id, prediction, answer), two an image → {category: score, perception, cognition}.
+
+    A category's score is the percentage of right answers plus that of images with both right, so at most 200. The two
+    sums are over the categories present. drop_incomplete: leave out images with one question, and count them (dropped).
+    Raises ValueError for other than 2 questions an image, and for an unknown category or answer."""
+    images = {}
+    for category, question_id, prediction, answer in rows:
+        if category not in PERCEPTION + COGNITION or answer.strip().lower() not in ("yes", "no"):
+            raise ValueError(f"MME has no category {category!r} with answer {answer!r} (image {question_id})")
+        images.setdefault((category, question_id), []).append(mme_parse(prediction) == answer.strip().lower())
+    odd = [image for image, hits in images.items() if len(hits) > 2 or len(hits) == 1 and not drop_incomplete]
+    if odd:
+        raise ValueError(f"{len(odd)} of {len(images)} MME images do not have exactly 2 questions, the first of them "
+                         f"{odd[0][1]} ({odd[0][0]})")
+    scores = {}
+    for name in PERCEPTION + COGNITION:
+        pairs = [hits for (category, _), hits in images.items() if category == name and len(hits) == 2]
+        if pairs:
+            scores[name] = 100 * (sum(map(sum, pairs)) / 2 + sum(map(all, pairs))) / len(pairs)
+    result = {**scores, "perception": sum(scores.get(name, 0.0) for name in PERCEPTION),
+              "cognition": sum(scores.get(name, 0.0) for name in COGNITION)}
+    return {**result, "dropped": sum(len(hits) == 1 for hits in images.values())} if drop_incomplete else result
+
+
+def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = None,
+             drop_incomplete: bool = False) -> dict[str, float]:
+    """R5: rows of (index, hit), rotation k of question i being row i + k·10⁶ → circular = hits / groups, where a group
+    is a hit if all its rows are; vanilla = accuracy of the rows below 10⁶; hits, groups, dropped. For a category, pass
+    its rows.
+
+    sizes: {i: options of question i}, as many as it has rows. Without it a group must hold rotations 0, 1, … without a
+    gap, at least two, and the absence of the last is not seen. drop_incomplete: leave groups with a row missing out of
+    circular and count them. Raises ValueError for such a group otherwise, and for an index that comes twice."""
+    groups = {}
+    for index, hit in rows:
+        rotation, question = divmod(int(index), 10 ** 6)
+        if rotation in groups.setdefault(question, {}):
+            raise ValueError(f"MMBench index {index} comes twice")
+        groups[question][rotation] = bool(hit)
+    whole = {q: all(g.values()) for q, g in groups.items()
+             if set(g) == set(range(sizes[q] if sizes else max(2, len(g))))}
+    dropped = [q for q in groups if q not in whole]
+    if dropped and not drop_incomplete:
+        raise ValueError(f"{len(dropped)} of {len(groups)} MMBench questions lack rotations: question {dropped[0]} has "
+                         f"rows {sorted(dropped[0] + k * 10 ** 6 for k in groups[dropped[0]])}")
+    hits, vanilla = sum(whole.values()), [g[0] for g in groups.values() if 0 in g]
+    return {"circular": ratio(hits, len(whole)), "vanilla": ratio(sum(vanilla), len(vanilla)), "hits": hits,
+            "groups": len(whole), "dropped": len(dropped)}
+
+
+def pick_choice(pred: str, letters: str | list[str], options: list[str] | dict[str, str] | None = None) -> str | None:
+    """R6: the letter that an answer chooses, or None, which is wrong: nothing is guessed. letters: the valid capitals.
+    options: their texts in the same order, or {letter: text}, or none. The first rule that fires decides, by its last
+    hit."""
+    letters, said = list(letters), normalize("NFKC", pred).strip()
+    alone = re.sub(r"^\W+|\W+$", "", said).upper()
+    if alone in letters:
+        return alone
+    one = f"([{re.escape(''.join(letters))}])"
+    for pattern in (rf"(?i:answer(?: is)?|option(?: is)?|choice(?: is)?)\s*:?\s*[(\[*]*{one}(?![A-Za-z0-9'])",
+                    rf"^\**{one}[.:)\n*](?![A-Za-z0-9])",
+                    rf"\({one}\)",
+                    rf"(?<![A-Za-z0-9'_.-])(?![AI] [a-z]){one}(?![A-Za-z0-9'_-])"):
+        if hits := re.findall(pattern, said):
+            return hits[-1]
+    pairs = options.items() if isinstance(options, dict) else zip(letters, options or [])
+    texts = {letter: normalize("NFKC", text).strip().lower() for letter, text in pairs}
+    texts = {letter: text for letter, text in texts.items() if text and not re.fullmatch("[a-z]", text)}
+    said = said.lower()
+    equal = [letter for letter, text in texts.items() if text.rstrip(". ") == said.rstrip(". ")]
+    inside = [letter for letter, text in texts.items()
+              if re.search(rf"(?<![A-Za-z0-9]){re.escape(text)}(?![A-Za-z0-9])", said)]
+    return next((hits[0] for hits in (equal, inside) if len(hits) == 1), None)
+
+
+def mmmu_values(texts: list[str]) -> list[str | float]:
+    """Numbers as floats of two decimals, the rest in lower case; one character must stand beside a space to count."""
+    values = []
+    for text in map(str.strip, texts):
+        try:
+            values.append(round(float(text.replace(",", "")), 2))
+        except ValueError:
+            text = text.lower()
+            values += [" " + text, text + " "] if len(text) == 1 else [text]
+    return values
+
+
+def mmmu_open(pred: str, gold: str | list[str]) -> bool:
+    """R7: does an answer give one of the references? What counts is the text after "is ", "answer " and the like in
+    each line, else the whole answer, and the numbers in it. gold: a string, a list, or a list kept as a string."""
+    if isinstance(gold, str) and re.fullmatch(r"\s*\[.*\]\s*", gold, re.DOTALL):
+        try:
+            gold = ast.literal_eval(gold.strip())
+        except (ValueError, SyntaxError):
+            pass
+    keys = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    whole = pred.strip().strip(".").lower()
+    tails, lines = [], whole.split("\n")
+    for i, line in enumerate(lines):
+        tail = ""
+        for key in keys + ["="] * (i == len(lines) - 1):
+            if key in line:
+                after = line.split(key)[-1].strip()
+                tail = after if not tail or len(after) < len(tail) else tail
+        if tail not in ("", *":,.!?;'"):
+            tails.append(tail)
+    tails = tails or [whole]
+    numbers = [number for tail in tails for pattern in (
+        r"-?\b\d{1,3}(?:,\d{3})+\b",                                                # 1,234
+        r"-?\d+(?:\.\d+)?e[+-]?\d+",                                                # 1e3
+        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?!e[+-]?\d+)(?![,\d])"                         # 12, 3.4, .5
+    ) for number in re.findall(pattern, tail)]
+    values, golds = mmmu_values(tails + numbers), mmmu_values(map(str, listed(gold)))
+    return any(g in v if isinstance(v, str) and isinstance(g, str) else g == v for v in values for g in golds)
+
+
+def ocrbench(pred: str, answers: str | list[str], dataset: str) -> bool:
+    """R8: is some reference a substring of the answer? In HME100k (formulae) case counts and spaces do not."""
+    def plain(text):
+        if dataset == "HME100k":
+            return text.strip().replace("\n", " ").replace(" ", "")
+        return text.lower().strip().replace("\n", " ")
+    return any(plain(answer) in plain(pred) for answer in listed(answers))
+
+
+def levenshtein(a: str, b: str) -> int:
+    """Edits between two strings: O(len(a)·len(b)) steps, one row of the table at a time."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
+    return row[-1]
+
+
+def anls(pred: str, answers: list[str]) -> float:
+    """R9: 1 − the least normalised edit distance to a reference, 0 below one half (one half stays). Case and runs of
+    white space do not count as edits, but the lengths are those of the strings as written."""
+    pred, distances = pred.strip(), []
+    for answer in listed(answers):
+        edits = levenshtein(" ".join(answer.lower().split()), " ".join(pred.lower().split()))
+        distances.append(ratio(edits, max(len(answer.upper()), len(pred.upper()))))
+    score = 1 - min(distances)
+    return score if score >= 0.5 else 0.0
+
+
+def realworldqa(pred: str, ref: str) -> bool:
+    """R11: a letter by R6 where the reference is A, B, C or D; else equal but for case and final full stops."""
+    if ref in ("A", "B", "C", "D"):
+        return pick_choice(pred, "ABCD", []) == ref
+    return pred.lower().strip().rstrip(".") == ref.lower()
+
+
+BRACKETS = str.maketrans({"(": " -lrb- ", "[": " -lsb- ", "{": " -lcb- ", ")": " -rrb- ", "]": " -rsb- ",
+                          "}": " -rcb- ", "’": "'", "‘": "'", **dict.fromkeys('`"“”–—…', " ")})
+# A token, in lower case, after BRACKETS: the first alternative that fits.
+TOKEN = re.compile(r"""
+    -[lr][rsc]b- | https?://\S+ | www\.\S+ | [\w.]+@\w+\.\w+
+    | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | 't(?=(?:is|was)\b)   # can not, gon na
+    | \w+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b                                                # do n't, he 's
+    | '\d0s\b | 'em\b | 'n' | [od]'\w+ | ma'am | y'(?=all\b)
+    | (?:[a-z]\.)+(?![a-z]{2})[a-z]?                                                                # u.s., p.m.
+    | (?:mrs?|ms|dr|[js]r|st|mt|ft|lt|rt|ave|blvd|vs|etc|al|inc|co|corp|prof|gen|no(?=\.\ ?\d))\.     # mr., no. 5
+    | \d+(?:[.,:]\d+)+ | [-+]?\.?\d+(?:[.,:/]\d+)*(?![\w-])                                        # 10:30 am, -1, 1/2
+    | \w+(?:[-/.]\w+)*                                                                             # t-shirt, a/b
+    | [!?]{2,} | \*+ | \#(?:[a-z]\w*)? | \S""", re.X)
+
+
+def ptb_tokenize(text: str) -> list[str]:
+    """R10: the words that pycocoevalcap's tokeniser (Java's PTBTokenizer in lower case, punctuation dropped) leaves of
+    a sentence; as there, brackets stay as -lrb- and -rrb-, and runs like "!!" stay. The two differ on about 1 sentence
+    in 300: smileys, rare abbreviations, a full stop after a single letter."""
+    text = re.sub(r"--+|\.\.+", " ", text.lower().translate(BRACKETS))
+    return [token for token in TOKEN.findall(text) if token not in tuple("'.?!,:-;")]
+
+
+def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
+    """R10: mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence each; refs: its references.
+    Words weigh by their rarity among the cases given, so part of a split does not compare with the whole."""
+    if len(hyps) != len(refs) or not refs:
+        raise ValueError(f"{len(hyps)} sentences for {len(refs)} sets of references")
+
+    def count(sentence):
+        words = ptb_tokenize(sentence)
+        return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
+
+    def tf_idf(counts):
+        return [{gram: tf * (math.log(len(refs)) - math.log(max(1, frequency[gram]))) for gram, tf in grams.items()}
+                for grams in counts]
+
+    def cosine(h, r):
+        norms = math.hypot(*h.values()) * math.hypot(*r.values())
+        return ratio(sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r), norms)
+
+    ref_counts = [[count(ref) for ref in listed(group)] for group in refs]
+    frequency = Counter(gram for group in ref_counts for gram in {gram for ref in group for n in ref for gram in n})
+    scores = []
+    for hyp, group in zip(map(count, hyps), ref_counts):
+        total = 0.0
+        for ref in group:
+            longer = hyp[1].total() - ref[1].total()        # bigrams: what the reference scorer calls the length
+            alike = sum(map(cosine, tf_idf(hyp), tf_idf(ref))) / 4
+            total += alike * math.exp(-longer ** 2 / 72)
+        scores.append(10 * total / len(group))
+    return sum(scores) / len(scores), scores

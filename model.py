@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from lora import linear
@@ -256,16 +257,14 @@ class Attention(nn.Module):
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
         gqa = q.shape[1] != k.shape[1]
-        if cache is None:
-            # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
-        else:
-            keys, values, positions = cache
-            sample = torch.arange(len(x), device=x.device)[:, None]
-            keys[sample, :, positions] = k.transpose(1, 2)                                  # (B,T,K,d) into (B,K,S,d)
-            values[sample, :, positions] = v.transpose(1, 2)
-            S = mask.shape[-1]
-            y = F.scaled_dot_product_attention(q, keys[:, :, :S], values[:, :, :S], attn_mask=mask, enable_gqa=gqa)
+        if cache is not None:
+            keys, values, rows, positions, end = cache                                      # (B,K,S,d) twice
+            keys[rows[:, None], :, positions] = k.transpose(1, 2)                           # (b,T,K,d) into them
+            values[rows[:, None], :, positions] = v.transpose(1, 2)
+            if end is not None:
+                k, v = keys[:, :, :end], values[:, :, :end]
+        # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
         return self.o_proj(y.transpose(1, 2).flatten(2)), q, k
 
 
@@ -304,11 +303,23 @@ class DecoderLayer(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every layer, (B,K,S,d), written at each row's own positions."""
+    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions."""
     def __init__(self, c: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device):
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def copy(self, row: int, to: list[int], length: int) -> None:
+        """The first `length` slots of a row, into other rows."""
+        for t in (self.keys, self.values):
+            t[:, to, :, :length] = t[:, row:row + 1, :, :length]
+
+    def keep(self, rows: Tensor) -> None:
+        """Drops the other rows, a layer at a time: a whole second cache may not fit."""
+        for t in (self.keys, self.values):
+            for layer in t:
+                layer[:len(rows)] = layer[rows]
+        self.keys, self.values = self.keys[:, :len(rows)], self.values[:, :len(rows)]
 
 
 class Decoder(nn.Module):
@@ -340,13 +351,14 @@ class Decoder(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
                 positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None, watched: int | None = None) -> Tensor:
+                image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
         watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
-        before the final norm) and, if asked = (rows, image_columns), its `attention_to_image`. With a cache:
-        `positions` (B,T) of these tokens and the number of cache slots in use, `end`."""
+        before the final norm) and, if asked = (rows, image_columns), its `attention_to_image`. A cache keeps the keys
+        and values of these tokens: the first ones of some of its `rows`, or with `end` those at `positions` (B,T) of
+        all its rows, which see the slots before `end` as well."""
         h = inputs_embeds
         c = self.config
         watched = 0 if watch is None else c.num_hidden_layers if watched is None else watched
@@ -356,13 +368,14 @@ class Decoder(nn.Module):
         if positions.dim() == 2:
             rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
         mask = None                                       # None: plain causal attention, the fastest kernel
-        if cache is not None:
+        if end is not None:
             # Slot j is visible from position ≥ j: what a shorter prompt's padding left stays hidden until overwritten.
             mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
+        rows = torch.arange(len(h), device=h.device) if rows is None else rows
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], positions),
+            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end),
                     asked if i < watched else None)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
@@ -418,38 +431,94 @@ class Llava(nn.Module):
                                 image_mask=batch.image_mask, watched=watched)
         return Output(h, image_embeds, text_embeds)
 
+    def prefill(self, input_ids: list[Tensor], pixel_values: Tensor, image_mask: list[Tensor], image_index: list[int],
+                room: int) -> tuple[KVCache, Tensor]:
+        """A cache of B prompts, with `room` for as many tokens behind each, and the hidden state (B,D) of their ends.
+
+        Each image is encoded once. What all prompts about it begin with is computed once, in the cache row of the first
+        of them, and copied to the others' rows; so is what all prompts without an image begin with."""
+        lm, device, B = self.language_model, pixel_values.device, len(input_ids)
+        images = self.embed_images(pixel_values) if any(m.any() for m in image_mask) else None          # (I,N,D)
+
+        def embed(rows: list[int], spans: list[slice]) -> tuple[Tensor, Tensor | None]:
+            """A span of each of these prompts, with its part of the image, (b,T,D), and image_mask, None if empty."""
+            h = lm.embed(pad_sequence([input_ids[r][s] for r, s in zip(rows, spans)], batch_first=True).to(device))
+            mask = pad_sequence([image_mask[r][s] for r, s in zip(rows, spans)], batch_first=True)
+            if not mask.any():
+                return h, None
+            mask = mask.to(device)
+            return self.merge(h, images[[image_index[r] for r in rows]], mask), mask
+
+        groups = {}
+        for r in range(B):
+            groups.setdefault(image_index[r] if image_mask[r].any() else None, []).append(r)
+        start = [0] * B                                      # of what a row does not share
+        for rows in groups.values():
+            shared = shared_prefix([input_ids[r] for r in rows], [image_mask[r] for r in rows])
+            for r in rows:
+                start[r] = shared
+        length = [len(ids) for ids in input_ids]
+        rest = max(n - s for n, s in zip(length, start))
+        end = max(start) + rest                              # padded, no row's slots end later
+        dtype = lm.model["embed_tokens"].weight.dtype
+        cache = KVCache(lm.config, B, max(end, max(length) + room), dtype, device)
+        if max(start) > 0:
+            firsts = [rows[0] for rows in groups.values()]
+            h, mask = embed(firsts, [slice(start[r]) for r in firsts])
+            lm(h, cache=cache, image_mask=mask, rows=torch.tensor(firsts, device=device))
+            for first, *others in groups.values():
+                cache.copy(first, others, start[first])
+        h, mask = embed(range(B), [slice(s, None) for s in start])                          # (B,rest,D)
+        start, length = torch.tensor([start, length], device=device)                        # (B,) each
+        positions = start[:, None] + torch.arange(rest, device=device)
+        h = lm(h, cache=cache, positions=positions, end=end, image_mask=mask)
+        return cache, h[torch.arange(B, device=device), length - start - 1]
+
     @torch.inference_mode()
     def generate(self, input_ids: list[Tensor], pixel_values: Tensor, max_new_tokens: int = 128,
-                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None) -> list[list[int]]:
-        """Greedy answers to a batch of prompts of any lengths, as lists of ids without the end token.
+                 image_mask: list[Tensor] | None = None, eos_token_id: int | None = None,
+                 image_index=None) -> list[list[int]]:
+        """Greedy answers to B prompts of any lengths, as lists of ids without the end token.
 
         input_ids: 1-d tensors; image_mask: 1-d bool tensors marking the image positions (None: text only);
-        pixel_values (B,3,H,W). Prompts are padded on the right: each row writes its new tokens over its own padding."""
-        lm, device = self.language_model, pixel_values.device
-        lengths = torch.tensor([len(ids) for ids in input_ids], device=device)
-        prompt = nn.utils.rnn.pad_sequence(list(input_ids), batch_first=True).to(device)    # (B,T)
-        h = lm.embed(prompt)
-        mask = None
-        if image_mask is not None:
-            mask = nn.utils.rnn.pad_sequence(list(image_mask), batch_first=True).to(device)
-            h = self.merge(h, self.embed_images(pixel_values), mask)
-        B, T = prompt.shape
-        cache = KVCache(lm.config, B, T + max_new_tokens, h.dtype, device)
-        positions = torch.arange(T, device=device).expand(B, T)
-        h = lm(h, cache=cache, positions=positions, end=T, image_mask=mask)
-        h = h[torch.arange(B, device=device), lengths - 1]                                  # (B,D) of the last token
-        done = torch.zeros(B, dtype=torch.bool, device=device)
-        answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
+        pixel_values (I,3,H,W); image_index (B,): which of those each prompt is about (None: its own, I = B). Prompts
+        are padded on the right: each row writes its new tokens over its own padding. An answer depends on neither the
+        other prompts nor their order, up to the rounding of sums: two logits that are equal to 1e-5 may change places.
+        """
+        lm, device, B = self.language_model, pixel_values.device, len(input_ids)
+        image_mask = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
+        image_index = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
+        cache, h = self.prefill(input_ids, pixel_values, image_mask, image_index, max_new_tokens)
+        token = lm.lm_head(h).argmax(-1)                                                    # (B,)
+        answers = F.pad(token[:, None], (0, max_new_tokens - 1))                            # (B,new)
+        positions = torch.tensor([len(ids) for ids in input_ids], device=device)            # (B,) of that token
+        end = max(len(ids) for ids in input_ids)
+        rows, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(1, max_new_tokens):
             if eos_token_id is not None:
-                done |= answers[-1] == eos_token_id
-                if done.all():
+                done |= token == eos_token_id
+                going = (~done).nonzero()[:, 0]
+                if len(going) == 0:
                     break
-            h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=(lengths + step - 1)[:, None],
-                   end=T + step)[:, 0]
-            answers.append(lm.lm_head(h).argmax(-1))
-        rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
-        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
+                if len(going) <= len(rows) // 2:             # by halves: dropping rows copies those that stay
+                    cache.keep(going)
+                    rows, token, positions, done = (t[going] for t in (rows, token, positions, done))
+            h = lm(lm.embed(token[:, None]), cache=cache, positions=positions[:, None], end=end + step)
+            token, positions = lm.lm_head(h[:, 0]).argmax(-1), positions + 1                # (b,)
+            answers[rows, step] = token
+        return [a[:a.index(eos_token_id)] if eos_token_id in a else a for a in answers.tolist()]
+
+
+def shared_prefix(input_ids: list[Tensor], image_mask: list[Tensor]) -> int:
+    """The number of tokens that all prompts about one image begin with; fewer than any of them has, for an answer
+    begins with the logits of the last, and with the image whole or not at all."""
+    n = min(len(ids) for ids in input_ids) - 1
+    same = torch.ones(n, dtype=torch.bool, device=input_ids[0].device)
+    for ids, mask in zip(input_ids, image_mask):
+        same &= (ids[:n] == input_ids[0][:n]) & (mask[:n] == image_mask[0][:n])
+    n = int(same.cumprod(0).sum())
+    cut = image_mask[0][:n].any() and image_mask[0][n:].any()
+    return int(image_mask[0].int().argmax()) if cut else n
 
 
 def marked(mask: Tensor, width: int | None = None) -> Tensor:

@@ -45,10 +45,11 @@ from data import (
     Order,
     Samples,
     end,
+    image_problems,
     loader,
     read_jsonl,
-    read_samples,
 )
+from index import read_samples
 from losses import LOSSES, Objective, Term, counts
 from model import Llava, Projector, VisionConfig
 from parallel import Ranks
@@ -329,8 +330,11 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     if there are such images and they are not to be skipped."""
     toy = out / "data"
     path, images = (toy / f"{cfg.stage}.json", toy / "images") if cfg.data is None else (cfg.data, cfg.images)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        read_samples(path)                                # its index is made once a machine
+    ranks.wait()
     samples, without = read_samples(path)
-    if images is None and any(s.get("image") is not None for s in samples):
+    if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: say with --images in which folder they are")
     tokenizer, processor, vision = load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), vision_config(cfg)
     end(tokenizer, cfg.template)                          # else the template is another family's
@@ -339,14 +343,15 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
                         f"config.json wants {vision.image_size}: they are not of one model")
     data = Samples(samples, images or ".", tokenizer, processor, cfg.template, vision.image_tokens,
                    cfg.max_length, cfg.stage == "finetune", cfg.after_special)
-    found = ranks.gather(data.image_problems() if ranks.first else None)[0]
+    found = ranks.gather(image_problems(samples, images or ".") if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
         raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{'; …' if len(bad) > 5 else ''}): mend "
                         "them, or go on without them with --skip-bad-images")
-    data.samples = [s for s in samples if s.get("image") not in found]
-    left_out = len(samples) - len(data)
-    if not data.samples:
+    bad_image = samples.with_image(list(found))
+    left_out = int(bad_image.sum())
+    samples.keep(~bad_image)
+    if not len(data):
         raise UserError(f"{path}: no samples left ({without} have no answer, {left_out} no usable image)")
     if ranks.first:
         print(f"{cfg.stage}: {len(data)} samples from {path}"
@@ -372,7 +377,7 @@ def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
 def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks) -> None:
     """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
-    lengths = data.lengths() if cfg.stage == "finetune" else None
+    lengths = data.samples.lengths() if cfg.stage == "finetune" else None
     again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch

@@ -21,8 +21,8 @@ from data import (
     epoch_order,
     image_problem,
     pieces,
-    read_samples,
 )
+from index import read_samples
 
 IMG = -200                                             # how LLaVA's own ids mark the image
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,

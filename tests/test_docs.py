@@ -11,6 +11,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from PIL import Image
+from test_losses import example
+from test_model import tiny
+
+import losses
+from train import Config
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -85,6 +90,18 @@ def test_every_equation_leads_to_code_and_to_a_test():
         for number in re.findall(r"\(\d+\)", equations):
             assert re.search(rf"# eq\. [^\n]*{re.escape(number)}", code), f"no line of {file} carries # eq. {number}"
         assert re.search(rf"^def {test}\(", (ROOT / test_file).read_text(), re.M), f"{test_file} has no {test}"
+
+
+def test_every_term_that_is_logged_is_explained_and_nothing_else():
+    table = README.split("| term | of |")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M))
+    logged = {}
+    for loss in losses.LOSSES:
+        for term in losses.Objective(tiny(), Config(loss=loss, stage="pretrain"))(example()):
+            logged.setdefault(term.name, set()).add(loss)
+    assert rows.keys() == logged.keys()
+    for name, of in logged.items():
+        assert rows[name] == "all" if name == "ce" else all(f"`{loss}`" in rows[name] for loss in of), rows[name]
 
 
 def test_every_path_and_flag_that_is_named_exists():

@@ -106,6 +106,56 @@ def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
     assert done.returncode == 0 and "1.png" in (folder / "2" / "bad_images.txt").read_text()
 
 
+def test_one_look_before_a_run_counts_what_it_could_not_use(data):
+    samples, folder = data
+    (folder / "data.json").write_text(json.dumps(samples))
+    done = call("data.py", "--check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
+    assert done.returncode == 0 and not done.stderr and (folder / "bad.txt").read_text() == ""
+    text = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:700])
+    (folder / "folder").mkdir()
+    spoiled = [*samples, *(dict(samples[0], image=n) for n in ("no.png", "no.png", "cut.png", "folder")),
+               {"conversations": text}, {"id": "x"}, {"conversations": text[:1]}, dict(samples[0], image=["a", "b"]),
+               {"conversations": [{"from": "human", "value": "Why? " * 90}, text[1]]}]
+    (folder / "data.json").write_text(json.dumps(spoiled))
+    check = ["data.py", "--check", folder / "data.json", "--images", folder]
+    done = call(*check, "--llm", ROOT / "toy" / "llm", "--template", "v1", "--max-length", "300", "--image-tokens", "9",
+                "--out", folder / "bad.txt")
+    refuses(done, "8 of 12 samples of", "the first is sample 3, which has image no.png: missing", "bad.txt lists them")
+    rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
+    assert {k: int(v) for k, v in rows.items()} == {
+        "samples": 12, "with an image": 7, "text alone": 3, "malformed": 2, "without an answer": 1, "image missing": 2,
+        "image corrupt": 1, "image unreadable": 1, "no answer within 300 positions": 1, "usable": 4}
+    listed = (folder / "bad.txt").read_text().splitlines()
+    assert [int(line.split()[1]) for line in listed] == [3, 4, 5, 6, 8, 9, 10, 11]
+    assert listed[4] == "sample 8 lacks conversations, a list of {from, value} turns"
+    (folder / "no.png").write_bytes((folder / "0.png").read_bytes())
+    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are looked at again each time
+
+
+def test_a_look_at_what_is_not_there_is_one_line(data):
+    samples, folder = data
+    (folder / "data.json").write_text(json.dumps(samples))
+    for arguments, says in [([], "say with --check FILE"), (["--check", folder / "x.json"], "x.json cannot be read"),
+                            (["--check", folder / "data.json"], "names images: say with --images"),
+                            (["--check", folder / "data.json", "--images", folder / "x"], "x is not a folder"),
+                            (["--check", folder / "data.json", "--images", folder, "--out", folder / "x" / "y"],
+                             "cannot be written: No such file"),
+                            (["--check", folder / "data.json", "--images", folder, "--llm", ROOT / "toy" / "llm",
+                              "--template", "gemma"], "which template gemma needs")]:
+        refuses(call("data.py", *arguments), says)
+
+
+def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
+    samples, folder = data
+    (folder / "data.json").write_text(json.dumps(samples)[:-9])
+    done = launch("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images", folder, "--out",
+                  folder / "run", "--global-batch", "2", ranks=2)
+    said = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert done.returncode and said and all("data.json is not JSON" in line for line in said[:1]), done.stderr
+    assert not (folder / "run").exists()
+
+
 def test_another_run_is_never_written_over(data):
     samples, folder = data
     assert train(samples, folder).returncode == 0

@@ -47,6 +47,22 @@ def test_it_acts_after_every_layer_on_image_positions_alone():
     assert torch.equal(seen["with", 1], first)
 
 
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_every_layer_has_a_map_of_its_own(layer):
+    model, plain = tiny(moca=True), tiny()
+    for m in model.language_model.moca:
+        torch.nn.init.ones_(m.u), torch.nn.init.zeros_(m.v)
+    torch.nn.init.constant_(model.language_model.moca[layer - 1].u, 2.0)
+    batch, seen = batch_of(*prompts([9, 12])), {}
+    for key, m in (("with", model), ("without", plain)):
+        m(batch, lambda i, h, _, key=key: seen.update({(key, i): h}))
+    for i in range(1, layer):
+        assert torch.equal(seen["with", i], seen["without", i]), "it acts before its layer"
+    a, b = seen["with", layer], seen["without", layer]
+    assert torch.equal(a[batch.image_mask], 2 * b[batch.image_mask]) and torch.equal(a[~batch.image_mask],
+                                                                                     b[~batch.image_mask])
+
+
 def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
     model = calibrated()
     ids, masks, pixels = prompts(LENGTHS[:4])

@@ -1,0 +1,169 @@
+"""Questions a second on a POPE-like load, 18 questions an image: `Llava.generate` against transformers' `generate`.
+
+    python bench/evaluate.py              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
+    python bench/evaluate.py --ckpt DIR   a checkpoint of ours, asked yes/no questions about pictures of the toy's world
+
+The checkpoint is exported to llava-hf's layout, which transformers loads (this bench alone needs transformers). Both
+sides get the same ids and pixels, in float32, greedily, on as many threads; each runs a few questions first. Random ids
+stand for the random model's prompts, as many as LLaMA's tokenizer makes of POPE's in LLaVA's v1 template: 35 before the
+image and 22 to 28 after it, of which the last 17 are the same; its answers are 4 tokens long. Its weights are larger
+than at a start of training, so that the answers differ.
+"""
+import json
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import weights  # noqa: E402
+from config import UserError, option, parse, read_json, run  # noqa: E402
+from data import IMAGE, ImageProcessor, encode, end  # noqa: E402
+from export import export  # noqa: E402
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
+from tokenizer import load_tokenizer  # noqa: E402
+from toy import world  # noqa: E402
+
+VISION = VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14)
+DECODER = DecoderConfig(32000, 512, 1376, 8, 8)
+QUESTIONS = 18                                              # an image
+
+
+@dataclass
+class Config:
+    """Questions a second of this repository and of transformers."""
+    ckpt: str | None = option(None, "a checkpoint trained on the toy; unset: a random model")
+    images: int = option(4, "images, of 18 questions each")
+    batch_size: int = option(36, "questions at a time, where there is a batch")
+    threads: int | None = option(None, "unset: PyTorch's choice")
+
+
+@dataclass
+class Load:
+    input_ids: list[Tensor]
+    image_mask: list[Tensor]
+    image_index: list[int]
+    pixel_values: Tensor            # (I,3,H,W)
+    eos: int | None
+    max_new_tokens: int
+
+
+def random_checkpoint(folder: Path) -> Path:
+    """With the toy's tokenizer, of which only the ids of its special tokens matter here."""
+    torch.manual_seed(0)
+    model = Llava(ViT(VISION), Projector(VISION.hidden_size, DECODER.hidden_size), Decoder(DECODER))
+    for name, p in model.named_parameters():
+        norm = "norm" in name and name.endswith("weight")
+        torch.nn.init.normal_(p, float(norm), 0.1 if norm else 2 * p.shape[-1] ** -0.5)
+    (folder / "vision").mkdir()
+    size = VISION.image_size
+    (folder / "vision/preprocessor_config.json").write_text(json.dumps(
+        {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "image_mean": [0.5] * 3,
+         "image_std": [0.5] * 3}))
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
+              "vision": str(folder / "vision"), "llm": str(ROOT / "toy/llm")}
+    weights.save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+    return folder / "finetune-1"
+
+
+def random_load(images: int) -> Load:
+    g = torch.Generator().manual_seed(0)
+    def ids(n):
+        return torch.randint(3, DECODER.vocab_size, (n,), generator=g)
+    before, after = ids(35), ids(17)
+    N = VISION.image_tokens
+    out = Load([], [], [], torch.randn(images, 3, VISION.image_size, VISION.image_size, generator=g), None, 4)
+    for i in range(images * QUESTIONS):
+        question = torch.cat([ids(5 + i % 7), after])
+        out.input_ids.append(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
+        out.image_mask.append(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
+        out.image_index.append(i // QUESTIONS)
+    return out
+
+
+def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
+    """Every pair of the toy's world, as POPE asks for objects, and two questions more."""
+    tokenizer, processor, rng = load_tokenizer(ckpt), ImageProcessor.from_folder(ckpt), random.Random(0)
+    c = read_json(ckpt / "config.json")
+    asked = [f"Is there a {colour} {shape}?" for colour in world.COLOURS for shape in world.SHAPES]
+    asked += ["How many objects are there?", "Which row has the circle?"]
+    pixels = [processor(world.render(world.draw_from("test", rng), rng), c["pad"]) for _ in range(images)]
+    prompts = [encode([{"from": "human", "value": f"{IMAGE}\n{text}"}], tokenizer, c["template"],
+                      model.vision_tower.config.image_tokens, after_special=c["after_special"]) for text in asked]
+    ids, _, masks = zip(*prompts * images)
+    return Load(list(ids), list(masks), [i for i in range(images) for _ in asked], torch.stack(pixels),
+                end(tokenizer, c["template"]), 8)
+
+
+def ours(model: Llava, load: Load, rows: range, shared: bool = True) -> list[list[int]]:
+    ids, masks = load.input_ids[rows.start:rows.stop], load.image_mask[rows.start:rows.stop]
+    index = load.image_index[rows.start:rows.stop]
+    images = sorted(set(index)) if shared else index
+    return model.generate(ids, load.pixel_values[images], load.max_new_tokens, masks, load.eos,
+                          [images.index(i) for i in index] if shared else None)
+
+
+def theirs(model, load: Load, rows: range) -> list[list[int]]:
+    """Padded on the left, as transformers wants it."""
+    width = max(len(load.input_ids[r]) for r in rows)
+    ids, seen = torch.zeros(2, len(rows), width, dtype=torch.long)
+    for i, r in enumerate(rows):
+        n = len(load.input_ids[r])
+        ids[i, -n:] = load.input_ids[r].masked_fill(load.image_mask[r], model.config.image_token_id)
+        seen[i, -n:] = 1
+    new = model.generate(input_ids=ids, attention_mask=seen, do_sample=False, max_new_tokens=load.max_new_tokens,
+                         pixel_values=load.pixel_values[[load.image_index[r] for r in rows]])[:, width:].tolist()
+    return [a[:a.index(load.eos)] if load.eos in a else a for a in new]
+
+
+def measure(answer, model, load: Load, size: int) -> tuple[list[list[int]], float]:
+    """The answers and questions a second, in batches of `size`."""
+    n = len(load.input_ids)
+    answer(model, load, range(min(size, 4)))
+    start = time.perf_counter()
+    answers = [a for s in range(0, n, size) for a in answer(model, load, range(s, min(s + size, n)))]
+    return answers, n / (time.perf_counter() - start)
+
+
+def main() -> None:
+    cfg = parse(Config)
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this bench compares with transformers, which is not installed: pip install transformers"
+                        ) from None
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        ckpt = weights.checkpoint_folder(cfg.ckpt) if cfg.ckpt else random_checkpoint(Path(folder))
+        model = weights.load(ckpt, dtype=torch.float32).eval()
+        load = toy_load(ckpt, model, cfg.images) if cfg.ckpt else random_load(cfg.images)
+        export(ckpt, Path(folder) / "out")
+        other = transformers.LlavaForConditionalGeneration.from_pretrained(Path(folder) / "out", dtype=torch.float32)
+    other.generation_config.eos_token_id = load.eos
+    print(f"{len(load.input_ids)} questions about {cfg.images} images of {model.vision_tower.config.image_tokens} "
+          f"tokens, prompts of {min(map(len, load.input_ids))} to {max(map(len, load.input_ids))}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
+    sides = {"transformers, one at a time": (theirs, other, 1),
+             f"transformers, batches of {cfg.batch_size}": (theirs, other, cfg.batch_size),
+             f"ours, nothing shared, batches of {cfg.batch_size}": (partial(ours, shared=False), model, cfg.batch_size),
+             f"ours, batches of {cfg.batch_size}": (ours, model, cfg.batch_size)}
+    results = {name: measure(answer, m, load, size) for name, (answer, m, size) in sides.items()}
+    wanted, fastest = list(results.values())[-1]
+    for name, (answers, speed) in results.items():
+        same = sum(a == b for a, b in zip(answers, wanted))
+        print(f"{name:42}{speed:8.2f} questions/s   ours / this {fastest / speed:6.2f}   same {same}/{len(wanted)}")
+    print(f"{len(set(map(tuple, wanted)))} different answers")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,296 @@
+"""A file of millions of LLaVA samples, opened without reading it: an index of where each one lies.
+
+    data.json ── elements (of .jsonl: lines) ─→ sample after sample ── entry ─→ .data.json.index ── mapped ─→ SampleFile
+
+The index is made once, by reading the file from end to end, and belongs to one size and time of change of it. It holds
+what a run asks of all samples at its start: lengths, which have an image, which cannot be used. Every process of a
+machine maps the same pages of it, and reads a sample from the file when it is that sample's turn.
+"""
+import codecs
+import hashlib
+import json
+import os
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from config import UserError
+
+IMAGE = "<image>"
+SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
+BLOCK = 1 << 22       # bytes read at a time
+DECODE = json.JSONDecoder().raw_decode
+SPACE = re.compile(r"[ \t\r\n]*")                               # what JSON calls white space
+HEADER = struct.Struct("<8sqqI")                                # VERSION, the data's size and mtime, crc of the entries
+VERSION = b"samples1"
+ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
+                  ("image", "<u8"),                             # `image_key` of its file's name; 0: text alone
+                  ("characters", "<u4"),                        # of all its turns
+                  ("answered", "?"), ("malformed", "?")])
+
+
+# ------------------------------------------------------------------------------------------------ one sample
+def sample_problem(s) -> str | None:
+    """What keeps `s` from being a LLaVA sample, or None."""
+    if not isinstance(s, dict) or not isinstance(s.get("conversations"), list) or not s["conversations"]:
+        return "lacks conversations, a list of {from, value} turns"
+    image = s.get("image")
+    if image is not None and not isinstance(image, str):
+        return f"has image {str(image)[:60]}: one image a sample is supported, given as its file name"
+    turns = s["conversations"]
+    for t in turns:
+        if not isinstance(t, dict) or not isinstance(t.get("value"), str):
+            return "has a turn without a text value"
+        if t.get("from") not in ("human", "gpt"):
+            return f"has a turn from {t.get('from')!r}; human and gpt are known"
+    if any(a["from"] == b["from"] for a, b in zip(turns, turns[1:])):
+        return "has two turns in a row from the same side"
+    count = sum(t["value"].count(IMAGE) for t in turns)
+    if count > 1:
+        return f"has {count} {IMAGE} marks: one image a sample is supported"
+    if count != (image is not None):
+        return f"has {'a file' if image else 'no file'} in image but {'no' if image else 'an'} {IMAGE} mark in its text"
+    try:
+        "".join([image or "", *(t["value"] for t in turns)]).encode()
+    except UnicodeEncodeError:
+        return "has half a character in its text (an escape of \\ud800 to \\udfff alone): no tokenizer takes that"
+
+
+def image_key(name: str) -> int:
+    """64 bits that stand for an image's file name; never 0."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
+
+
+def entry(start: int, size: int, s) -> tuple:
+    """What the index says of a sample."""
+    if sample_problem(s):
+        return start, size, 0, 0, False, True
+    turns, image = s["conversations"], s.get("image")
+    return (start, size, 0 if image is None else image_key(image), sum(len(t["value"]) for t in turns),
+            any(t["from"] == "gpt" for t in turns[1:]), False)
+
+
+# ------------------------------------------------------------------------------------------------ one file
+class Window:
+    """The part of a UTF-8 file that is in memory: `text[at:]`, from byte `start` of the file on."""
+    def __init__(self, file, block: int):
+        self.file, self.block, self.start = file, block, file.tell()
+        self.text, self.at, self.ended = "", 0, False
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode
+
+    def byte(self, at: int) -> int:
+        """The byte of the file at which character `at` of the window begins."""
+        return self.start + len(self.text[self.at:at].encode())
+
+    def advance(self, at: int) -> None:
+        self.start, self.at = self.byte(at), at
+
+    def more(self, size: int) -> None:
+        block = self.file.read(size)
+        self.ended = not block
+        try:
+            self.text, self.at = self.text[self.at:] + self.decode(block, self.ended), 0
+        except UnicodeDecodeError as e:
+            raise ValueError(f"not UTF-8, {e.reason}: byte {self.byte(len(self.text)) + e.start}") from None
+
+    def peek(self) -> str:
+        """The next character that is not white space; "" at the end of the file."""
+        self.advance(SPACE.match(self.text, self.at).end())
+        while self.at == len(self.text) and not self.ended:
+            self.more(self.block)
+            self.advance(SPACE.match(self.text, self.at).end())
+        return self.text[self.at:self.at + 1]
+
+    def value(self):
+        """The JSON value that begins here. Raises ValueError with the byte at which it is none."""
+        size = self.block
+        while True:
+            try:
+                value, end = DECODE(self.text, self.at)
+                if end + 2 < len(self.text) or self.ended:      # else it may be a number's start: 1 of 1e+9
+                    self.advance(end)
+                    return value
+            except json.JSONDecodeError as e:
+                # Where a value is cut off, the decoder objects to its last characters: at most those of "-Infinity" or
+                # "\ud83d\ude00"; or to a string without an end. All else is wrong however the text goes on.
+                cut = e.pos > len(self.text) - 16 or e.msg.startswith("Unterminated string")
+                if self.ended or not cut:
+                    raise ValueError(f"{e.msg}: byte {self.byte(e.pos)}") from None
+            except RecursionError:
+                raise ValueError(f"nested too deeply: byte {self.start}") from None
+            self.more(size)
+            size *= 2                                           # so that a value of many blocks is not tried too often
+
+
+def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
+    """(first byte, bytes, value) of each element of a JSON list. Raises UserError with the byte of what is no JSON."""
+    window = Window(file, block)
+    try:
+        if window.peek() != "[":
+            window.value()
+            raise UserError(f"{path} is not {SAMPLES}; a file with a sample a line is called .jsonl")
+        window.advance(window.at + 1)
+        mark = window.peek()
+        if mark == "]":
+            window.advance(window.at + 1)
+        while mark != "]":
+            window.peek()
+            start = window.start
+            value = window.value()
+            yield start, window.start - start, value
+            mark = window.peek()
+            if mark not in (",", "]"):
+                raise ValueError(f"Expecting ',' or ']': byte {window.start}")
+            window.advance(window.at + 1)
+        if window.peek():
+            raise ValueError(f"Extra data: byte {window.start}")
+    except ValueError as e:
+        size = os.fstat(file.fileno()).st_size
+        raise UserError(f"{path} is not JSON ({e} of {size}): mend it, or download it again") from None
+
+
+def lines(file, path: Path) -> Iterator[tuple]:
+    """The same of a JSONL file, a value a line. Raises UserError with the number of the line that is none."""
+    start = file.tell()
+    for n, line in enumerate(file, 1):
+        try:
+            if line.strip():
+                yield start, len(line), json.loads(line.decode())
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{path} line {n}: not JSON ({e})") from None
+        start += len(line)
+
+
+def write(path: Path, place: Path) -> None:
+    """Makes the index of a file. Raises UserError if the file is no list of samples, OSError if there is no room."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, delete=False) as out:
+        try:
+            with open(path, "rb") as file:
+                stat = os.fstat(file.fileno())
+                file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
+                found = (lines if path.suffix == ".jsonl" else elements)(file, path)
+                crc, size = 0, 0
+                out.write(bytes(HEADER.size))
+                with tqdm(total=stat.st_size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=2,
+                          leave=False) as bar:
+                    while rows := [entry(*f) for f in islice(found, 1 << 14)]:
+                        rows = np.array(rows, ENTRY).tobytes()
+                        crc, size = zlib.crc32(rows, crc), size + len(rows)
+                        out.write(rows)
+                        bar.update(file.tell() - bar.n)
+            if not size:
+                raise UserError(f"{path} is not {SAMPLES}")
+            now = path.stat()
+            if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
+                raise UserError(f"{path} changed while it was read: start again when it is whole")
+            out.seek(0)
+            out.write(HEADER.pack(VERSION, stat.st_size, stat.st_mtime_ns, crc))
+            out.flush()
+            os.chmod(out.name, stat.st_mode & 0o666)            # who may read the data may read its index
+            os.replace(out.name, place)
+        except BaseException:
+            Path(out.name).unlink(missing_ok=True)
+            raise
+
+
+def load(path: Path, place: Path) -> np.ndarray | None:
+    """The entries of an index, mapped; None if it is absent, damaged, or of another version or state of the file."""
+    stat = path.stat()
+    try:
+        with open(place, "rb") as f:
+            head = HEADER.unpack(f.read(HEADER.size))
+            entries = np.memmap(f, ENTRY, "r", HEADER.size)
+    except (OSError, ValueError, struct.error):
+        return None
+    return entries if head == (VERSION, stat.st_size, stat.st_mtime_ns, zlib.crc32(entries)) else None
+
+
+def open_index(path: Path) -> np.ndarray:
+    """The index of a file, (samples,) of ENTRY, mapped; made if need be, beside the file or in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
+    name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
+    places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
+    for place in places:
+        if (entries := load(path, place)) is not None:
+            return entries
+    for place in places:
+        try:
+            write(path, place)
+        except OSError as e:
+            why = e.strerror
+            continue
+        if (entries := load(path, place)) is not None:
+            return entries
+        raise UserError(f"{path} changed while it was read: start again when it is whole")
+    raise UserError(f"the index of {path} can be written neither beside it nor in {cache} ({why}): set XDG_CACHE_HOME "
+                    "to a folder with room")
+
+
+# ------------------------------------------------------------------------------------------------ its samples
+class SampleFile:
+    """file[i] → a sample, read when it is asked for. `numbers` (n,): which samples of the file these are.
+
+    A copy in another process (a worker that is spawned) maps the same index again."""
+    def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
+        self.path = Path(path)
+        try:
+            self.file = open(self.path, "rb", buffering=0)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror}") from None
+        self.entries = open_index(self.path)
+        self.numbers = np.arange(len(self.entries), dtype=np.int32) if numbers is None else numbers
+
+    def __reduce__(self):
+        return SampleFile, (self.path, self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, i: int) -> dict:
+        e = self.entries[self.numbers[i]]
+        raw = os.pread(self.file.fileno(), int(e["size"]), int(e["start"]))      # processes share no position
+        try:
+            return json.loads(raw)
+        except ValueError:
+            raise UserError(f"{self.path} changed after it was opened: start again") from None
+
+    def column(self, name: str) -> np.ndarray:
+        """(n,) of what the index says of each sample."""
+        return self.entries[name][self.numbers]
+
+    def keep(self, mask: np.ndarray) -> None:
+        """Goes on with those samples alone for which mask (n,) bool is true."""
+        self.numbers = self.numbers[mask]
+
+    def with_image(self, names: list[str]) -> np.ndarray:
+        """(n,) bool: whose image is one of these?"""
+        return np.isin(self.column("image"), np.array([image_key(n) for n in names], np.uint64))
+
+    def lengths(self) -> np.ndarray:
+        """(n,) int32, rough length of each sample in characters, negative for text alone: enough to batch like with
+        like."""
+        size = np.maximum(self.column("characters"), 1).astype(np.int32)
+        return np.where(self.column("image") != 0, size, -size)
+
+
+def read_samples(path: str | Path) -> tuple[SampleFile, int]:
+    """The samples of a LLaVA JSON (or JSONL) file that have an answer, and how many have none.
+
+    Raises UserError with the number and id of the first sample that is not in LLaVA's format."""
+    samples = SampleFile(path)
+    malformed = np.flatnonzero(samples.column("malformed"))
+    if len(malformed):
+        s = samples[malformed[0]]
+        name = f" (id {s['id']})" if isinstance(s, dict) and "id" in s else ""
+        raise UserError(f"{path}: sample {malformed[0]}{name} {sample_problem(s)}")
+    answered = samples.column("answered")
+    samples.keep(answered)
+    return samples, int((~answered).sum())
