@@ -188,7 +188,7 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.plus_one:
             return (y * (1 + self.weight.float())).to(x.dtype)
-        return self.weight * y.to(x.dtype)                     # this order of casts is what the checkpoints expect
+        return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
 def make_norm(c: DecoderConfig) -> nn.Module:
@@ -345,6 +345,8 @@ class Decoder(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings (B,T,D), scaled where the family scales them."""
         x = self.model["embed_tokens"](input_ids)
+        if torch.is_autocast_enabled(x.device.type):      # all that follows, and is kept for the backward, is as small
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.embed_scale == 1:
             return x
         return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
