@@ -35,7 +35,8 @@ def option(default, help: str):
 def parse(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from the command line; its docstring is the help's head.
 
-    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `X | None` may stay unset.
+    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `list[X]` one value or more;
+    `X | None` may stay unset.
     Raises UserError for an unknown flag, a choice or a number that is none."""
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -48,6 +49,8 @@ def parse(cls, argv: list[str] | None = None):
             options["action"] = argparse.BooleanOptionalAction if optional else "store_true"
         elif get_origin(kind) is Literal:
             options["choices"] = get_args(kind)
+        elif get_origin(kind) is list:
+            options.update(type=get_args(kind)[0], nargs="+")
         else:
             options["type"] = kind
         parser.add_argument(flags[-1], **options)

@@ -62,12 +62,13 @@ FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": 
 
 
 # ------------------------------------------------------------------------------------------------ text
-def pieces(conversations: list[dict], template: str) -> list[tuple[str, bool]]:
+def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
     """(text, is it supervised?) pieces of a conversation, as LLaVA-1.5 (phi, gemma: TinyLLaVA) writes it.
 
     plain (stage 1): the caption alone, "<image>a cat\\n"; the request is thrown away.
     v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised: from the space before an
-    answer through its </s>. Where the last turn is the user's, the text ends in "ASSISTANT:", to be answered."""
+    answer through its </s>. Where the last turn is the user's, the text ends in "ASSISTANT:", to be answered.
+    image_first: <image> moves to the front of its turn, as LLaVA has it; else it stays where it is."""
     t = TEMPLATES[template]
     turns = [(turn["from"], turn["value"]) for turn in conversations]
     if turns and turns[0][0] == "gpt":
@@ -77,7 +78,7 @@ def pieces(conversations: list[dict], template: str) -> list[tuple[str, bool]]:
         return image + [(t.answer.replace("{text}", text), True) for who, text in turns if who == "gpt"]
     out = []
     for who, text in turns:
-        if IMAGE in text:                                       # LLaVA moves it to the front of its turn
+        if IMAGE in text and image_first:
             text = (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
         if who == "human":
             frame = t.later + t.user.replace("{system}", "") if out else t.user.replace("{system}", t.system)
@@ -102,7 +103,8 @@ def end(tokenizer: Tokenizer, template: str) -> int:
 
 
 def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
-           max_length: int | None = None, after_special: str = "4.31") -> tuple[Tensor, Tensor, Tensor]:
+           max_length: int | None = None, after_special: str = "4.31",
+           image_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised, image_mask (T,) bool.
 
     <image> becomes `image_tokens` positions. Longer than max_length: the text is cut at the end; an image that would
@@ -113,7 +115,7 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
     labels, image = [IGNORE] * len(ids), [False] * len(ids)
     text = ""
     supervised = []                                             # per character
-    for piece, target in pieces(conversations, template):
+    for piece, target in pieces(conversations, template, image_first):
         text += piece
         supervised += [target] * len(piece)
     start = 0

@@ -314,13 +314,6 @@ class KVCache:
         for t in (self.keys, self.values):
             t[:, to, :, :length] = t[:, row:row + 1, :, :length]
 
-    def keep(self, rows: Tensor) -> None:
-        """Drops the other rows, a layer at a time: a whole second cache may not fit."""
-        for t in (self.keys, self.values):
-            for layer in t:
-                layer[:len(rows)] = layer[rows]
-        self.keys, self.values = self.keys[:, :len(rows)], self.values[:, :len(rows)]
-
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
@@ -491,24 +484,19 @@ class Llava(nn.Module):
         image_mask = image_mask or [torch.zeros_like(ids, dtype=torch.bool) for ids in input_ids]
         image_index = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
         cache, h = self.prefill(input_ids, pixel_values, image_mask, image_index, max_new_tokens)
-        token = lm.lm_head(h).argmax(-1)                                                    # (B,)
-        answers = F.pad(token[:, None], (0, max_new_tokens - 1))                            # (B,new)
-        positions = torch.tensor([len(ids) for ids in input_ids], device=device)            # (B,) of that token
+        answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) each
+        length = torch.tensor([len(ids) for ids in input_ids], device=device)               # (B,)
         end = max(len(ids) for ids in input_ids)
-        rows, done = torch.arange(B, device=device), torch.zeros(B, dtype=torch.bool, device=device)
+        done = torch.zeros(B, dtype=torch.bool, device=device)
         for step in range(1, max_new_tokens):
             if eos_token_id is not None:
-                done |= token == eos_token_id
-                going = (~done).nonzero()[:, 0]
-                if len(going) == 0:
+                done |= answers[-1] == eos_token_id
+                if done.all():
                     break
-                if len(going) <= len(rows) // 2:             # by halves: dropping rows copies those that stay
-                    cache.keep(going)
-                    rows, token, positions, done = (t[going] for t in (rows, token, positions, done))
-            h = lm(lm.embed(token[:, None]), cache=cache, positions=positions[:, None], end=end + step)
-            token, positions = lm.lm_head(h[:, 0]).argmax(-1), positions + 1                # (b,)
-            answers[rows, step] = token
-        return [a[:a.index(eos_token_id)] if eos_token_id in a else a for a in answers.tolist()]
+            h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=(length + step - 1)[:, None], end=end + step)
+            answers.append(lm.lm_head(h[:, 0]).argmax(-1))
+        rows = torch.stack(answers, dim=1).tolist()                                         # (B, new)
+        return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
 
 
 def shared_prefix(input_ids: list[Tensor], image_mask: list[Tensor]) -> int:

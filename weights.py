@@ -33,8 +33,7 @@ from model import ACTIVATIONS, Decoder, DecoderConfig, Llava, Projector, VisionC
 from parallel import placed, whole
 from tokenizer import load_tokenizer
 
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model",
-         "language_model.moca": "MoCa"}
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
 CODE_VERSION = 1
 
 # Names in released files → names in `Llava`: every rule is tried once, in this order. A name that becomes "" is known
@@ -222,7 +221,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     here = unfuse(here, module.config if isinstance(module, Decoder) else None)
     if tied:
         here.pop("lm_head.weight", None)
-    what = PARTS[prefix]
+    what = PARTS.get(prefix, prefix)
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
     made = {n: t for n in wanted if n not in here and (t := new(n, wanted[n].shape)) is not None}

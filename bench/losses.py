@@ -1,7 +1,8 @@
 """Time and peak memory of one training step for every objective, as ratios to cross-entropy in the same run.
 
-    python bench/losses.py           ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, T=112
-    python bench/losses.py --gpu     7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
+    python bench/losses.py             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 words
+    python bench/losses.py --text 48   the same with short texts
+    python bench/losses.py --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
 A step: forward, backward, clipping, AdamW. Times are medians over rounds in which every objective takes one step in
 turn; their ratios are medians over rounds too. Peak memory is measured in a process of its own, beyond what is there
@@ -25,13 +26,14 @@ from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, r
 from train import Config  # noqa: E402
 
 GPU = "--gpu" in sys.argv
+TEXT = int(sys.argv[sys.argv.index("--text") + 1]) if "--text" in sys.argv else 64 if GPU else 192
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 if GPU:
     VISION, LLM = VisionConfig(1024, 4096, 24, 16, 336, 14), DecoderConfig()
-    B, TEXT, ROUNDS, STAGES = 8, 64, 10, ("pretrain",)
+    B, ROUNDS, STAGES = 8, 10, ("pretrain",)
 else:
     VISION, LLM = VisionConfig(256, 1024, 6, 4, 112, 14), DecoderConfig(32000, 512, 1376, 8, 8)
-    B, TEXT, ROUNDS, STAGES = 8, 48, 7, ("pretrain", "finetune")
+    B, ROUNDS, STAGES = 8, 7, ("pretrain", "finetune")
 CASES = [(loss, moca) for moca in (False, True) for loss in ("ce", "vdep", "vista", "basic")] + [("basic-naive", False)]
 
 

@@ -88,7 +88,7 @@ class _ChunkedDivergence(torch.autograd.Function):
         return None if grad is None else grad * grad_total.to(grad.dtype), None, None, None, None
 
 
-def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, chunk: int = 64
+def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, chunk: int = 128
                   ) -> tuple[Tensor, Tensor]:
     """(total, count): L_sds of eq. (7), in nats, summed over samples, and the samples that have a degree.
 

@@ -12,16 +12,20 @@ ONE, TWO = "pretrain", "finetune"
 
 def columns(r: dict) -> dict[str, float]:
     """What the table shows of one run's results.json."""
-    test, unseen = r["accuracy"]["test"], r["accuracy"]["composition"]
-    return {**test, "unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
-            "unseen adversarial": unseen["adversarial"], "shuffled": r["shuffled"]["test"]["mean"],
-            "caption CE, 1": r["stages"][ONE]["ce"],
-            **{f"{name}, {n}": r["stages"][stage][key] for n, stage in [(1, ONE), (2, TWO)] for name, key in
-               [("MIR", "mir"), ("norm V", "V_norm"), ("var V", "V_var"), ("norm h", "h_norm")]}}
+    answers = {}
+    if TWO in r["stages"]:
+        unseen = r["accuracy"]["composition"]
+        answers = {**r["accuracy"]["test"], "unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
+                   "unseen adversarial": unseen["adversarial"], "shuffled": r["shuffled"]["test"]["mean"]}
+    return {**answers, "caption CE, 1": r["stages"][ONE]["ce"],
+            **{f"{name}, {n}": r["stages"][stage][key] for n, stage in [(1, ONE), (2, TWO)] if stage in r["stages"]
+               for name, key in [("MIR", "mir"), ("norm V", "V_norm"), ("var V", "V_var"), ("norm h", "h_norm")]}}
 
 
 def show(values: list[float]) -> str:
-    """mean ± standard deviation, to a useful number of digits."""
+    """mean ± standard deviation, to a useful number of digits; nothing of no values."""
+    if not values:
+        return ""
     digits = 3 if max(map(abs, values)) < 10 else 1 if max(map(abs, values)) < 1000 else 0
     spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{spread}"
@@ -37,13 +41,14 @@ def main(folder: Path) -> None:
     runs = {}
     for path in sorted(folder.glob("*/results.json")):
         runs.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(columns(json.loads(path.read_text())))
-    names = sorted(runs, key=lambda n: (["ce", "vdep", "vista", "basic", "moca"].index(n) if n in
-                                        ("ce", "vdep", "vista", "basic", "moca") else 9, n))
+    first = ["ce", "vdep", "vista", "basic", "moca"]
+    names = [n for n in first if n in runs] + sorted(set(runs) - set(first))
     print("| | " + " | ".join(f"{n} (n = {len(runs[n])})" for n in names) + " |\n" + "|---" * (len(names) + 1) + "|")
     for column in next(iter(runs.values()))[0]:
-        print(f"| {column} | " + " | ".join(show([r[column] for r in runs[n]]) for n in names) + " |")
+        print(f"| {column} | " + " | ".join(show([r[column] for r in runs[n] if column in r]) for n in names)
+              + " |")
     for column in ("mean", "unseen pairs", "caption CE, 1", "MIR, 2"):
-        values = {n: [r[column] for r in runs[n]] for n in names}
+        values = {n: [r[column] for r in runs[n] if column in r] for n in names}
         print(f"| t of {column} against ce | " + " | ".join(
             welch(values[n], values["ce"]) if n != "ce" and len(values[n]) > 1 else "" for n in names) + " |")
 

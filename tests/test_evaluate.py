@@ -31,7 +31,8 @@ def test_shuffling_gives_every_question_another_image_once(small_world, run, mon
     assistant = Assistant.from_checkpoint(run)
     rows = read_questions(small_world / "test.jsonl", small_world / "images")
     asked = []
-    monkeypatch.setattr(assistant, "answer", lambda questions, new: asked.extend(questions) or [""] * len(questions))
+    monkeypatch.setattr(assistant, "prepare", lambda questions: asked.extend(questions) or [questions])
+    monkeypatch.setattr(assistant, "generate", lambda questions, new: [""] * len(questions))
     predict(assistant, rows, small_world / "images", 8, 4, shuffle=True)
     assert [text for text, _ in asked] == [r["text"] for r in rows], "the questions stay in their order"
     own = [small_world / "images" / r["image"] for r in rows]

@@ -1,0 +1,563 @@
+"""benchmarks.py, scores.py and evaluate.py --bench: from files on a disk to numbers, and no silently wrong number."""
+import json
+import re
+import shutil
+import zipfile
+
+import make_benchmarks
+import pytest
+import torch
+from conftest import ROOT, call, launch
+from make_benchmarks import LETTER, LLAVA, LMMS, SHORT, jsonl, picture, whole
+
+import benchmarks
+import evaluate
+import scores
+import weights
+from config import UserError
+from model import Llava, Projector
+
+
+def run(case, root, *flags, out="out"):
+    images = ["--images", root / "images"] if (root / "images").is_dir() else []
+    return call("evaluate.py", "--bench", case.bench, "--data", root, *images, "--out", root / out, *case.flags, *flags)
+
+
+def answer(case, root, answers=None, name="answers.jsonl"):
+    """A file of answers as LLaVA's scripts write it."""
+    ids = case.ids or range(1, len(case.prompts) + 1)
+    jsonl(root / name, [{"question_id": i, "prompt": p, "text": a, "answer_id": "x", "model_id": "m", "metadata": {}}
+                        for i, p, a in zip(ids, case.prompts, answers or case.answers)])
+    return root / name
+
+
+def result(root, out="out"):
+    return json.loads((root / out / "results.json").read_text())
+
+
+def agrees(got, want, path=""):
+    for k, v in want.items():
+        if isinstance(v, dict):
+            agrees(got[k], v, f"{path}{k}.")
+        else:
+            assert got[k] == pytest.approx(v), f"{path}{k} is {got[k]}, by hand it is {v}"
+
+
+def refuses(done, *says):
+    assert done.returncode == 2, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for text in says:
+        assert text in lines[0]
+
+
+# ------------------------------------------------------------------------------------------------ every benchmark
+@pytest.mark.parametrize("make", LLAVA + LMMS, ids=lambda f: f.__name__)
+def test_each_is_asked_to_the_character_and_scored_as_by_hand(make, tmp_path):
+    if make in LMMS or make is make_benchmarks.realworldqa:
+        pytest.importorskip("pyarrow")
+    case = make(tmp_path)
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out/pred.jsonl").open()]
+    assert [r["prompt"] for r in rows] == case.prompts
+    assert [r["prediction"] for r in rows] == case.answers
+    results = result(tmp_path)
+    assert results["n"] == len(case.prompts) and results["n_missing"] == 0
+    agrees(results.get("metrics", {}), case.expect)
+    assert ("headline" in results) == bool(case.expect), "what is not public is not scored"
+    for count in ("n_missing 0", "n_unparsed"):
+        assert count in done.stdout
+    if case.submission is not None:
+        path, = (tmp_path / "out").glob("submission.json*")
+        lines = path.read_text().splitlines()
+        written = [json.loads(x) for x in lines] if path.suffix == ".jsonl" else json.loads(path.read_text())
+        assert written == case.submission
+
+
+def test_the_table_has_all_benchmarks_and_only_scores_that_exist():
+    assert " ".join(benchmarks.BENCHMARKS) == (
+        "vqav2 okvqa gqa textvqa vizwiz realworldqa sqa docvqa pope mme mmbench_en mmbench_cn seed mmstar ai2d mmmu "
+        "mmt ocrbench mmvet refcoco refcoco+ refcocog own")
+    for name, b in benchmarks.BENCHMARKS.items():
+        assert b.score in scores.SCORES and b.summary in scores.SUMMARIES, name
+        assert b.submission is None or b.submission in scores.SUBMISSIONS, name
+
+
+def test_answers_that_cannot_be_parsed_or_are_matched_by_text_are_counted(tmp_path):
+    case = make_benchmarks.mmstar(tmp_path)
+    run(case, tmp_path, "--score-only", answer(case, tmp_path, ["A", "maybe", "no, nothing", "(D)"]))
+    results = result(tmp_path)
+    assert (results["n_unparsed"], results["n_text_matched"]) == (1, 1)
+    assert results["metrics"]["accuracy"] == 75.0
+
+
+def test_references_that_are_no_option_are_counted(tmp_path):
+    case = make_benchmarks.seed(tmp_path)
+    path = tmp_path / "SEED-Bench.json"
+    path.write_text(path.read_text().replace('"answer": "B"', '"answer": "E"', 1))
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert "warning: 1 references that are none of the options" in done.stdout and result(tmp_path)["n_no_option"] == 1
+
+
+def test_a_missing_answer_is_a_wrong_one_also_where_an_empty_one_would_be_a_yes(tmp_path):
+    case = make_benchmarks.pope(tmp_path)
+    path = answer(case, tmp_path, ["No", "Yes", "yes", "no", "yes", "no"])
+    shutil.rmtree(tmp_path / "images")                # which scoring does not look at
+    full = run(case, tmp_path, "--score-only", path)
+    assert full.returncode == 0 and result(tmp_path)["headline"]["f1"] == 100.0
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+    done = run(case, tmp_path, "--score-only", path, "--overwrite")
+    assert "n_missing 1" in done.stdout
+    agrees(result(tmp_path)["metrics"]["category"], {"random": {"acc": 50.0, "f1": 0.0}})
+
+
+def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
+    case = make_benchmarks.mmbench_test(tmp_path)
+    assert run(case, tmp_path, "--score-only", answer(case, tmp_path)).returncode == 0
+    with zipfile.ZipFile(tmp_path / "out/submission.xlsx") as z:
+        sheet = z.read("xl/sheet1.xml").decode()
+        assert {"[Content_Types].xml", "_rels/.rels", "xl/workbook.xml"} < set(z.namelist())
+    rows = [re.findall(r"<c.*?>(?:<v>|<is><t.*?>)(.*?)(?:</v>|</t></is>)</c>", r) for r in sheet.split("<row>")[1:]]
+    assert rows[0] == ["index", "question", "A", "B", "C", "D", "prediction", "split"]
+    assert rows[2] == ["1000001", "Which?", "dog", "cow", "cat", "", "C. cat", "test"]
+
+
+def test_a_spreadsheet_library_reads_that_file(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    scores.write_xlsx(tmp_path / "t.xlsx", [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 "}])
+    assert list(openpyxl.load_workbook(tmp_path / "t.xlsx").active.values) == [
+        ("index", "question", "A"), (1, "a < b &\nc", " 是 ")]
+
+
+# ------------------------------------------------------------------------------------------------ images
+def test_a_tables_image_cell_may_name_another_row(tmp_path):
+    make_benchmarks.mmbench_en(tmp_path)
+    samples, _ = benchmarks.load("mmbench_en", tmp_path)
+    assert len(samples[0].image) > 131072, "longer than what csv reads if it is not told to"
+    assert samples[1].image is samples[2].image is samples[0].image, "rotations share one image, once in memory"
+    assert samples[3].image == samples[4].image != samples[0].image
+    assert benchmarks.picture(samples[0].image).size == (21, 16)
+
+
+def test_parquet_images_are_read_late_and_told_apart_by_their_bytes(tmp_path):
+    pytest.importorskip("pyarrow")
+    make_benchmarks.mmstar_lmms(tmp_path)
+    samples, _ = benchmarks.load("mmstar", tmp_path)
+    assert [benchmarks.picture(s.image).size for s in samples] == [(20, 16), (21, 16), (22, 16), (20, 16)]
+    assert len({s.image for s in samples}) == 4
+    make_benchmarks.pope_lmms(tmp_path / "pope")
+    assert len({s.image for s in benchmarks.load("pope", tmp_path / "pope")[0]}) == 1
+
+
+def test_of_several_images_the_first_that_is_named_is_shown_and_the_rest_counted(tmp_path):
+    pytest.importorskip("pyarrow")
+    case = make_benchmarks.mmmu_lmms(tmp_path)
+    samples, info = benchmarks.load("mmmu", tmp_path)
+    assert [benchmarks.picture(s.image).size for s in samples] == [(22, 16), (21, 16)], "<image 2>; <image 1>"
+    assert info["counts"]["samples of which only the first image is shown"] == 1
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert "warning: 1 samples of which only the first image is shown" in done.stdout
+
+
+@pytest.mark.parametrize("region, at, colour", [("bbox", (2, 3), (255, 0, 0)), ("seg", (9, 9), (255, 255, 255))])
+def test_a_region_is_drawn_in_a_line_of_one_pixel(tmp_path, region, at, colour):
+    pytest.importorskip("pyarrow")
+    make_benchmarks.refcoco(tmp_path)
+    samples, _ = benchmarks.load("refcoco", tmp_path, region=region)
+    plain, drawn = (benchmarks.picture(samples[0].image, r) for r in (None, samples[0].region))
+    assert drawn.getpixel(at) == colour != plain.getpixel(at)
+    assert drawn.getpixel((6, 5 if region == "bbox" else 4)) == plain.convert("RGB").getpixel((6, 5)), "it was filled"
+
+
+def test_without_pyarrow_one_line_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/test-00000-of-00001.parquet").write_bytes(b"PAR1")
+    refuses(call("evaluate.py", "--bench", "ai2d", "--data", tmp_path, "--score-only", ROOT / "README.md"),
+            "needs pyarrow", "pip install pyarrow", "JSONL")
+
+
+# ------------------------------------------------------------------------------------------------ files that do not fit
+def spoil_pope_text(root):
+    path = root / "coco/coco_pope_random.json"
+    path.write_text(path.read_text().replace("dog", "dig"))
+
+
+def spoil_pope_extra(root):
+    path = root / "coco/coco_pope_popular.json"
+    line = {"question_id": 3, "image": "x.jpg", "text": "?", "label": "no"}
+    path.write_text(path.read_text() + json.dumps(line) + "\n")
+
+
+def spoil_pope_twice(root):
+    path = root / "coco/coco_pope_popular.json"
+    first = json.loads(path.read_text().splitlines()[0])
+    path.write_text(path.read_text() + json.dumps({**first, "label": "no"}) + "\n")
+
+
+def spoil_rotation(root):
+    path = root / "mmbench_dev_20230712.tsv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + lines[3:]))
+
+
+def spoil_tail(root):
+    path = root / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text()[:-12])
+
+
+def spoil_pointer(root):
+    path = root / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text().replace("\t1\ts\t", "\t3\ts\t"))
+
+
+def spoil_mme(root):
+    path = root / "MME_Benchmark_release_version/landmark/questions_answers_YN/1.txt"
+    path.write_text(path.read_text().splitlines()[0])
+    path = root / "llava_mme.jsonl"
+    path.write_text("".join(x for x in path.read_text().splitlines(keepends=True) if "1 Bonn" not in x))
+
+
+def spoil_column(root):
+    path = root / "v2_OpenEnded_mscoco_val2014_questions.json"
+    path.write_text(path.read_text().replace('"question":', '"query":'))
+
+
+def spoil_split(root):
+    path = root / "problems.json"
+    path.write_text(path.read_text().replace('"test"', '"val"'))
+
+
+def spoil_image(root):
+    (root / "images/COCO_val2014_000000262148.jpg").unlink()
+
+
+def spoil_id(root):
+    path = root / "llava_test.jsonl"
+    path.write_text(path.read_text().replace('"question_id": 1', '"question_id": 0'))
+
+
+def spoil_labels(root):
+    shutil.rmtree(root / "coco")
+
+
+def spoil_names(root):
+    (root / "val_v1.0.json").rename(root / "validation.json")
+
+
+@pytest.mark.parametrize("make, spoil, says", [
+    ("pope", spoil_pope_text, ["1 of 6 questions of llava_pope_test.jsonl have no label in coco_pope_adversarial.json",
+                               "random · coco_val2014_000000310196.jpg · is there a dog", "different releases"]),
+    ("pope", spoil_pope_extra, ["1 labels of", "have no question in llava_pope_test.jsonl", "popular · x.jpg"]),
+    ("pope", spoil_pope_twice, ["different labels for one question, popular", "is there a cup"]),
+    ("pope", spoil_labels, ["holds no labels for llava_pope_test.jsonl", "coco_pope_*.json", "--labels"]),
+    ("mmbench_en", spoil_rotation, ["1 of 2 MMBench questions lack rotations", "question 1 has rows [1, 2000001]"]),
+    ("mmbench_en", spoil_tail, ["row 5 has fewer cells than the header", "cut off"]),
+    ("mmbench_en", spoil_pointer, ["row 2 has its image in row '3', which is not there"]),
+    ("mme", spoil_mme, ["1 of 3 MME images do not have exactly 2 questions", "landmark/1.jpg"]),
+    ("vqav2", spoil_column, ["row 1 has no column 'question'; its columns are", "query"]),
+    ("sqa", spoil_split, ["3 of 3 questions of llava_test_CQM-A.json have no label in problems.json"]),
+    ("vizwiz_test", spoil_id, ["question id 0 is there twice"]),
+    ("docvqa", spoil_names, ["holds no file of docvqa: looked for val_v1.0*.json", "there is", "validation.json"])])
+def test_files_that_do_not_belong_together_end_in_one_line(make, spoil, says, tmp_path):
+    case = getattr(make_benchmarks, make)(tmp_path)
+    path = answer(case, tmp_path)
+    spoil(tmp_path)
+    refuses(run(case, tmp_path, "--score-only", path), *says)
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_a_file_of_another_benchmark_or_split_is_refused_by_its_name_or_its_split_column(tmp_path):
+    case = make_benchmarks.mmbench_cn(tmp_path)
+    table = tmp_path / "mmbench_dev_cn_20231003.tsv"
+    flags = "--score-only", answer(case, tmp_path)
+    refuses(call("evaluate.py", "--bench", "mmbench_en", "--data", table, *flags),
+            "is by its name of mmbench_cn, split dev; asked for is mmbench_en")
+    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", table, "--split", "test", *flags),
+            "is by its name of mmbench_cn, split dev; asked for is mmbench_cn, split test")
+    shutil.copy(table, tmp_path / "mine.tsv")
+    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", tmp_path / "mine.tsv", "--split", "test", *flags),
+            "holds split dev, asked for is test")
+
+
+def test_of_two_releases_in_one_folder_one_must_be_named(tmp_path):
+    case = make_benchmarks.mmbench_en(tmp_path)
+    shutil.copy(tmp_path / "mmbench_dev_20230712.tsv", tmp_path / "mmbench_dev_20231003.tsv")
+    path = answer(case, tmp_path)
+    refuses(run(case, tmp_path, "--score-only", path), "holds mmbench_dev_20230712.tsv, mmbench_dev_20231003.tsv: say")
+    done = call("evaluate.py", "--bench", case.bench, "--data", tmp_path / "mmbench_dev_20231003.tsv", "--score-only",
+                path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_question_that_is_asked_twice_gets_its_labels_in_order(tmp_path):
+    case = make_benchmarks.textvqa(tmp_path)
+    for name in ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(re.sub("what year is it", "what is the brand", text, flags=re.I))
+    samples, _ = benchmarks.load("textvqa", tmp_path, tmp_path / "images")
+    assert [s.answer[0] for s in samples] == ["nous", "1999", "poe"] and case.ids[0] == case.ids[1]
+
+
+@pytest.mark.parametrize("lines, says", [
+    ([{"question_id": 1, "text": "No"}, {"question_id": 1, "text": "Yes"}],
+     "line 2: a second, different answer to question 1"),
+    ([{"question_id": 1, "answer": "No"}], "line 1 has neither text nor prediction: it has question_id, answer"),
+    ([{"text": "No"}], "line 1 has no question_id"), ([["x"]], "line 1 is not a JSON object"),
+    ([{"question_id": 99, "text": "No"}], "answers none of the 6 questions")])
+def test_answers_that_do_not_belong_to_the_questions_end_in_one_line(tmp_path, lines, says):
+    case = make_benchmarks.pope(tmp_path)
+    jsonl(tmp_path / "answers.jsonl", lines)
+    refuses(run(case, tmp_path, "--score-only", tmp_path / "answers.jsonl"), says)
+
+
+def test_a_cut_off_last_line_strangers_and_repeats_are_counted(tmp_path):
+    case = make_benchmarks.pope(tmp_path)
+    path = answer(case, tmp_path)
+    first, *rest = path.read_text().splitlines(keepends=True)
+    stranger = json.dumps({"question_id": 99, "text": "No"}) + "\n"
+    path.write_text("".join([first, first, stranger, *rest])[:-20])
+    done = run(case, tmp_path, "--score-only", path)
+    assert done.returncode == 0, done.stderr
+    results = result(tmp_path)
+    assert results["n_missing"] == 1 and "n_missing 1" in done.stdout
+    assert {"1 answers to questions that are not asked", "1 answers given twice"} <= set(results["warnings"])
+    assert any("6 questions; the released files have 9000 or 8910" in w for w in results["warnings"])
+
+
+def test_a_limit_is_marked_and_drops_incomplete_groups(tmp_path):
+    case = make_benchmarks.mmbench_en(tmp_path)
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path), "--limit", 4)
+    assert "PARTIAL: the first 4 questions" in done.stdout
+    results = result(tmp_path)
+    assert results["partial"] and results["metrics"]["dropped"] == 1 and results["metrics"]["circular"] == 100.0
+
+
+@pytest.mark.parametrize("flags, says", [
+    (["--bench", "pope"], ["--bench pope wants --data"]),
+    (["--bench", "pope", "--data", "absent", "--score-only", "x"], ["--data absent does not exist"]),
+    (["--bench", "poppe"], ["--bench", "'poppe'"]),
+    (["--bench", "pope", "--metric", "vqa"], ["--metric is for your own questions"]),
+    (["--split", "val"], ["--split wants --bench"]),
+    (["--compare", "tests"], ["tests holds no results.json of a benchmark"])])
+def test_a_wrong_benchmark_command_line_is_one_line(flags, says):
+    refuses(call("evaluate.py", *flags), *says)
+
+
+def test_ocr_and_style_must_be_possible(tmp_path):
+    case = make_benchmarks.textvqa_json(tmp_path)
+    path = answer(case, tmp_path)
+    refuses(run(case, tmp_path, "--score-only", path, "--ocr"), "holds no OCR tokens")
+    case = make_benchmarks.textvqa(tmp_path)
+    refuses(run(case, tmp_path, "--score-only", path, "--style", "lmms"), "as LLaVA asks them")
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert result(tmp_path)["settings"]["ocr"] == "on" and "ocr on" in done.stdout
+    case = make_benchmarks.okvqa(tmp_path / "ok")
+    done = run(case, tmp_path / "ok", "--score-only", answer(case, tmp_path / "ok"), "--style", "lmms")
+    row = json.loads((tmp_path / "ok/out/pred.jsonl").read_text())
+    assert "respond with 'Unanswerable'.\nAnswer the question" in row["prompt"]
+
+
+def test_results_side_by_side_say_where_they_cannot_be_compared(tmp_path):
+    case = make_benchmarks.textvqa(tmp_path / "a")
+    path = answer(case, tmp_path / "a")
+    run(case, tmp_path / "a", "--score-only", path, out="one/textvqa")
+    run(case, tmp_path / "a", "--score-only", path, "--no-ocr", out="two/textvqa")
+    done = call("evaluate.py", "--compare", tmp_path / "a/one", tmp_path / "a/two")
+    assert done.returncode == 0, done.stderr
+    assert "textvqa accuracy" in done.stdout and done.stdout.count("66.7") == 2
+    assert "warning: textvqa's ocr differs: on in " in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ with a model
+@pytest.fixture(scope="module")
+def ckpt(tmp_path_factory):
+    """A whole checkpoint of the toy's backbones with a projector that was never trained: it says something."""
+    torch.manual_seed(0)
+    clip, llm = ROOT / "toy/clip", ROOT / "toy/llm"
+    vision, decoder = weights.load_vision(clip, torch.float32), weights.load_llm(llm, torch.float32)
+    model = Llava(vision, Projector(vision.config.hidden_size, decoder.config.hidden_size), decoder)
+    folder = tmp_path_factory.mktemp("run") / "finetune-1"
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
+              "vision": str(clip), "llm": str(llm)}
+    weights.save_checkpoint(folder, model, {n for n, _ in model.named_parameters()}, config, {})
+    return folder
+
+
+ASK = "Is there a circle?", "What colour is the circle?", "How many objects are there?", "Which row has the circle?"
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Questions of different lengths about three images and about none, so that those of an image are not together."""
+    rows = []
+    for n in range(14):
+        image = {} if n % 5 == 4 else {"image": f"{n % 3}.png"}
+        rows.append({"question_id": n, "text": ASK[n % 4] + " Really?" * (n % 3), "answer": "Yes", **image})
+    jsonl(tmp_path / "mine.jsonl", rows)
+    for n in range(3):
+        picture(tmp_path / f"images/{n}.png", n)
+    return tmp_path
+
+
+def ask(root, ckpt, *flags):
+    return call("evaluate.py", "--ckpt", ckpt, "--bench", "own", "--data", root / "mine.jsonl",
+                "--images", root / "images", "--out", root / "out", "--max-new-tokens", 5, "--dtype", "float32", *flags)
+
+
+def predictions(root, out="out/own"):
+    return [json.loads(line)["prediction"] for line in (root / out / "pred.jsonl").open()]
+
+
+def test_answers_do_not_depend_on_batches_and_each_image_is_encoded_once_a_batch(many, ckpt, monkeypatch):
+    encoded, embed = [], Llava.embed_images
+    monkeypatch.setattr(Llava, "embed_images", lambda self, x: encoded.append(len(x)) or embed(self, x))
+    assert ask(many, ckpt, "--batch-size", 1).returncode == 0
+    one = predictions(many)
+    encoded.clear()
+    done = ask(many, ckpt, "--overwrite", "--batch-size", 64)
+    assert done.returncode == 0, done.stderr
+    assert predictions(many) == one and len(set(one)) > 1
+    assert encoded in ([3], [4]), "three images in a batch of fourteen questions (and the place of none)"
+    assert result(many, "out/own")["settings"]["batch_size"] == [64]
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was_with_any_number_of_ranks(many, ckpt, monkeypatch):
+    assert ask(many, ckpt).returncode == 0
+    whole_run, folder = predictions(many), many / "out/own"
+    lines = (folder / "pred.rank0of1.jsonl").read_text().splitlines(keepends=True)
+    (folder / "pred.rank0of1.jsonl").unlink()
+    # As three ranks leave it when they are killed: two have answered a part, one was writing a line.
+    (folder / "pred.rank0of3.jsonl").write_text("".join(lines[:4]))
+    (folder / "pred.rank2of3.jsonl").write_text("".join([lines[0], *lines[6:9]]) + lines[9][:-9])
+    asked, prepare = [], evaluate.Assistant.prepare
+    monkeypatch.setattr(evaluate.Assistant, "prepare", lambda self, q: asked.extend(q) or prepare(self, q))
+    done = ask(many, ckpt, "--batch-size", 2)
+    assert done.returncode == 0, done.stderr
+    assert len(asked) == 14 - 3 - 3 and predictions(many) == whole_run
+    assert sorted(result(many, "out/own")["settings"]["batch_size"]) == [2, 64]
+    asked.clear()
+    assert ask(many, ckpt).returncode == 0 and not asked and predictions(many) == whole_run
+
+
+def test_a_line_that_was_cut_off_is_mended_before_more_is_appended(many, ckpt):
+    assert ask(many, ckpt).returncode == 0
+    path, before = many / "out/own/pred.rank0of1.jsonl", predictions(many)
+    text = path.read_text()
+    for cut in (1, 12):                               # only the newline is missing; the line is cut
+        path.write_text(text[:-cut])
+        assert ask(many, ckpt).returncode == 0 and predictions(many) == before
+
+
+@pytest.mark.parametrize("change", ["question", "answer length", "weights", "template"])
+def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(many, ckpt, change, tmp_path):
+    assert ask(many, ckpt).returncode == 0
+    flags, other = [], ckpt
+    if change == "question":
+        path = many / "mine.jsonl"
+        path.write_text(path.read_text().replace("circle?", "square?", 1))
+    elif change == "answer length":
+        flags = ["--max-new-tokens", 6]
+    elif change == "template":
+        flags = ["--template", "mistral"]
+    else:
+        other = shutil.copytree(ckpt, tmp_path / "other/finetune-1")
+        data = bytearray((other / "model.safetensors").read_bytes())
+        data[-2] ^= 1
+        (other / "model.safetensors").write_bytes(data)
+    says = {"question": "questions", "answer length": "max_new_tokens", "weights": "checkpoint"}.get(change, change)
+    refuses(ask(many, other, *flags), f"was made with another {says}: --overwrite, or another --out")
+    assert ask(many, other, *flags, "--overwrite").returncode == 0
+
+
+def test_weights_are_told_apart_by_blocks_all_over_their_file(tmp_path):
+    data = bytearray(8 << 20)
+    for n, at in enumerate((None, 0, 4 << 20, len(data) - 1)):
+        if at is not None:
+            data[at:at + 200_000] = bytes([n]) * len(data[at:at + 200_000])
+        (tmp_path / str(n)).mkdir()
+        (tmp_path / str(n) / "model.safetensors").write_bytes(data)
+    assert len({evaluate.fingerprint(tmp_path / str(n)) for n in range(4)}) == 4
+
+
+def test_two_ranks_share_the_images_and_give_the_answers_of_one(many, ckpt):
+    assert ask(many, ckpt).returncode == 0
+    one = predictions(many)
+    done = launch("evaluate.py", "--ckpt", ckpt, "--bench", "own", "--data", many / "mine.jsonl", "--images",
+                  many / "images", "--out", many / "two", "--max-new-tokens", 5, "--batch-size", 3, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert predictions(many, "two/own") == one
+    shares = [(many / f"two/own/pred.rank{r}of2.jsonl").read_text().count('"id"') for r in (0, 1)]
+    assert sum(shares) == 14 and min(shares) > 3
+    assert done.stdout.count("n_missing 0") == 1, "rank 0 alone reports"
+
+
+def test_a_benchmark_runs_with_a_model_and_its_pictures(ckpt, tmp_path):
+    case = make_benchmarks.mmt(tmp_path)
+    flags = "--ckpt", ckpt, "--max-new-tokens", 3
+    done = run(case, tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    settings = result(tmp_path, "out/mmt")["settings"]
+    assert settings["dtype"] and settings["template"] == "v1" and settings["max_new_tokens"] == 3
+    pope = make_benchmarks.pope(tmp_path / "pope")
+    assert run(pope, tmp_path / "pope", *flags).returncode == 0
+    (tmp_path / "pope/images/COCO_val2014_000000310196.jpg").write_bytes(b"nothing")
+    done = run(pope, tmp_path / "pope", *flags, "--overwrite")
+    assert done.returncode == 2 and done.stderr.endswith("COCO_val2014_000000310196.jpg: not an image\n")
+    (tmp_path / "pope/images/COCO_val2014_000000310196.jpg").unlink()
+    refuses(run(pope, tmp_path / "pope", *flags), "1 of 1 images are not there, such as", "is --images the folder")
+
+
+def test_the_image_comes_first_unless_the_prompt_says_where(ckpt, tmp_path):
+    picture(tmp_path / "a.png")
+    assistant = evaluate.Assistant.from_checkpoint(ckpt, device="cpu")
+    image, n = tmp_path / "a.png", assistant.model.vision_tower.config.image_tokens
+
+    def text(prompt, image=image):
+        ids, masks, _, _ = assistant.prepare([(prompt, image)])
+        kept = [int(i) for i, m in zip(ids[0], masks[0]) if not m]
+        at = int(masks[0].int().argmax())
+        assert int(masks[0].sum()) == (n if image else 0)
+        return assistant.tokenizer.decode(kept[:at]).strip(), assistant.tokenizer.decode(kept[at:])
+    before, after = text("Is it?" + SHORT)
+    assert before.endswith("USER:") and "Is it?" in after
+    before, after = text("Question: <image>\nIs it?" + LETTER)
+    assert before.endswith("USER: Question:") and "Is it?" in after
+    assert "<image>" not in text("Is <image> it?", None)[1]
+
+
+def test_a_checkpoint_that_has_only_learned_captions_is_not_asked_by_accident(ckpt, many, tmp_path):
+    other = shutil.copytree(ckpt, tmp_path / "other/pretrain-1")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "template": "plain"}))
+    refuses(ask(many, other), "template plain", "--template v1")
+    assert ask(many, other, "--template", "v1").returncode == 0
+
+
+@pytest.mark.parametrize("metric, by_hand", [("exact", [100, 0]), ("contains", [100, 100]), ("choice", [0, 0]),
+                                             ("anls", [100, 0]), ("vqa", [0, 0]), ("none", None)])
+def test_own_questions_are_scored_by_the_metric_that_is_asked_for(tmp_path, metric, by_hand):
+    jsonl(tmp_path / "mine.jsonl", [{"text": "a?", "answer": "B"}, {"text": "b?", "answer": ["C", "D"]}])
+    jsonl(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "b" if metric != "choice" else "so so"},
+                                       {"question_id": 2, "text": "abcde and f"}])
+    done = call("evaluate.py", "--metric", metric, "--data", tmp_path / "mine.jsonl", "--score-only",
+                tmp_path / "answers.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(x) for x in (tmp_path / "answers.scored/pred.jsonl").open()]
+    assert [None if r["score"] is None else 100 * r["score"] for r in rows] == (by_hand or [None, None])
+
+
+def test_what_is_not_a_table_of_questions_is_named(tmp_path):
+    for name, text, says in [("mine.jsonl", '{"question_id": 1}\n',
+                              "row 1 has no column 'text'; its columns are question_id"),
+                             ("mine.jsonl", '{"text": 5}\n', "row 1 has no text in prompt: 5"),
+                             ("mine.jsonl", "", "is empty"),
+                             ("mine.jsonl", "[1]\n", "row 1 is not a set of named values")]:
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=re.escape(says)):
+            benchmarks.load("own", tmp_path / name)
+    whole(tmp_path / "val.json", {"a": 1})
+    with pytest.raises(UserError, match="no column 'image'"):
+        benchmarks.load("vizwiz", tmp_path / "val.json")
