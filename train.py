@@ -74,7 +74,7 @@ class Config:
     moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
     vision: str = option("toy/clip", "folder of the vision encoder")
     llm: str = option("toy/llm", "folder of the language model")
-    projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
+    projector: str | None = option(None, "where --stage finetune (or unlocking in stage 1) starts from: a checkpoint")
     data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy, made in --out")
     images: str | None = option(None, "the folder of its images")
     out: str = option("out/toy", "folder for checkpoints, metrics.jsonl and results.json")
@@ -100,7 +100,7 @@ class Config:
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
     parallel: Literal["auto", "ddp", "fsdp"] = option("auto", "ddp: every rank holds the model; fsdp: a part of it. "
-                                                      "auto: fsdp in stage 2")
+                                                      "auto: fsdp in stage 2, and where stage 1 unlocks more")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(1, "checkpoints of a stage that are kept")
@@ -232,7 +232,7 @@ def is_trained(name: str, cfg: Config, vision_layers: int, llm_layers: int) -> b
 
 def stores_all(cfg: Config) -> bool:
     """Do checkpoints hold the whole model? In stage 1 only if more than projector and MoCa is trained."""
-    return cfg.stage == "finetune" or cfg.unlock_llm != "none" or cfg.unlock_vision != "none"
+    return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
 
 
 def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
@@ -597,7 +597,7 @@ def run_stage(cfg: Config, plan: Config, out: Path, ranks: Ranks) -> None:
         return                                            # --resume: this stage is done
     if plan.stage == "finetune" and cfg.stage == "both":
         plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
-    ranks = parallel.over(ranks, cfg.parallel == "fsdp" or cfg.parallel == "auto" and plan.stage == "finetune")
+    ranks = parallel.over(ranks, cfg.parallel == "fsdp" or cfg.parallel == "auto" and stores_all(plan))
     # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
     model = build(plan, ckpt, ranks)
     if cfg.data is None:
@@ -617,7 +617,7 @@ def main() -> None:
         raise UserError("--data is of one stage: say which with --stage pretrain or --stage finetune")
     if cfg.stage == "both" and (cfg.lr or cfg.epochs or cfg.unlock_llm or cfg.unlock_vision != "none"):
         raise UserError("--lr, --epochs and --unlock-… are of one stage: say which with --stage pretrain or finetune")
-    if cfg.projector and cfg.stage != "finetune":
+    if cfg.projector and not stores_all(cfg):
         raise UserError("--projector is where --stage finetune starts from; it has no use in --stage " + cfg.stage)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
     plans = [settings(cfg, stage, ranks_wanted) for stage in stages]

@@ -43,10 +43,10 @@ def main() -> None:
                 torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 given = b.flags.split() or ["--data", data / f"{stage}.json", "--images", data / "images"]
                 done = subprocess.run(
-                    [sys.executable, *(torchrun if ranks > 1 else []), "train.py", "--stage", stage, "--out", out, "--max-steps", str(b.steps),
-                     "--micro-batch", str(b.micro_batch), "--global-batch", str(b.micro_batch * ranks), *given],
-                    cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")},
-                    capture_output=True, text=True)
+                    [sys.executable, *(torchrun if ranks > 1 else []), "train.py", "--stage", stage, "--out", out,
+                     "--max-steps", str(b.steps), "--micro-batch", str(b.micro_batch), "--global-batch",
+                     str(b.micro_batch * ranks), *given], cwd=ROOT, capture_output=True, text=True,
+                    env={"OMP_NUM_THREADS": "1", **os.environ})
                 if done.returncode:
                     raise UserError(f"train.py on {ranks} ranks stopped: {done.stderr.strip().splitlines()[-1]}")
                 lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
