@@ -1,14 +1,21 @@
 """FSDP and DDP on gloo ranks: the numbers of one process, and checkpoints that any of them goes on from."""
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import call, launch, losses_of
 from safetensors.torch import load_file
 from test_train import command
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import parallel
+import train
 import weights
+from losses import Term
 
 
 @pytest.mark.parametrize("ranks, micro, flags", [
@@ -71,6 +78,26 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_way_to_cut(small_world, 
         assert done.returncode == 0, done.stderr
         worst = max(abs(a - b) for a, b in zip(losses_of(tmp_path / "one", "finetune"), losses_of(out, "finetune")))
         assert worst < 1e-5 and len(losses_of(out, "finetune")) == 6, f"{way} on {ranks}: other samples, or other state"
+
+
+def test_gradients_travel_once_a_step(monkeypatch):
+    """A process that plays the first of two: what was not sent is not in .grad yet."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        ranks = parallel.over(parallel.Ranks(0, 2, torch.device("cpu"), torch.float32), sharded=True)
+        cut = parallel.wrap(torch.nn.Linear(4, 4), ranks)
+        for travel in (False, False, True):
+            with parallel.gradients(cut, travel):
+                cut(torch.ones(1, 4)).sum().backward()
+            assert (cut.weight.grad is not None) == travel, f"asked to travel: {travel}"
+    finally:
+        dist.destroy_process_group()
+    asked, w = [], torch.ones(1, requires_grad=True)
+    monkeypatch.setattr(parallel, "gradients", lambda objective, travel: asked.append(travel) or nullcontext())
+    micro, count = [SimpleNamespace(to=lambda device: None)] * 3, {"ce": torch.tensor(1.0)}
+    for hold in (True, False):
+        train.backward(lambda batch: [Term("ce", w.sum(), None, 1.0)], micro, count, ranks, hold)
+    assert asked == [False, False, True] + [True] * 3, "only where there is no room do they travel every time"
 
 
 def test_a_large_checkpoint_is_cut_into_files_that_read_as_one(tmp_path):
