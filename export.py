@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
+import lora
 import weights
 from config import UserError, option, read_json
 from data import IMAGE, TEMPLATES, ImageProcessor, end
@@ -169,6 +170,7 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
     c = read_json(folder / "config.json")
     model = weights.load(folder, vision, llm)
     check_exportable(folder, model, c["template"])
+    lora.merge(model.language_model)
     tokenizer, processor = load_tokenizer(folder), ImageProcessor.from_folder(folder)
     v, t = model.vision_tower.config, model.language_model.config
     old = t.vocab_size

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from lora import linear
 from methods.moca import MoCa
 
 
@@ -70,6 +71,8 @@ class DecoderConfig:
     sliding_window: int | None = None            # a token sees itself and the window − 1 before it
     embed_scale: float = 1.0                     # of word embeddings: sqrt(hidden_size) in Gemma
     moca: bool = False                           # an affine map of the image tokens after every layer: methods/moca.py
+    lora_rank: int = 0                           # of an update beside every linear map in a layer: lora.py. 0: none
+    lora_alpha: float = 0.0                      # the update is scaled by alpha / rank
 
     def __post_init__(self):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
@@ -185,7 +188,7 @@ class RMSNorm(nn.Module):
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.plus_one:
             return (y * (1 + self.weight.float())).to(x.dtype)
-        return self.weight * y.to(x.dtype)                     # this order of casts is what the checkpoints expect
+        return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
 def make_norm(c: DecoderConfig) -> nn.Module:
@@ -243,10 +246,10 @@ class Attention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.head_dim, self.window = c.head_dim, c.sliding_window
-        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.bias)
-        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
-        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.bias)
-        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.bias)
+        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim, c)
+        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c)
+        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c)
+        self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size, c)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> tuple[Tensor, Tensor, Tensor]:
         """(B,T,D) → what attention adds (B,T,D), and rotated queries (B,H,T,d) and keys (B,K,T,d)."""
@@ -268,9 +271,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.bias) if c.gated else None
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.bias)
+        self.gate_proj = linear(c.hidden_size, c.intermediate_size, c) if c.gated else None
+        self.up_proj = linear(c.hidden_size, c.intermediate_size, c)
+        self.down_proj = linear(c.intermediate_size, c.hidden_size, c)
         self.act = ACTIVATIONS[c.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -335,6 +338,8 @@ class Decoder(nn.Module):
     def embed(self, input_ids: Tensor) -> Tensor:
         """Word embeddings (B,T,D), scaled where the family scales them."""
         x = self.model["embed_tokens"](input_ids)
+        if torch.is_autocast_enabled(x.device.type):      # all that follows, and is kept for the backward, is as small
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.embed_scale == 1:
             return x
         return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does

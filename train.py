@@ -13,13 +13,14 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -27,11 +28,13 @@ os.environ["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "PASSIVE")    
                                                                                 # stall a machine that others use too
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import evaluate
+import lora
 import mir
+import parallel
 import weights
 from config import UserError, option, parse, read_json, run
 from data import (
@@ -49,6 +52,7 @@ from data import (
 from index import read_samples
 from losses import LOSSES, Objective, Term, counts
 from model import Llava, Projector, VisionConfig
+from parallel import Ranks
 from tokenizer import RULES, load_tokenizer
 from toy import world
 
@@ -57,6 +61,7 @@ LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, g
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, when --unlock-llm lora
 TOY_PROJECTOR_SCALE = 0.25
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -69,7 +74,7 @@ class Config:
     moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
     vision: str = option("toy/clip", "folder of the vision encoder")
     llm: str = option("toy/llm", "folder of the language model")
-    projector: str | None = option(None, "for --stage finetune: the checkpoint of stage 1")
+    projector: str | None = option(None, "where --stage finetune (or unlocking in stage 1) starts from: a checkpoint")
     data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy, made in --out")
     images: str | None = option(None, "the folder of its images")
     out: str = option("out/toy", "folder for checkpoints, metrics.jsonl and results.json")
@@ -78,15 +83,27 @@ class Config:
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps")
     micro_batch: int | None = option(None, "samples a rank works on at a time: the one memory knob")
     lr: float | None = option(None, "peak learning rate")
+    projector_lr: float | None = option(None, "the projector's; unset: --lr")
+    vision_lr: float | None = option(None, "the vision encoder's, if it is trained; unset: --lr")
+    unlock_llm: Literal["none", "lora", "half", "all"] | None = option(
+        None, "what of the language model is trained; half: its lower layers; unset: all in stage 2, none in stage 1")
+    unlock_vision: Literal["none", "half", "all"] = option("none", "what of the vision encoder; half: its upper layers")
+    lora_rank: int = option(128, "of --unlock-llm lora")
+    lora_alpha: float = option(256.0, "its update is scaled by alpha / rank")
     epochs: int | None = option(None, "passes over the data")
     max_steps: int | None = option(None, "steps of a stage, instead of epochs")
     template: Literal[tuple(TEMPLATES)] | None = option(None, "of stage 2; unset: by the language model's family")
     after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this transformers has them, see tokenizer.py")
     drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
+    compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
+    parallel: Literal["auto", "ddp", "fsdp"] = option("auto", "ddp: every rank holds the model; fsdp: a part of it. "
+                                                      "auto: fsdp in stage 2, and where stage 1 unlocks more")
+    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    keep_last: int = option(1, "checkpoints of a stage that are kept")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
@@ -104,13 +121,18 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
 
 
-FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "device", "gradient_checkpointing")   # on --resume
+FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "keep_last", "device", "gradient_checkpointing",
+                  "compile", "parallel", "timeout")                  # on --resume
 
 
 def settings(cfg: Config, stage: str, ranks: int) -> Config:
     """cfg with what is unset filled in for a stage. Raises UserError for settings that cannot be."""
     cfg = replace(cfg, stage=stage, template="plain" if stage == "pretrain" else cfg.template)
     toy = cfg.data is None
+    if cfg.unlock_llm is None:
+        cfg = replace(cfg, unlock_llm="none" if stage == "pretrain" else "all")
+    if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
+        cfg = replace(cfg, lr=LORA["lr"], projector_lr=cfg.projector_lr or LORA["projector_lr"])
     if cfg.template is None:
         family = read_json(Path(cfg.llm) / "config.json").get("model_type")
         cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
@@ -119,7 +141,8 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
             cfg = replace(cfg, **{name: value})
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "basic_k"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
+                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
     for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
@@ -147,53 +170,6 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-# ------------------------------------------------------------------------------------------------ ranks
-@dataclass
-class Ranks:
-    """This process among those of torchrun; alone without it."""
-    rank: int
-    ranks: int
-    device: torch.device
-    dtype: torch.dtype
-
-    @property
-    def first(self) -> bool:
-        return self.rank == 0
-
-    def sum(self, values: list) -> list[float]:
-        """Element-wise sum over ranks, in float64."""
-        t = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in values])
-        if self.ranks > 1:
-            dist.all_reduce(t)
-        return t.tolist()
-
-    def gather(self, value) -> list:
-        """Every rank's value, on every rank."""
-        if self.ranks == 1:
-            return [value]
-        out = [None] * self.ranks
-        dist.all_gather_object(out, value)
-        return out
-
-
-    def wait(self) -> None:
-        """Until every rank is here."""
-        if self.ranks > 1:
-            dist.barrier()
-
-
-def start_ranks(cfg: Config) -> Ranks:
-    device, dtype = weights.choose_device(cfg.device, cfg.dtype)
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if ranks > 1:
-        # The first rank alone looks at the images of a data set: the others may have to wait for long.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=1))
-    return Ranks(rank, ranks, device, dtype)
 
 
 # ------------------------------------------------------------------------------------------------ a run's folder
@@ -236,32 +212,72 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------ one stage
+def is_trained(name: str, cfg: Config, vision_layers: int, llm_layers: int) -> bool:
+    """Is a parameter, by its name in `Llava`, trained? half: as the MIR paper's code unlocks in stage 1, the upper half
+    of the vision encoder's layers (ShareGPT4V's choice) and the lower half of the language model's, and nothing beside
+    layers. Of the vision encoder only what is used can be trained: not the last layer, nor the norm behind it."""
+    part, rest = name.split(".", 1)
+    layer = re.search(r"\.layers\.(\d+)\.", rest)
+    layer = int(layer[1]) if layer else None
+    if part == "vision_tower":
+        used = not rest.startswith("post_layernorm") and layer != vision_layers - 1
+        upper = layer is not None and layer >= vision_layers // 2
+        return used and {"none": False, "half": upper, "all": True}[cfg.unlock_vision]
+    if part == "language_model":
+        lower = layer is not None and layer < llm_layers // 2
+        return cfg.moca and rest.startswith("moca.") or {
+            "none": False, "lora": "lora_" in rest, "half": lower, "all": True}[cfg.unlock_llm]
+    return True
+
+
+def stores_all(cfg: Config) -> bool:
+    """Do checkpoints hold the whole model? In stage 1 only if more than projector and MoCa is trained."""
+    return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
+
+
 def build(cfg: Config, ckpt: Path | None, ranks: Ranks) -> Llava:
     """The model of a stage from released folders, or from the checkpoint to resume. What is trained is float32 and
-    asks for gradients; what is frozen is in the dtype of computing."""
-    whole = ckpt is not None and cfg.stage == "finetune"
-    trained_llm = cfg.stage == "finetune"
-    vision = weights.load_vision(ckpt if whole else cfg.vision, ranks.dtype, ranks.device, vision_config(cfg))
-    llm = weights.load_llm(ckpt if whole else cfg.llm, torch.float32 if trained_llm else ranks.dtype, ranks.device)
-    sizes = vision.config.hidden_size, llm.config.hidden_size
+    asks for gradients; what is frozen is in the dtype of computing. On the meta device, before anything is read, it is
+    decided what is trained, and where ranks share the model the blocks are cut."""
+    whole = ckpt is not None and stores_all(cfg)
+    folders = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
+    v, t = vision_config(cfg), weights.decoder_config(folders[1])
+    if cfg.unlock_llm == "lora" and not t.lora_rank:
+        t = replace(t, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+
+    def trained(part: str, name: str) -> bool:
+        return is_trained(f"{part}.{name}", cfg, v.num_hidden_layers, t.num_hidden_layers)
+
+    def prepare(part: str, module: nn.Module) -> None:
+        for name, p in module.named_parameters():
+            p.requires_grad_(trained(part, name))
+        for block in (module.encoder if part == "vision_tower" else module.model)["layers"]:
+            if cfg.compile:
+                block.compile()
+            if ranks.mesh is not None:
+                parallel.shard(block, ranks)
+
+    def options(part: str) -> dict:
+        return dict(device=ranks.device, dtype=lambda n: torch.float32 if trained(part, n) else ranks.dtype,
+                    prepare=partial(prepare, part))
+    vision = weights.load_vision(folders[0], config=v, **options("vision_tower"))
+    llm = weights.load_llm(folders[1], config=t, **options("language_model"),
+                           new=lambda name, shape: None if whole else lora.start(name, shape, cfg.seed))
     source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
     if source:
-        projector = weights.load_projector(source, *sizes, torch.float32, ranks.device)
+        projector = weights.load_projector(source, v.hidden_size, t.hidden_size, torch.float32, ranks.device)
     else:
         torch.manual_seed(cfg.seed)
-        projector = Projector(*sizes).to(ranks.device)
+        projector = Projector(v.hidden_size, t.hidden_size).to(ranks.device)
         projector.linear_2.weight.data *= cfg.projector_scale
     if source and not whole:
         weights.load_moca(source, llm, torch.float32, ranks.device)
     if cfg.moca and not llm.config.moca:
         llm.add_moca()
-    model = Llava(vision, projector, llm)
-    model.vision_tower.requires_grad_(False)
-    model.language_model.requires_grad_(trained_llm)
     if cfg.moca:
         llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
-    return model
+    return Llava(vision, projector, llm)
 
 
 def vision_config(cfg: Config) -> VisionConfig:
@@ -277,6 +293,39 @@ def stage_checkpoint(folder: str | Path, stage: str) -> Path:
     if found != stage:
         raise UserError(f"{path} is a {found} checkpoint; a {stage} one is wanted here")
     return path
+
+
+def check_projector(cfg: Config) -> None:
+    """Raises UserError if --projector cannot be that, or if more was trained with it than would come along."""
+    path = stage_checkpoint(cfg.projector, "pretrain")
+    released = (path / "mm_projector.bin").is_file() or weights.is_released(path)
+    if not released and weights.is_whole(path):
+        others = [Path(p).resolve() for p in (cfg.vision, cfg.llm) if Path(p).resolve() != path.resolve()]
+        if others:
+            raise UserError(f"{path} trained more than its projector, which {others[0]} would leave behind: add "
+                            f"--vision {path} --llm {path}")
+
+
+def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
+    """The newest checkpoint of a stage that is whole, or None if there is none at all. One that is not whole is renamed
+    *.broken. Raises UserError if all are: starting anew is for somebody to decide."""
+    found = None
+    if ranks.first:
+        problems = []
+        for path in reversed(weights.checkpoints(out, stage)):
+            problem = weights.checkpoint_problem(path)
+            if problem is None:
+                found = path
+                break
+            problems.append((path, problem))
+        if problems and not found:
+            raise UserError(f"{problems[0][1]}, and there is no older checkpoint: move {problems[0][0]} away, "
+                            "and --resume starts the stage anew")
+        for path, problem in problems:
+            shutil.rmtree(f"{path}.broken", ignore_errors=True)
+            os.replace(path, f"{path}.broken")
+            print(f"{problem}: it is {path.name}.broken now, and {stage} goes on from {found.name}")
+    return ranks.gather(found)[0]
 
 
 def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]:
@@ -336,43 +385,45 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=cfg.lr, weight_decay=0.0, fused=True)
+    objective = parallel.wrap(Objective(model, cfg), ranks)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(groups(model, cfg), weight_decay=0.0, fused=True)
     if ckpt:
-        optimizer.load_state_dict(read_state(ckpt, ranks.device)["optimizer"])
-    objective = Objective(model, cfg)
-    if ranks.ranks > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
+        load_optimizer(optimizer, ckpt)
+    hold = parallel.holds_gradients(trained, ranks)
     if ranks.first:
         print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.ranks} ranks × {accumulation} accumulation × "
               f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on "
-              f"{ranks.device}; {sum(p.numel() for p in trained.values()):,} parameters trained")
+              f"{ranks.device}; {sum(p.numel() for p in trained):,} parameters trained"
+              + ", sharded" * (ranks.mesh is not None) + ", gradients after every micro-batch" * (not hold))
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    stop = []                                             # a signal asks to save and leave after the current step
-    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
     gpu = ranks.device.type == "cuda"
-    batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
-    with tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar:
+    with (signals_noted() as stop,
+          tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar):
+        batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
         while step < steps:
             began = time.perf_counter()
             micro = [next(batches) for _ in range(accumulation)]
             unreadable(micro, cfg, out)
             wanted = [counts(b) for b in micro]
             names = list(wanted[0])
-            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names])))
+            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names]).float()))
 
-            terms = backward(objective, micro, count, ranks)
-            gradient = float(nn.utils.clip_grad_norm_(trained.values(), 1.0))
-            *totals, tokens, stopping = ranks.sum(
-                [*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
-            values = {t.name: total / max(count[t.name], 1) for t, total in zip(terms, totals)}
+            terms = backward(objective, micro, count, ranks, hold)
+            norm = parallel.gradient_norm(trained, ranks)
+            parallel.clip(trained, norm, 1.0)
+            sums = ranks.sum([*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
+            # The one place where a step waits for the device: what is checked and logged is read in one piece.
+            *numbers, gradient = torch.cat([torch.stack([*count.values()]), sums, norm[None]]).tolist()
+            counted, (*totals, tokens, stopping) = dict(zip(names, numbers)), numbers[len(names):]
+            values = {t.name: total / max(counted[t.name], 1) for t, total in zip(terms, totals)}
             loss = sum(t.weight * values[t.name] for t in terms)
             check_finite(loss, gradient, step + 1, terms, micro, ranks)
 
-            lr = learning_rate(step, steps, cfg.lr)
             for group in optimizer.param_groups:
-                group["lr"] = lr
+                group["lr"] = learning_rate(step, steps, group["peak"])
+            lr = learning_rate(step, steps, cfg.lr)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
@@ -382,39 +433,80 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
                 bar.set_postfix_str(f"{named} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
                 bar.update()
                 log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=gradient,
-                          tokens_per_s=round(rate), supervised=int(count["ce"]),
+                          tokens_per_s=round(rate), supervised=int(counted["ce"]),
                           peak_gib=round(peak_gib(ranks.device), 3))
-                if step == steps or step % cfg.save_every == 0 or stopping:
-                    save(out, cfg, model, optimizer, step, steps)
+            if step == steps or step % cfg.save_every == 0 or stopping:
+                save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
                 raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume goes on")
-    for s, handler in zip(SIGNALS, before):
-        signal.signal(s, handler)
+
+@contextlib.contextmanager
+def signals_noted():
+    """SIGTERM and SIGINT only fill the list that this gives: the step is finished and saved, and then the run ends.
+    Processes that prepare batches, begun inside, do not die of them either."""
+    stop = []
+    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
+    try:
+        yield stop
+    finally:
+        for s, handler in zip(SIGNALS, before):
+            signal.signal(s, handler)
 
 
-def backward(objective: nn.Module, micro: list[Batch], count: dict[str, float], ranks: Ranks) -> list[Term]:
-    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch.
-    Returns the terms with their totals over this rank's micro-batches."""
+def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor], ranks: Ranks,
+             hold: bool) -> list[Term]:
+    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch. hold:
+    gradients travel once a step. Returns the terms with their totals over this rank's micro-batches."""
     summed = {}
     for i, batch in enumerate(micro):
-        last = i == len(micro) - 1                        # gradients travel once a step
-        with contextlib.nullcontext() if last or ranks.ranks == 1 else objective.no_sync():
+        with parallel.gradients(objective, travel=not hold or i == len(micro) - 1):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
                 terms = objective(batch.to(ranks.device))
-            loss = sum(t.weight * t.total / max(count[t.name], 1) for t in terms)
-            (loss * ranks.ranks).backward()               # DDP averages over ranks; the loss is a sum
+            loss = sum(t.weight * t.total / count[t.name].clamp(min=1) for t in terms)
+            (loss * ranks.ranks).backward()               # gradients are averaged over ranks; the loss is a sum
         for t in terms:
             total = t.total.detach()
             summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
     return list(summed.values())
 
 
-def read_state(ckpt: Path, device: torch.device) -> dict:
+def groups(model: Llava, cfg: Config) -> list[dict]:
+    """What is trained, by its peak learning rate. The order is the same on any number of ranks."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            own = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}.get(name.split(".")[0])
+            found.setdefault(own or cfg.lr, []).append(p)
+    return [{"params": ps, "peak": peak, "lr": peak} for peak, ps in found.items()]
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
+    """The optimizer's state of a checkpoint, whoever wrote it; of what is cut over ranks, this rank's rows. The file is
+    mapped: no rank holds it whole."""
     try:
-        return torch.load(ckpt / "state.pt", map_location=device, weights_only=True)
+        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt is missing or cut off ({str(e).splitlines()[0][:80]}): move {ckpt} away, and "
-                        "--resume goes on from what was saved before it") from None
+        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
+                        "goes on from what was saved before it") from None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, kept in state["state"].items():
+        for name, t in kept.items():
+            if t.dim():                                   # the moments; the step is a number
+                kept[name] = parallel.placed(t, parameters[i], parameters[i].device, t.dtype)
+    optimizer.load_state_dict(state)
+
+
+def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """The optimizer's whole state in the first rank's memory (8 bytes a trained parameter). Every rank must call."""
+    state = optimizer.state_dict()
+    out = {}
+    for i, kept in state["state"].items():
+        out[i] = {}
+        for name, t in kept.items():
+            full = parallel.whole(t)
+            if ranks.first:
+                out[i][name] = full.cpu()
+    return {**state, "state": out}
 
 
 def unreadable(micro: list[Batch], cfg: Config, out: Path) -> None:
@@ -445,18 +537,20 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
-def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int) -> None:
-    """Checkpoint <out>/<stage>-<step>; the stage's previous one goes when this one is there."""
-    older = weights.checkpoints(out, cfg.stage)
-    names = {n for n, p in model.named_parameters() if p.requires_grad or cfg.stage == "finetune"}
+def save(out: Path, cfg: Config, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
+    """Checkpoint <out>/<stage>-<step>, written by the first rank; when it is there, all but --keep-last go."""
+    if not ranks.first and ranks.mesh is None:
+        return
+    names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
               "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
     path = out / f"{cfg.stage}-{step}"
-    weights.save_checkpoint(path, model, names, config, {"optimizer": optimizer.state_dict(), "step": step})
-    for p in older:
-        if p != path:
-            shutil.rmtree(p)
+    state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
+    weights.save_checkpoint(path, model, names, config, state, write=ranks.first)
+    if ranks.first:
+        for older in weights.checkpoints(out, cfg.stage)[:-cfg.keep_last]:
+            shutil.rmtree(older)
 
 
 # ------------------------------------------------------------------------------------------------ the toy's report
@@ -496,6 +590,24 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
 
 
+def run_stage(cfg: Config, plan: Config, out: Path, ranks: Ranks) -> None:
+    """A stage of the run `cfg`, as `plan` says, from where it was left. Returns when its last checkpoint is there."""
+    ckpt = newest(out, plan.stage, ranks)
+    if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
+        return                                            # --resume: this stage is done
+    if plan.stage == "finetune" and cfg.stage == "both":
+        plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
+    ranks = parallel.over(ranks, cfg.parallel == "fsdp" or cfg.parallel == "auto" and stores_all(plan))
+    # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
+    model = build(plan, ckpt, ranks)
+    if cfg.data is None:
+        begin(cfg, out, [], ranks)
+    data, bad = load_data(plan, out, ranks)
+    begin(cfg, out, bad, ranks)
+    train(plan, ckpt, model, data, out, ranks)
+    ranks.wait()
+
+
 def main() -> None:
     began = time.perf_counter()
     cfg = parse(Config)
@@ -503,9 +615,9 @@ def main() -> None:
     toy, out = cfg.data is None, Path(cfg.out)
     if cfg.stage == "both" and not toy:
         raise UserError("--data is of one stage: say which with --stage pretrain or --stage finetune")
-    if cfg.stage == "both" and (cfg.lr or cfg.epochs):
-        raise UserError("--lr and --epochs are of one stage: say which with --stage pretrain or --stage finetune")
-    if cfg.projector and cfg.stage != "finetune":
+    if cfg.stage == "both" and (cfg.lr or cfg.epochs or cfg.unlock_llm or cfg.unlock_vision != "none"):
+        raise UserError("--lr, --epochs and --unlock-… are of one stage: say which with --stage pretrain or finetune")
+    if cfg.projector and not stores_all(cfg):
         raise UserError("--projector is where --stage finetune starts from; it has no use in --stage " + cfg.stage)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
     plans = [settings(cfg, stage, ranks_wanted) for stage in stages]
@@ -516,28 +628,17 @@ def main() -> None:
     if cfg.basic_k and cfg.basic_k > layers:
         raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
     if cfg.projector:
-        stage_checkpoint(cfg.projector, "pretrain")
+        check_projector(cfg)
     if not toy and not Path(cfg.data).is_file():
         raise UserError(f"--data {cfg.data} does not exist")
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"--images {cfg.images} is not a folder")
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
-    ranks = start_ranks(cfg)
-    for plan in plans:
-        ckpt = (weights.checkpoints(out, plan.stage) or [None])[-1]
-        if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
-            continue                                      # --resume: this stage is done
-        if plan.stage == "finetune" and cfg.stage == "both":
-            plan = replace(plan, projector=str(weights.checkpoints(out, "pretrain")[-1]))
-        # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
-        model = build(plan, ckpt, ranks)
-        if toy:
-            begin(cfg, out, [], ranks)
-        data, bad = load_data(plan, out, ranks)
-        begin(cfg, out, bad, ranks)
-        train(plan, ckpt, model, data, out, ranks)
-        ranks.wait()                                      # the checkpoint is there for all
+    ranks = parallel.start_ranks(*weights.choose_device(cfg.device, cfg.dtype), cfg.timeout)
+    with parallel.losses_explained(ranks):
+        for plan in plans:
+            run_stage(cfg, plan, out, ranks)
     if ranks.ranks > 1:
         dist.destroy_process_group()
     if toy and ranks.first:

@@ -23,13 +23,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from config import UserError, parse, read_json, run
 from data import FAMILY_TEMPLATE, ImageProcessor, begin, end
 from model import ACTIVATIONS, Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
+from parallel import placed, whole
 from tokenizer import load_tokenizer
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
@@ -208,9 +209,12 @@ def unfuse(here: dict[str, tuple[Path, str]], c: DecoderConfig | None) -> dict[s
     return out
 
 
-def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], source, dtype=None, device="cpu") -> None:
+def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], source, dtype=None, device="cpu",
+         new=lambda name, shape: None) -> None:
     """Puts the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
-    vanish later) and cast on its way. dtype None: as stored. Raises UserError on any difference."""
+    vanish later) and cast on its way. dtype: of all, or a function of a name; None: as stored. Of a parameter that is
+    cut over ranks only this rank's rows are copied. new(name, shape) makes a tensor that no file holds yet (LoRA's), or
+    says None. Raises UserError on any difference."""
     wanted = dict(module.named_parameters())
     here = {name[len(prefix) + 1:]: place for name, place in found.items() if name.startswith(prefix + ".")}
     tied = isinstance(module, Decoder) and module.config.tie_word_embeddings
@@ -220,11 +224,20 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
     what = PARTS.get(prefix, prefix)
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
-    for problem, names in [("are missing", [n for n in wanted if n not in here]),
+    made = {n: t for n in wanted if n not in here and (t := new(n, wanted[n].shape)) is not None}
+    for problem, names in [("are missing", [n for n in wanted if n not in here and n not in made]),
                            ("are left over", [n for n in here if n not in wanted])]:
         if names:
             raise UserError(f"{source}: {len(names)} tensors of the {what} {problem} ({', '.join(sorted(names)[:3])}"
                             f"{', …' if len(names) > 3 else ''}); its config.json describes another model")
+
+    def put(name: str, tensor: torch.Tensor) -> None:
+        owner, _, leaf = name.rpartition(".")
+        to = dtype(name) if callable(dtype) else dtype or tensor.dtype
+        own = placed(tensor, wanted[name], device, to)
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(own, wanted[name].requires_grad))
+    for name, tensor in made.items():
+        put(name, tensor)
     by_file = {}
     for name, (path, key, rows) in here.items():
         by_file.setdefault(path, []).append((name, key, rows))
@@ -240,9 +253,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, tuple[Path, str]], sou
                     if tensor.shape != wanted[name].shape or rows and whole[0] != rows[2]:
                         made = (rows[2], *wanted[name].shape[1:]) if rows else tuple(wanted[name].shape)
                         raise UserError(f"{path}: {key} has shape {tuple(whole)}, but the config makes it {made}")
-                    owner, _, leaf = name.rpartition(".")
-                    parameter = nn.Parameter(tensor.to(device, dtype or tensor.dtype, copy=True))
-                    setattr(module.get_submodule(owner), leaf, parameter)
+                    put(name, tensor)
                     del tensor
     if tied:
         module.lm_head.weight = module.model["embed_tokens"].weight
@@ -341,20 +352,26 @@ def choose_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch
     return torch.device(device), getattr(torch, dtype)
 
 
-def load_vision(folder: str | Path, dtype: torch.dtype | None = None, device="cpu",
-                config: VisionConfig | None = None) -> ViT:
-    """The vision encoder of a released or own folder, CLIP or SigLIP. None: dtype as stored, config as the folder's."""
+def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConfig | None = None,
+                prepare=lambda module: None) -> ViT:
+    """The vision encoder of a released or own folder, CLIP or SigLIP. None: dtype as stored, config as the folder's.
+    prepare: see load_llm."""
     with torch.device("meta"):
         vit = ViT(config or vision_config(folder))
+    prepare(vit)
     fill(vit, "vision_tower", find_tensors(Path(folder)), folder, dtype, device)
     return vit
 
 
-def load_llm(folder: str | Path, dtype: torch.dtype | None = None, device="cpu") -> Decoder:
-    """The decoder, with its head, of a released or own folder. dtype None: as stored."""
+def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig | None = None,
+             prepare=lambda module: None, new=lambda name, shape: None) -> Decoder:
+    """The decoder, with its head, of a released or own folder. None: dtype as stored, config as the folder's.
+    prepare(decoder): is called before it is filled, on the meta device, where cutting it over ranks costs nothing;
+    new: see fill."""
     with torch.device("meta"):
-        llm = Decoder(decoder_config(folder))
-    fill(llm, "language_model", find_tensors(Path(folder)), folder, dtype, device)
+        llm = Decoder(config or decoder_config(folder))
+    prepare(llm)
+    fill(llm, "language_model", find_tensors(Path(folder)), folder, dtype, device, new)
     return llm
 
 
@@ -384,7 +401,7 @@ def load(folder: str | Path, vision: str | Path | None = None, llm: str | Path |
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
     c = read_json(folder / "config.json")
-    whole = c["stage"] == "finetune"
+    whole = is_whole(folder)
     vision, llm = (folder, folder) if whole else (vision or c["vision"], llm or c["llm"])
     for flag, base in [("--vision", vision), ("--llm", llm)]:
         if not Path(base).is_dir():
@@ -447,28 +464,86 @@ def checkpoint_folder(path: str | Path) -> Path:
     return path
 
 
-def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state: dict) -> None:
+def checkpoint_problem(folder: Path) -> str | None:
+    """Why a checkpoint cannot be gone on from, or None: every file is looked at, at its ends."""
+    try:
+        read_json(folder / "config.json")
+        for path in weight_files(folder):
+            check_safetensors(path)
+    except UserError as e:
+        return str(e)
+    state = folder / "state.pt"
+    return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
+
+
+def is_whole(folder: Path) -> bool:
+    """Does a checkpoint of ours hold the whole model? Stage 1 stores the projector alone, unless more was trained."""
+    return any(n.startswith("language_model.model.") for n in find_tensors(folder))
+
+
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], write: bool = True, limit: float = 5e9) -> None:
+    """model.safetensors, or shards of it with an index, as the hub cuts them: `limit` bytes each, and no more than that
+    is in this process's memory at a time. Tensors that are cut over ranks are gathered one by one: then every rank must
+    call, and write=False where nothing is to be written."""
+    groups, size = [[]], 0
+    for name, t in tensors.items():
+        size += t.numel() * t.element_size()
+        if size > limit and groups[-1]:
+            groups, size = [*groups, []], t.numel() * t.element_size()
+        groups[-1].append(name)
+    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
+    for file, names in zip(files if len(files) > 1 else ["model.safetensors"], groups):
+        part = {}
+        for name in names:
+            full = whole(tensors[name].detach())
+            if write:
+                part[name] = full.cpu().contiguous()
+        if write:
+            save_file(part, folder / file, metadata={"format": "pt"})
+            os.chmod(folder / file, 0o644)                # the library makes it for its owner alone
+    if write and len(files) > 1:
+        places = {name: file for file, names in zip(files, groups) for name in names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}, indent=1) + "\n")
+
+
+def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state, write: bool = True) -> None:
     """Writes a checkpoint folder under a temporary name and renames it, so that a killed run leaves no half of one.
 
     trained: names of the parameters to store; config: goes into config.json with the shapes of the parts;
-    state: tensors and plain values for `torch.load(weights_only=True)`."""
+    state: tensors and plain values for `torch.load(weights_only=True)`. write=False: of a rank that only gives its
+    share of what is cut. Raises UserError where the disk is full; what was saved before stays."""
+    tensors = {n: p for n, p in model.named_parameters() if n in trained}
+    if not write:
+        save_tensors(folder, tensors, write=False)
+        return
     temporary = folder.parent / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    try:
+        write_checkpoint(temporary, model, tensors, config, state)
+        os.replace(temporary, folder)
+    except (OSError, RuntimeError, SafetensorError) as e:         # each library has its own word for a full disk
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(e, RuntimeError) and "inline_container" not in str(e):
+            raise                                                 # not torch.save's: a rank was lost while gathering
+        reason = "writing failed" if isinstance(e, RuntimeError) else " ".join(str(e).split())[:160]
+        raise UserError(f"{folder} could not be saved ({reason}; {shutil.disk_usage(folder.parent).free / 1e9:.1f} GB "
+                        "are free there): what was saved before is as it was; make room, then --resume") from None
+
+
+def write_checkpoint(temporary: Path, model: Llava, tensors: dict, config: dict, state) -> None:
+    """The files of a checkpoint, all on the disk when this returns."""
     shutil.copyfile(Path(config["vision"]) / "preprocessor_config.json", temporary / "preprocessor_config.json")
-    load_tokenizer(config["llm"]).save(str(temporary / "tokenizer.json"))
+    (temporary / "tokenizer.json").write_text(load_tokenizer(config["llm"]).to_str(pretty=True), encoding="utf-8")
     config = {"model_type": "nanoalign", "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
               "vision_config": dataclasses.asdict(model.vision_tower.config),
               "text_config": dataclasses.asdict(model.language_model.config)}
     (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    tensors = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters() if n in trained}
-    save_file(tensors, temporary / "model.safetensors", metadata={"format": "pt"})
-    os.chmod(temporary / "model.safetensors", 0o644)      # the library makes it for its owner alone
+    save_tensors(temporary, tensors)
     torch.save(state, temporary / "state.pt")
     for path in temporary.iterdir():
         with open(path, "rb") as f:
             os.fsync(f.fileno())                          # a rename must not overtake the data on its way to the disk
-    os.replace(temporary, folder)
 
 
 # ------------------------------------------------------------------------------------------------ what is in a folder

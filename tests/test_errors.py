@@ -23,7 +23,7 @@ def refuses(done, *says):
     ("train.py", "--loss vosta", ["--loss", "'vosta'", "ce"]),
     ("train.py", "--max-steps many", ["--max-steps", "invalid int value: 'many'"]),
     ("train.py", "--global-batch 7 --micro-batch 2", ["7 is not divisible by 1 ranks × --micro-batch 2"]),
-    ("train.py", "--lr 0.1", ["--lr and --epochs are of one stage"]),
+    ("train.py", "--lr 0.1", ["--lr, --epochs and --unlock-… are of one stage"]),
     ("train.py", "--data x.json", ["--data is of one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
     ("train.py", "--vision absent", ["there is no folder absent"]),
@@ -185,7 +185,8 @@ def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
     config = json.loads((ckpt / "config.json").read_text())
     (ckpt / "config.json").write_text(json.dumps({**config, "steps": 4}))       # as if killed half-way
     (ckpt / "state.pt").write_bytes((ckpt / "state.pt").read_bytes()[:500])
-    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/state.pt is missing or cut off")
+    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/state.pt is missing or cut off",
+            "no older checkpoint")
     vision = folder / "vision"
     shutil.copytree(ROOT / "toy" / "clip", vision)
     processor = json.loads((vision / "preprocessor_config.json").read_text())

@@ -1,0 +1,210 @@
+"""Memory of one rank, and what a step costs: by arithmetic, and measured on one device that plays rank 0 of 8.
+
+    python bench/memory.py                                         the arithmetic: GiB a rank, for README's table
+    python bench/memory.py --measure --shape small                 runs anywhere: 8 ranks played on a CPU
+    python bench/memory.py --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
+    python bench/memory.py --measure --shape 7b --stage finetune --limit 40
+
+The other ranks are PyTorch's fake process group: collectives return at once and move nothing, so peak memory and
+computing are a real rank's, communication costs no time, and the numbers in the tensors mean nothing. (Stage 1 is
+played without it: its DDP only adds up the projector's gradient in place.) Weights are random. The share of FLOP/s
+counts what the model needs, without what is computed again, against this device's own best matmul.
+"""
+import gc
+import resource
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import parallel  # noqa: E402
+import train  # noqa: E402
+import weights  # noqa: E402
+from config import option, parse, run  # noqa: E402
+from data import IGNORE, Batch  # noqa: E402
+from losses import LOSSES, Objective, counts  # noqa: E402
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
+
+CLIP_L = VisionConfig(1024, 4096, 24, 16, 336, 14)
+SHAPES = {
+    "small": (VisionConfig(256, 1024, 6, 4, 112, 14), DecoderConfig(32000, 512, 1376, 8, 8)),
+    "3b": (VisionConfig(1152, 4304, 27, 16, 384, 14, 1e-6, "gelu_tanh", False),
+           DecoderConfig(51200, 2560, 10240, 32, 32, hidden_act="gelu_tanh", norm="layer", gated=False, bias=True,
+                         head_bias=True, parallel=True, partial_rotary_factor=0.4)),
+    "7b": (CLIP_L, DecoderConfig()), "13b": (CLIP_L, DecoderConfig(32000, 5120, 13824, 40, 40))}
+
+
+@dataclass
+class Bench:
+    """GiB a rank of stage 1 and stage 2; with --measure, of steps really made."""
+    measure: bool = option(False, "make steps, instead of the arithmetic alone")
+    shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
+    stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
+    loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
+    moca: bool = option(False, "with MoCa")
+    ranks: int = option(8, "of which this process plays the first")
+    micro_batch: int | None = option(None, "samples; unset: 32 in stage 1, 16 in stage 2")
+    text: int | None = option(None, "text tokens a sample; unset: 32 in stage 1, 256 in stage 2")
+    steps: int = option(3, "that are timed, after two that are not")
+    limit: float | None = option(None, "GiB of the GPU that may be used")
+    compile: bool = option(False, "compile the layers")
+
+
+def on_meta(shape: str) -> Llava:
+    v, t = SHAPES[shape]
+    with torch.device("meta"):
+        return Llava(ViT(v), Projector(v.hidden_size, t.hidden_size), Decoder(t))
+
+
+# ------------------------------------------------------------------------------------------------ arithmetic
+def estimate(shape: str, stage: str, ranks: int, micro: int, text: int) -> dict[str, float]:
+    """GiB by what holds it, for bfloat16 computing, float32 training, activation checkpointing."""
+    model, (v, t) = on_meta(shape), SHAPES[shape]
+    cfg = train.settings(train.Config(data="-", template="v1"), stage, 1)
+    size = {True: 0, False: 0}
+    for name, p in model.named_parameters():
+        size[train.is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)] += p.numel()
+    cut = ranks if stage == "finetune" else 1
+    tokens = micro * (v.image_tokens + text)
+    block = sum(p.numel() for p in model.language_model.model["layers"][0].parameters())
+    ends = sum(p.numel() for p in model.language_model.parameters()) - t.num_hidden_layers * block
+    inner = t.intermediate_size * (3 if t.gated else 2)
+    parts = {
+        "weights": (4 * size[True] + 2 * size[False]) / cut, "moments": 8 * size[True] / cut,
+        "gradients": 4 * size[True] / cut,
+        # the root unit and its gradient in float32; two blocks gathered; a block's gradient, twice on its way
+        "gathered": 0 if cut == 1 else 8 * ends + 2 * 2 * block + (2 + 4) * block,
+        "kept": 2 * tokens * t.hidden_size * t.num_hidden_layers,           # what enters each block
+        "working": 2 * tokens * (10 * t.hidden_size + 2 * inner) + 10 * 1024 * t.vocab_size}      # a block; the head
+    return {k: b / 2**30 for k, b in parts.items()}
+
+
+def table() -> None:
+    print("estimated GiB a rank (bf16, activation checkpointing; stage 1: 32 text tokens, stage 2: 256)")
+    for shape in ("3b", "7b", "13b"):
+        for stage, text, micros, ranks in (("pretrain", 32, (32, 8), (1,)),
+                                           ("finetune", 256, (16, 4, 1), (1, 2, 4, 8, 16))):
+            for micro in micros:
+                row = {r: sum(estimate(shape, stage, r, micro, text).values()) for r in ranks}
+                print(f"{shape:4} {stage:9} micro-batch {micro:2}" + "".join(
+                    f"   {'any rank' if stage == 'pretrain' else f'{r} ranks'} {gib:6.1f}" for r, gib in row.items()))
+
+
+# ------------------------------------------------------------------------------------------------ measured
+def make(b: Bench, cfg: train.Config, ranks: parallel.Ranks) -> torch.nn.Module:
+    """The objective as training wraps it, with random weights: cut on the meta device, then given memory."""
+    model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
+    if b.moca:
+        with torch.device("meta"):
+            model.language_model.add_moca()
+    for name, p in model.named_parameters():
+        trained = train.is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
+        p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
+    for block in [*model.vision_tower.encoder["layers"], *model.language_model.model["layers"]]:
+        if b.compile:
+            block.compile()
+        if ranks.mesh is not None:
+            parallel.shard(block, ranks)
+    model.to_empty(device=ranks.device)
+    for p in model.parameters():
+        parallel.local(p.data).normal_(0, 0.02)
+    model.language_model.gradient_checkpointing = True
+    return parallel.wrap(Objective(model, cfg), ranks)
+
+
+def make_batch(v: VisionConfig, t: DecoderConfig, micro: int, text: int) -> Batch:
+    n = v.image_tokens
+    ids = torch.randint(3, t.vocab_size, (micro, n + text))
+    image = torch.zeros(micro, n + text, dtype=torch.bool)
+    image[:, 1:1 + n] = True
+    labels = ids.clone()
+    labels[:, :n + text // 2] = IGNORE
+    yes = torch.ones(micro, n + text, dtype=torch.bool)
+    return Batch(ids, labels, image, yes, torch.randn(micro, 3, v.image_size, v.image_size), yes[:, 0],
+                 torch.arange(micro) % 2 == 0)
+
+
+def flops(b: Bench, tokens: int, text: int) -> float:
+    """Floating-point operations that one step of the model needs."""
+    model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
+    T = v.image_tokens + text
+    blocks = sum(p.numel() for p in model.language_model.model["layers"].parameters())
+    attention = 2 * T * t.hidden_size * t.num_hidden_layers                     # causal: half of the pairs
+    vision = sum(p.numel() for p in model.vision_tower.parameters()) * 2 * v.num_patches / T
+    passes = 3 if b.stage == "finetune" else 2                                  # a frozen map has no weight gradient
+    return tokens * (passes * (2 * blocks + attention) + vision)
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """This device's best FLOP/s in a square matmul."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(10):
+        wait(device)
+        start = time.perf_counter()
+        a @ a
+        wait(device)
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measured(b: Bench) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    device, dtype = weights.choose_device("auto")
+    if b.limit and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(b.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
+    ranks = parallel.Ranks(0, 1, device, dtype)
+    micro, text = b.micro_batch or 32, b.text or 32
+    if b.stage == "finetune":
+        ranks = parallel.over(replace(ranks, ranks=b.ranks), sharded=True)
+        micro, text = b.micro_batch or 16, b.text or 256
+    cfg = train.settings(train.Config(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
+    ceiling = matmul_ceiling(device, dtype)
+    objective = make(b, cfg, ranks)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    batch = make_batch(*SHAPES[b.shape], micro, text)
+    count, tokens = {n: c.to(device).float() for n, c in counts(batch).items()}, batch.input_ids.numel()
+    seconds = []
+    for step in range(2 + b.steps):
+        if step == 2:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        wait(device)
+        start = time.perf_counter()
+        train.backward(objective, [batch], count, ranks, hold=True)
+        parallel.clip(trained, parallel.gradient_norm(trained, ranks), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(device)
+        seconds.append(time.perf_counter() - start)
+    best = min(seconds[2:])
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    guess = sum(estimate(b.shape, b.stage, b.ranks, micro, text).values())
+    print(f"{b.shape} {b.stage} {b.loss}{' + MoCa' * b.moca}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch "
+          f"{micro} × {tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
+          f"{tokens / best:,.0f} tokens/s, {flops(b, tokens, text) / best / ceiling:.1%} of "
+          f"{ceiling / 1e12:.2f} TFLOP/s")
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    b = parse(Bench)
+    measured(b) if b.measure else table()
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,254 @@
+"""What happens to a run when something fails: every row with real processes, then `--resume`, then compared bit for bit
+with a run that nothing happened to.
+
+    python tests/faults.py            all rows as a table, about 4 minutes on 2 cores
+    pytest tests/test_faults.py       those that take little time
+"""
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from toy import world  # noqa: E402
+
+STEPS = 12
+
+
+class Run:
+    """A stage-2 run of 12 steps on a small toy data set, in a folder of its own, that can be disturbed and resumed."""
+    def __init__(self, data: Path, out: Path, ranks: int = 1, *flags, program=("train.py",), env=None):
+        self.out, self.ranks, self.env = out, ranks, {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        options = {"stage": "finetune", "data": data / "finetune.json", "images": data / "images", "out": out,
+                   "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": STEPS, "workers": 0,
+                   "dtype": "float32", "save-every": 2, "keep-last": 2}
+        self.command = [sys.executable, *start, *program, *(str(x) for k, v in options.items() for x in (f"--{k}", v)),
+                        *flags]
+        self.process = None
+
+    def start(self, *flags, **options) -> "Run":
+        self.process = subprocess.Popen([*self.command, *flags], cwd=ROOT, env=self.env, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        return self
+
+    def at(self, step: int) -> "Run":
+        """Waits until that step is logged."""
+        log = self.out / "metrics.jsonl"
+        return self.until(lambda: log.exists() and log.read_text().count("\n") >= step)
+
+    def until(self, true) -> "Run":
+        """Waits until true(), a moment at a time."""
+        end = time.time() + 120
+        while not true():
+            assert self.process.poll() is None, self.process.stderr.read()
+            assert time.time() < end, "it never came to that"
+            time.sleep(0.001)
+        return self
+
+
+    def children(self) -> list[int]:
+        """The ranks, under torchrun; the processes that prepare batches, without."""
+        return [int(p) for p in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
+
+    def end(self, within: float = 100) -> tuple[int, str, float]:
+        """(exit code, the error's lines, seconds until it was over)."""
+        began = time.time()
+        out, err = self.process.communicate(timeout=within)
+        lines = [line[max(0, line.find("[rank")):] for line in err.splitlines() if "error: " in line]
+        return self.process.returncode, "\n".join(lines) or err[-2000:] + out[-500:], time.time() - began
+
+    def losses(self) -> list[float]:
+        return [json.loads(line)["loss"] for line in (self.out / "metrics.jsonl").open()]
+
+    def finish(self, like: "Run", *flags) -> str:
+        """Resumes, and checks that every step and every weight is as if nothing had happened. Returns its output."""
+        out, err = self.start("--resume", *flags).process.communicate(timeout=100)
+        assert self.process.returncode == 0, err
+        assert self.losses() == like.losses(), "a step differs from those of the undisturbed run"
+        a, b = (load_file(r.out / f"finetune-{STEPS}" / "model.safetensors") for r in (self, like))
+        assert all(torch.equal(a[k], b[k]) for k in b), "a weight differs from that of the undisturbed run"
+        return out
+
+
+def undisturbed(data: Path, out: Path, ranks: int) -> Run:
+    run = Run(data, out, ranks).start()
+    code, message, _ = run.end()
+    assert code == 0, message
+    return run
+
+
+# ------------------------------------------------------------------------------------------------ the rows
+# Each takes (data, a new folder, the undisturbed runs by their number of ranks), and returns what the user saw.
+def killed_rank(data, out, whole):
+    """kill -9 of one rank of two, the model cut over both"""
+    run = Run(data, out, 2).start().at(5)
+    os.kill(run.children()[1], signal.SIGKILL)
+    code, message, seconds = run.end()
+    assert code and "another rank ended" in message and seconds < 40, message
+    run.finish(whole[2])
+    return f"over after {seconds:.0f} s: {message}"
+
+
+def silent_rank(data, out, whole):
+    """a rank that stops answering (SIGSTOP), --timeout 0.1"""
+    run = Run(data, out, 2, "--timeout", "0.1").start().at(5)
+    os.kill(run.children()[1], signal.SIGSTOP)
+    code, message, seconds = run.end()
+    assert code and "not heard of" in message, message
+    run.finish(whole[2])
+    return f"over after {seconds:.0f} s: {message}"
+
+
+def killed_all(data, out, whole):
+    """kill -9 of torchrun and all ranks"""
+    run = Run(data, out, 2).start().at(5)
+    for pid in [*run.children(), run.process.pid]:
+        os.kill(pid, signal.SIGKILL)
+    assert run.end()[0] == -signal.SIGKILL
+    run.finish(whole[2])
+    return "nothing is left running"
+
+
+def terminated(data, out, whole):
+    """SIGTERM to torchrun"""
+    run = Run(data, out, 2, "--save-every", "100").start().at(5)
+    run.process.terminate()
+    code, message, seconds = run.end()
+    assert code and list(out.glob("finetune-*")), message
+    run.finish(whole[2])
+    return f"saved and over after {seconds:.0f} s: {message.splitlines()[0]}"
+
+
+def interrupted(data, out, whole):
+    """Ctrl-C (SIGINT to every process of the terminal), batches prepared by 2 processes"""
+    run = Run(data, out, 1, "--workers", "2", "--save-every", "100").start().at(5)
+    os.killpg(run.process.pid, signal.SIGINT)
+    code, message, _ = run.end()
+    assert code == 2 and "it is saved" in message, message
+    run.finish(whole[1])
+    return message
+
+
+def killed_while_saving(data, out, whole):
+    """kill -9 during a save"""
+    run = Run(data, out).start().until(lambda: (out / ".finetune-4.tmp").exists())
+    run.process.kill()
+    run.end()
+    left = sorted(p.name for p in out.glob("finetune-*"))
+    assert left == ["finetune-2"], f"{left}: the save was over before the kill came"
+    run.finish(whole[1])
+    assert not (out / ".finetune-4.tmp").exists(), "the half of a checkpoint was left"
+    return "finetune-2 is as it was; the half of finetune-4 has a temporary name and goes with the next save"
+
+
+def full_disk(data, out, whole):
+    """the disk is full (a tmpfs of 12 MB, which holds one checkpoint)"""
+    out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(out)], check=True)
+    try:
+        run = Run(data, out / "run").start()
+        code, message, _ = run.end()
+        assert code == 2 and "could not be saved" in message and "are free there" in message, message
+        left = sorted(p.name for p in run.out.iterdir() if p.is_dir())
+        assert left == ["finetune-2"], left
+        subprocess.run(["mount", "-o", "remount,size=100m", str(out)], check=True)
+        run.finish(whole[1])
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+    return message
+
+
+def full_quota(data, out, whole):
+    """a file may not grow any more (ulimit -f 2 MB)"""
+    run = Run(data, out, program=("-c", "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+              "resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY));"
+              "import sys, config, train; config.run(train.main)"))
+    code, message, _ = run.start().end()
+    assert code == 2 and "could not be saved" in message, message
+    assert not [p for p in out.iterdir() if p.is_dir()], "the half of a checkpoint was left"
+    run.command = Run(data, out).command
+    run.finish(whole[1])
+    return message
+
+
+def corrupt_newest(data, out, whole):
+    """the newest checkpoint is cut off"""
+    run = Run(data, out).start().at(7)
+    run.process.kill()
+    run.end()
+    path = max(out.glob("finetune-*"), key=lambda p: int(p.name.split("-")[1])) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+    said = run.finish(whole[1])
+    line = next((line for line in said.splitlines() if ".broken" in line), None)
+    assert line, f"nothing was said about it: {said}"
+    return line
+
+
+def dead_worker(data, out, whole):
+    """a process that prepares batches dies"""
+    run = Run(data, out, 1, "--workers", "2").start().at(5)
+    os.kill(run.children()[0], signal.SIGKILL)
+    code, message, _ = run.end()
+    assert code == 2 and "a process that prepares batches died" in message, message
+    run.finish(whole[1])
+    return message
+
+
+def clock_jump(data, out, whole):
+    """the clock jumps by a day, back and forth; checkpoints are dated in the future"""
+    (out.parent / "clock").mkdir()
+    (out.parent / "clock" / "sitecustomize.py").write_text(
+        "import time\nreal, calls = time.time, [0]\n"
+        "def jumping():\n    calls[0] += 1\n    return real() + 86400 * (-1) ** calls[0]\ntime.time = jumping\n")
+    run = Run(data, out, env={"PYTHONPATH": str(out.parent / "clock")}).start().at(5)
+    run.process.kill()
+    run.end()
+    for n, path in enumerate(sorted(out.glob("finetune-*"), key=lambda p: int(p.name.split("-")[1]))):
+        os.utime(path, (time.time() + 1e6 * (-1) ** n,) * 2)
+    run.finish(whole[1])
+    return "nothing: steps are counted, and timed with a clock that only goes forward"
+
+
+def nan_sample(data, out, whole):
+    """a sample is NaN (its pixels; step 6)"""
+    spoil = ("import sys, config, data, train, torch\nmake = data.Samples.__getitem__\n"
+             "def spoiled(self, i):\n    x = make(self, i)\n    return (*x[:3], x[3] * float('nan'), *x[4:])"
+             " if i == 7 and x[3] is not None else x\n"
+             "data.Samples.__getitem__ = spoiled\nconfig.run(train.main)")
+    run = Run(data, out, program=("-c", spoil)).start()
+    code, message, _ = run.end()
+    name = json.loads((data / "finetune.json").read_text())[7]["id"]
+    assert code == 2 and name in message and "rank 0" in message, message
+    for path in out.glob("finetune-*/model.safetensors"):
+        assert all(t.isfinite().all() for t in load_file(path).values()), "NaN was saved"
+    run.command = Run(data, out).command
+    run.finish(whole[1])
+    return message
+
+
+ROWS = [killed_rank, silent_rank, killed_all, terminated, interrupted, killed_while_saving, full_disk, full_quota,
+        corrupt_newest, dead_worker, clock_jump, nan_sample]
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
+        world.make(base / "world", seed=1, images=96, conversations=1, scenes=6)
+        whole = {ranks: undisturbed(base / "world", base / f"whole{ranks}", ranks) for ranks in (1, 2)}
+        for row in [r for r in ROWS if not sys.argv[1:] or r.__name__ in sys.argv[1:]]:
+            (base / row.__name__).mkdir()
+            said = row(base / "world", base / row.__name__ / "run", whole)
+            print(f"{row.__doc__}\n    {said}\n    resumed: all {STEPS} steps and weights as undisturbed", flush=True)
+
+
+if __name__ == "__main__":
+    main()
