@@ -35,7 +35,8 @@ def option(default, help: str):
 def parse(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from the command line; its docstring is the help's head.
 
-    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `X | None` may stay unset.
+    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `X | None` may stay unset; a
+    field of one letter is a -n too.
     Raises UserError for an unknown flag, a choice or a number that is none."""
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -50,7 +51,7 @@ def parse(cls, argv: list[str] | None = None):
             options["choices"] = get_args(kind)
         else:
             options["type"] = kind
-        parser.add_argument(flags[-1], **options)
+        parser.add_argument(flags[-1], *["-" + f.name] * (len(f.name) == 1), **options)
 
     def fail(message: str):
         for wrong in argv if argv is not None else sys.argv[1:]:

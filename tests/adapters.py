@@ -7,9 +7,9 @@ def next_token_loss(hidden_states, labels, head_weight, head_bias=None, **option
     return ce.next_token_loss(hidden_states, labels, head_weight, head_bias, **options)
 
 
-def frechet_distance(x, y):
-    return mir.frechet_distance(x, y)
+def frechet_distance(x, y, mode="exact"):
+    return mir.frechet_distance(x, y, mode)
 
 
-def modality_integration_rate(layers, outliers="median"):
-    return mir.modality_integration_rate(layers, outliers=outliers)
+def modality_integration_rate(layers, mode="exact", outliers="median", normalise=True):
+    return mir.modality_integration_rate(layers, mode, outliers, normalise)
