@@ -30,6 +30,7 @@ Where the paper is silent
 import json
 import math
 import os
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -57,20 +58,22 @@ class Moments(NamedTuple):
     covariance: Tensor      # (D,D)
 
 
-def gram(x: Tensor) -> Tensor:
-    """xᵀx (D,D) of x (n,D). It is symmetric: a quarter of the rows at a time, from the diagonal on."""
+def gram(x: Tensor, centre: Tensor | float = 0.0) -> Tensor:
+    """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64. It is symmetric: a quarter of its rows at a time, from the
+    diagonal on; and 512 tokens at a time, which in float64 fit the cache where all of them may not fit the memory."""
     D = x.shape[1]
-    out, step = x.new_zeros(D, D), -(-D // 4)
-    for i in range(0, D, step):
-        out[i:i + step, i:] = x[:, i:i + step].T @ x[:, i:]
+    out, step = x.new_zeros(D, D, dtype=torch.float64), -(-D // 4)
+    for part in x.split(512):
+        part = part.double() - centre
+        for i in range(0, D, step):
+            out[i:i + step, i:].addmm_(part[:, i:i + step].T, part[:, i:])
     return out.triu() + out.triu(1).T
 
 
 def moments(tokens: Tensor) -> Moments:
     """Of tokens (n,D), in float64."""
-    x = tokens.double()
-    mean = x.mean(0)                                                            # (D,)
-    return Moments(mean, gram(x - mean) / (len(x) - 1))                         # eq. (4)
+    mean = tokens.mean(0, dtype=torch.float64)                                  # (D,)
+    return Moments(mean, gram(tokens, mean) / (len(tokens) - 1))                # eq. (4)
 
 
 def factor(covariance: Tensor) -> Tensor:
@@ -251,7 +254,8 @@ class Stream:
     def __init__(self, dim: int, device, outliers: Outliers):
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)         # Σ f, then Σ (f − centre)
         self.scatter = None                                                     # Σ (f − centre)(f − centre)ᵀ
-        self.norms, self.median = [], Median(dim, device) if outliers == "median" else None
+        self.norms = array("d")         # not tensors: a small one kept of each batch would keep the heap from shrinking
+        self.median = Median(dim, device) if outliers == "median" else None
         self.drop = outliers == "drop"
 
     def add(self, x: Tensor, step: int) -> None:
@@ -259,19 +263,19 @@ class Stream:
         f = x.double()
         norms = f.norm(dim=1)                                                   # (n,)
         if step == 0:
-            self.norms.append(norms)
+            self.norms.extend(norms.tolist())
             self.sum += f.sum(0)
         elif step == 1:
-            f = f[(norms - self.middle).abs() <= self.width] - self.centre
-            self.sum += f.sum(0)
-            self.scatter += gram(f)
+            f = f[(norms - self.middle).abs() <= self.width]
+            self.sum += (f - self.centre).sum(0)
+            self.scatter += gram(f, self.centre)
         if self.median is not None:
             self.median.add(x)
 
     def close(self, name: str, step: int) -> None:
         """Ends a pass, together with the other ranks. Raises ValueError after pass 0 if tokens cannot be used."""
         if step == 0:
-            norms = gather(torch.cat(self.norms)).to(self.sum.device)
+            norms = gather(torch.tensor(self.norms, dtype=torch.float64)).to(self.sum.device)
             check_tokens(name, norms)
             self.n, self.norms = len(norms), norms.sort().values
             self.middle, self.width = outlier_bounds(norms)
@@ -329,11 +333,12 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
     every = [(f"layer {k}: {name}", s) for k, two in enumerate(streams, 1) for name, s in zip(("vision", "text"), two)]
     totals = torch.zeros(7, dtype=torch.float64, device=device)
     V_sum = torch.zeros(c.hidden_size, dtype=torch.float64, device=device)
-    head, training, step = model.language_model.lm_head, model.training, 0
+    head, step = model.language_model.lm_head, 0
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     while step < 2 or any(s.median is not None for _, s in every):
         # Every rank runs as many batches, or a sharded model would wait for ever: what is left over counts for nobody.
-        for i in tqdm(range(-(-len(batches) // ranks)), f"MIR, pass {step + 1}", leave=False, disable=rank > 0):
+        for i in tqdm(range(-(-len(batches) // ranks)), f"MIR, pass {step + 1}", leave=False, disable=rank > 0 or None):
             j = i * ranks + rank
             counted = j < len(batches)
             batch = batches[j % len(batches)].to(device)
@@ -353,7 +358,8 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
         for name, s in every:
             s.close(name, step)
         step += 1
-    model.train(training)
+    for module, training in modes.items():
+        module.training = training
     V_norms, V_squares, n, word_norms, m, loss, answers = add_up(totals).tolist()
     results = []
     for vision, text in streams:
@@ -464,7 +470,8 @@ def main() -> None:
     except ValueError as e:
         raise UserError(f"{folder}: {e}") from None
     if ranks == 1 or dist.get_rank() == 0:
-        print(f"{folder}: {len(samples)} image-text pairs, {cfg.template}, {cfg.mode}, outliers {cfg.outliers}\n")
+        print(f"{folder}: {len(samples)} image-text pairs, {cfg.template}, {cfg.mode}, outliers {cfg.outliers}"
+              + ", without normalisation" * cfg.no_normalise + "\n")
         print(show(result), flush=True)
         if cfg.out:
             settings = {**vars(cfg), "checkpoint": str(folder), "pairs": len(samples), "dtype": str(dtype)}
