@@ -36,7 +36,7 @@ def parse(cls, argv: list[str] | None = None):
     """An instance of the dataclass `cls` from the command line; its docstring is the help's head.
 
     `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `list[X]` one value or more;
-    `X | None` may stay unset.
+    `X | None` may stay unset; a field of one letter is a -n too.
     Raises UserError for an unknown flag, a choice or a number that is none."""
     parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -53,7 +53,7 @@ def parse(cls, argv: list[str] | None = None):
             options.update(type=get_args(kind)[0], nargs="+")
         else:
             options["type"] = kind
-        parser.add_argument(flags[-1], **options)
+        parser.add_argument(flags[-1], *["-" + f.name] * (len(f.name) == 1), **options)
 
     def fail(message: str):
         for wrong in argv if argv is not None else sys.argv[1:]:

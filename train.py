@@ -104,6 +104,8 @@ class Config:
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(1, "checkpoints of a stage that are kept")
+    mir_every: int | None = option(None, "steps between measurements of MIR on pairs held out; unset: none")
+    mir_data: str | None = option(None, "those pairs: questions or LLaVA's samples, with images in --images")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
@@ -121,8 +123,8 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
 
 
-FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "keep_last", "device", "gradient_checkpointing",
-                  "compile", "parallel", "timeout")                  # on --resume
+FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "keep_last", "mir_every", "mir_data", "device",
+                  "gradient_checkpointing", "compile", "parallel", "timeout")                      # on --resume
 
 
 def settings(cfg: Config, stage: str, ranks: int) -> Config:
@@ -142,7 +144,7 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
     if cfg.projector_scale is None:
         cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
     for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
-                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha"):
+                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha", "mir_every"):
         if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
             raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
     for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
@@ -152,6 +154,8 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
             raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {loss}; this is --loss {cfg.loss}")
+    if cfg.mir_data and not cfg.mir_every or cfg.mir_every and not cfg.mir_data and not toy:
+        raise UserError("--mir-every N and --mir-data FILE go together: measured on pairs that training does not see")
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
@@ -363,6 +367,14 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
     return data, bad
 
 
+def held_out(cfg: Config, data: Samples, out: Path) -> list[Batch]:
+    """The pairs that --mir-every measures on; none without it. The toy's are the first validation questions."""
+    if not cfg.mir_every:
+        return []
+    images = out / "data" / "images" if cfg.data is None and cfg.images is None else cfg.images
+    return mir.held_out(data, Path(cfg.mir_data or out / "data" / "val.jsonl"), images)
+
+
 def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
     """Makes the run's folder: what it was asked to do, the toy's data, the images it does without."""
     if ranks.first:
@@ -377,8 +389,10 @@ def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
     ranks.wait()
 
 
-def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks) -> None:
-    """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step."""
+def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks,
+          pairs: list[Batch]) -> None:
+    """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step. MIR is measured
+    on `pairs`, if there are any."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
     again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
@@ -398,7 +412,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
               + ", sharded" * (ranks.mesh is not None) + ", gradients after every micro-batch" * (not hold))
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    gpu = ranks.device.type == "cuda"
+    gpu, shown = ranks.device.type == "cuda", ""
     with (signals_noted() as stop,
           tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar):
         batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
@@ -430,11 +444,16 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
             if ranks.first:
                 rate = tokens / (time.perf_counter() - began)
                 named = " ".join(f"{n} {v:.3f}" for n, v in values.items())
-                bar.set_postfix_str(f"{named} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
+                bar.set_postfix_str(f"{named}{shown} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
                 bar.update()
                 log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=gradient,
                           tokens_per_s=round(rate), supervised=int(counted["ce"]),
                           peak_gib=round(peak_gib(ranks.device), 3))
+            if pairs and step % cfg.mir_every == 0:
+                m = measure(objective, pairs, step, cfg, ranks)
+                shown = f" MIR {m['mir']:.3f}"
+                if ranks.first:
+                    log.write(stage=cfg.stage, step=step, kind="mir", **m)
             if step == steps or step % cfg.save_every == 0 or stopping:
                 save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
@@ -468,6 +487,16 @@ def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor],
             total = t.total.detach()
             summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
     return list(summed.values())
+
+
+def measure(objective: nn.Module, pairs: list[Batch], step: int, cfg: Config, ranks: Ranks) -> dict:
+    """MIR in between two steps, every rank its share; nothing of the training is touched."""
+    try:
+        with (parallel.gathered(objective),
+              torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16)):
+            return mir.measure(getattr(objective, "module", objective).model, pairs)
+    except ValueError as e:
+        raise UserError(f"--mir-every, step {step} of {cfg.stage}: {e}") from None
 
 
 def groups(model: Llava, cfg: Config) -> list[dict]:
@@ -564,7 +593,7 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
         folder = weights.checkpoints(out, stage)[-1]
         model = weights.load(folder, dtype=kind, device=where)
         m = mir.measure(model, mir.pairs(folder, data / "val.jsonl", images, 100))
-        losses = [line["ce"] for line in steps if line["stage"] == stage]
+        losses = [line["ce"] for line in steps if line["stage"] == stage and "ce" in line]
         last = losses[-max(1, len(losses) // 10):]        # of samples that were not seen before, in one epoch
         results["stages"][stage] = {**m, "ce": sum(last) / len(last)}
         results["mir"][stage] = m["mir"]
@@ -603,8 +632,9 @@ def run_stage(cfg: Config, plan: Config, out: Path, ranks: Ranks) -> None:
     if cfg.data is None:
         begin(cfg, out, [], ranks)
     data, bad = load_data(plan, out, ranks)
+    pairs = held_out(plan, data, out)
     begin(cfg, out, bad, ranks)
-    train(plan, ckpt, model, data, out, ranks)
+    train(plan, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 
 
@@ -631,6 +661,8 @@ def main() -> None:
         check_projector(cfg)
     if not toy and not Path(cfg.data).is_file():
         raise UserError(f"--data {cfg.data} does not exist")
+    if cfg.mir_data and not Path(cfg.mir_data).is_file():
+        raise UserError(f"--mir-data {cfg.mir_data} does not exist")
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"--images {cfg.images} is not a folder")
 

@@ -35,9 +35,9 @@ def make_moca(hidden_size):
     return moca.MoCa(hidden_size)
 
 
-def frechet_distance(x, y):
-    return mir.frechet_distance(x, y)
+def frechet_distance(x, y, mode="exact"):
+    return mir.frechet_distance(x, y, mode)
 
 
-def modality_integration_rate(layers, outliers="median"):
-    return mir.modality_integration_rate(layers, outliers=outliers)
+def modality_integration_rate(layers, mode="exact", outliers="median", normalise=True):
+    return mir.modality_integration_rate(layers, mode, outliers, normalise)
