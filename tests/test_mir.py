@@ -13,7 +13,7 @@ from test_errors import refuses
 
 import mir
 from data import Batch
-from mir import Median, measure, newton_schulz, replace_outliers, visit
+from mir import Median, measure, newton_schulz, outlier_bounds, replace_outliers, visit
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from pairing import Batches, mix_pairs
 from train import Log
@@ -122,15 +122,15 @@ def test_it_is_what_scipy_and_60_digits_give_whatever_the_rank_and_precision(cas
     value, sqrtm = case.pop("value"), case.pop("sqrtm")
     x, y = recipe(a, n, **case), recipe(b, m, **case)
     assert frechet_distance(x, y) == pytest.approx(sqrtm, rel=1e-6)
-    assert frechet_distance(x, y) == pytest.approx(value, rel=1e-7), "sqrtm is off by 1e-8 where Σ is singular: not us"
-    assert frechet_distance(y, x) == pytest.approx(value, rel=1e-7)
+    tolerance = 1e-7 if name == "float32, rank 3" else 1e-11        # there the rounding of the input has a spread too
+    assert frechet_distance(x, y) == pytest.approx(value, rel=tolerance), "where Σ is singular sqrtm is off by 1e-8"
+    assert frechet_distance(y, x) == pytest.approx(value, rel=tolerance)
 
 
 def test_directions_that_hold_only_rounding_add_nothing():
-    """Two sets of rank 3 in 300 dimensions: the root of a rounding error, 1e-8, in each of the others would be 1e-6."""
-    x, y = (tokens(400, 3, s) @ tokens(3, 300, s + 9) for s in (0, 1))
-    assert torch.linalg.matrix_rank(torch.cov(x.T)) == 3
-    a, b = ((t - t.mean(0)) / 399 ** 0.5 for t in (x, y))
+    """40 tokens in 300 dimensions: the eigenvalues that are rounding, 1e-16 each, would count with their root, 1e-8."""
+    x, y = tokens(40, 300, 0), tokens(40, 300, 1)
+    a, b = ((t - t.mean(0)) / 39 ** 0.5 for t in (x, y))
     root = torch.linalg.svdvals(torch.linalg.qr(a).R @ torch.linalg.qr(b).R.T).sum()
     wanted = (x.mean(0) - y.mean(0)).pow(2).sum() + a.pow(2).sum() + b.pow(2).sum() - 2 * root
     assert frechet_distance(x, y) == pytest.approx(wanted.item(), rel=1e-11)
@@ -144,7 +144,8 @@ def test_small_directions_count_beside_a_massive_one():
     x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T * scale       # covariance diagonal
     other = torch.full((20,), 3.0, dtype=torch.float64)
     other[0] = 1.0
-    assert frechet_distance(x, x * other) == pytest.approx(19 * 2 ** 2, rel=1e-5), "19 dimensions of 1 against 3"
+    turn = torch.linalg.qr(tokens(20, 20, 1)).Q                     # not along the axes: harder
+    assert frechet_distance(x @ turn, x * other @ turn) == pytest.approx(19 * 2 ** 2, rel=1e-4), "19 of 1 against 3"
 
 
 def test_tokens_that_are_all_the_same_have_no_spread():
@@ -304,6 +305,8 @@ def test_layers_end_with_the_final_norm_and_text_is_what_comes_after_the_image()
 
 def test_neither_the_order_nor_the_batch_size_matters():
     """In float64: in float32 a batch's padding alone moves hidden states by 1e-7."""
+    norms = tokens(1000, 1, 0)[:, 0].exp()
+    assert outlier_bounds(norms) == outlier_bounds(norms.flip(0)), "who is an outlier hangs on the last bit of a sum"
     model = a_model()
     wanted = measure(model, some_batches())
     for batch_size, order in [(1, None), (30, None), (4, random.Random(5).sample(range(30), 30))]:
@@ -430,6 +433,8 @@ def test_images_and_texts_are_paired_by_the_seed_alone(small_world, stories):
     texts = [s["conversations"][1]["value"] for s in samples]
     assert sorted(texts) == [f"There is a red circle number {i}." for i in range(8)], "cut before @highlight, once each"
     assert mix_pairs(images, stories, 8, seed=1)[0] == samples != mix_pairs(images, stories, 8, seed=2)[0]
+    drawn = [{s["conversations"][1]["value"] for s in mix_pairs(images, stories, 4, seed)[0]} for seed in (1, 2)]
+    assert drawn[0] != drawn[1], "texts are drawn too, not only images"
     by_json, root = mix_pairs(small_world / "pretrain.json", stories, 3, seed=1)
     assert root == images and all((root / s["image"]).is_file() for s in by_json)
 
