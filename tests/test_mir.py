@@ -262,7 +262,8 @@ def some_batches(samples=30, batch_size=7, order=None, words=36) -> list[Batch]:
         real = torch.arange(ids.shape[1]) < torch.tensor([[len(rows[i][0])] for i in part])
         after = real & (image.cumsum(1) == 4) & ~image
         out.append(Batch(ids, torch.where(after, ids, -100), image, real, pictures[part],
-                         torch.ones(len(part), dtype=torch.bool)))
+                         torch.ones(len(part), dtype=torch.bool),
+                         torch.zeros(len(part), dtype=torch.bool)))
     return out
 
 
