@@ -5,8 +5,8 @@
     python bench/losses.py --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
 A step: forward, backward, clipping, AdamW. Times are medians over rounds in which every objective takes one step in
-turn; their ratios are medians over rounds too. Peak memory is measured in a process of its own, beyond what is there
-before the step (weights, their gradients, optimiser). basic-naive writes BASIC down literally: all attention maps, both
+turn; their ratios are medians over rounds too. Peak memory, of three steps, is measured in a process of its own, beyond
+the model: gradients and optimiser are in it. basic-naive writes BASIC down literally: all attention maps, both
 distributions whole.
 """
 import multiprocessing
@@ -33,7 +33,7 @@ if GPU:
     B, ROUNDS, STAGES = 8, 10, ("pretrain",)
 else:
     VISION, LLM = VisionConfig(256, 1024, 6, 4, 112, 14), DecoderConfig(32000, 512, 1376, 8, 8)
-    B, ROUNDS, STAGES = 8, 7, ("pretrain", "finetune")
+    B, ROUNDS, STAGES = 8, 5, ("pretrain", "finetune")
 CASES = [(loss, moca) for moca in (False, True) for loss in ("ce", "vdep", "vista", "basic")] + [("basic-naive", False)]
 
 
@@ -136,19 +136,12 @@ def memory(field: str) -> float:
 
 def peak(loss: str, moca: bool, stage: str, queue) -> None:
     stepper = Stepper(loss, moca, stage, make_model(stage, moca))
-    stepper.step()
-    if GPU:
-        before = torch.cuda.memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        stepper.step()
-        return queue.put(torch.cuda.max_memory_allocated() / 2**20 - before)
-    before = memory("VmRSS")
-    peaks = []
-    for _ in range(3):
+    before = torch.cuda.memory_allocated() / 2**20 if GPU else memory("VmRSS")
+    if not GPU:
         Path("/proc/self/clear_refs").write_text("5")               # sets the peak back to the present
+    for _ in range(3):
         stepper.step()
-        peaks.append(memory("VmHWM") - before)
-    queue.put(statistics.median(peaks))
+    queue.put((torch.cuda.max_memory_allocated() / 2**20 if GPU else memory("VmHWM")) - before)
 
 
 def main() -> None:

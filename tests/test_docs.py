@@ -46,6 +46,10 @@ def clone(tmp_path_factory):
     Image.new("RGB", (60, 40)).save(clone / "data/one.jpg")
     make_benchmarks.pope(clone / "eval/pope")
     make_benchmarks.vqav2(clone / "eval/vqav2")
+    for n in range(4):
+        make_benchmarks.picture(clone / f"photos/{n}.jpg", n)
+        (clone / "texts").mkdir(exist_ok=True)
+        (clone / f"texts/{n}.story").write_text("A cat sat on a mat.\n\n@highlight\n\nA cat.")
     (clone / "questions.jsonl").write_text('{"image": "one.jpg", "text": "Is there a circle?", "answer": "No"}\n')
     return clone
 
