@@ -93,7 +93,7 @@ def test_every_equation_leads_to_code_and_to_a_test():
     assert len(rows) >= 4
     for equations, file, function, test_file, test in rows:
         code = (ROOT / file).read_text()
-        assert re.search(rf"^(def|class) {function}\(", code, re.M), f"{file} has no {function}"
+        assert re.search(rf"^(def|class) {function}[(:]", code, re.M), f"{file} has no {function}"
         for number in re.findall(r"\(\d+\)", equations):
             assert re.search(rf"# eq\. [^\n]*{re.escape(number)}", code), f"no line of {file} carries # eq. {number}"
         assert re.search(rf"^def {test}\(", (ROOT / test_file).read_text(), re.M), f"{test_file} has no {test}"
