@@ -123,7 +123,8 @@ class Pairs:
         ids = torch.randint(0, 1000, (5, 2 * IMAGE_TOKENS), generator=g)
         image = (torch.arange(2 * IMAGE_TOKENS) < IMAGE_TOKENS).expand(5, -1)
         return Batch(ids, ids.masked_fill(image, -100), image, torch.ones_like(image),
-                     torch.randn(5, 3, 32, 32, generator=g), torch.ones(5, dtype=torch.bool))
+                     torch.randn(5, 3, 32, 32, generator=g), torch.ones(5, dtype=torch.bool),
+                     torch.zeros(5, dtype=torch.bool))
 
 
 def keep_everything(model, batches) -> float:
