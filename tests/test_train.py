@@ -153,8 +153,7 @@ def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_
 
 
 @pytest.mark.parametrize("loss, moca, stage", [
-    ("ce", True, "finetune"), ("vdep", True, "pretrain"), ("vista", True, "pretrain"), ("vista", False, "finetune"),
-    ("basic", False, "pretrain"), ("basic", True, "finetune")])
+    ("ce", True, "finetune"), ("vdep", True, "pretrain"), ("vista", False, "finetune"), ("basic", False, "pretrain")])
 def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world, tmp_path, monkeypatch, loss, moca,
                                                                     stage):
     def arguments(name, micro):
