@@ -105,7 +105,7 @@ def counts(batch: Batch) -> dict[str, Tensor]:
 
 
 class Objective(nn.Module):
-    """Model and loss as one module: what DDP wraps, so that the weights a loss uses (the head) are in its graph."""
+    """Model and loss as one module: what DDP and FSDP wrap, so that weights a loss uses (the head) are in its graph."""
     def __init__(self, model: Llava, cfg):
         super().__init__()
         self.model, self.cfg = model, cfg

@@ -307,7 +307,7 @@ class Stream:
 def visit(model: Llava, batch: Batch, see) -> tuple[Output, Tensor]:
     """Calls see(k, vision (n,D), text (m,D)) with the tokens of each layer k = 1..L of one batch; returns the model's
     output and where the text is, (B,T)."""
-    after = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
+    after = batch.text_after_image()
     depth = model.language_model.config.num_hidden_layers
 
     def watch(k: int, h: Tensor, _) -> None:

@@ -395,7 +395,8 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     on `pairs`, if there are any."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    again = round(cfg.vdep_ratio * len(data)) if cfg.loss == "vdep" and cfg.stage == "pretrain" else 0
+    hybrid = cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0
+    again = round(cfg.vdep_ratio * len(data)) if hybrid else 0
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.ranks * cfg.micro_batch)
