@@ -10,27 +10,26 @@ A text is encoded once, chunk by chunk around <image>, and labels come from the 
 is counted twice, so nothing can mismatch. The order of samples is a function of (seed, epoch) alone, cut into global
 batches: any number of ranks and accumulation steps sees the same ones, and a run resumes from its step number.
 """
-import json
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from config import UserError, option, parse, read_json, run
-from index import IMAGE, SampleFile, sample_problem
-from tokenizer import encode_text, load_tokenizer
+from common.files import read_json
+from common.flags import UserError
 
 IGNORE = -100
 PLACEHOLDER = 0       # id at image and padding positions; masks, never ids, tell what a position is
+IMAGE = "<image>"
+SPACE = "▁"       # how SentencePiece writes a space
+RULES = "4.31", "4.37", "legacy"                          # for it, after special tokens: see encode_text
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
@@ -88,18 +87,54 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
     return out
 
 
-def begin(tokenizer: Tokenizer) -> list[int]:
+def bos_ids(tokenizer: Tokenizer) -> list[int]:
     """The id that a sequence begins with: <s> or <bos>; none where the family has none (Phi-2)."""
     return [i for i in map(tokenizer.token_to_id, ("<s>", "<bos>")) if i is not None][:1]
 
 
-def end(tokenizer: Tokenizer, template: str) -> int:
+def eos_id(tokenizer: Tokenizer, template: str) -> int:
     """The id that ends an answer in a template (in the plain one, the newline). Raises UserError if there is none."""
     eos = TEMPLATES[template].eos
     i = tokenizer.token_to_id(eos) if eos != "\n" else encode_text(tokenizer, eos)[0][-1]
     if i is None:
         raise UserError(f"the tokenizer has no {eos!r}, which template {template} needs: pick another --template")
     return i
+
+
+def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
+    """Ids of a text, no BOS added, and the (start, end) characters of each.
+
+    SentencePiece models put a space in front of a text ("USER" → "▁US" "ER"). What becomes of it in the text after a
+    special token depends on the transformers that a model was trained with. Of "</s>USER" they make
+        4.31     "</s>" "US" "ER"     cut off the first token again: LLaVA-1.5
+        4.37     "</s>" "USER"        never there: LLaVA since February 2024
+        legacy   "</s>" "▁US" "ER"    left there: legacy=True of either
+    A real space stays in all three. Tokenizers that put no space in front are left alone."""
+    assert after_special in RULES
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    prefixed = "".join(tokenizer.encode("a", add_special_tokens=False).tokens).startswith(SPACE)
+    if after_special == "legacy" or not prefixed:
+        return encoding.ids, encoding.offsets
+    tokens = list(zip(encoding.ids, encoding.offsets))
+    added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
+    marks = [n for n, (i, _) in enumerate(tokens) if i in added and not added[i].normalized]    # these split a text
+    if marks and after_special == "4.37":
+        bare = Tokenizer(tokenizer.model)                               # the same vocabulary, not a copy
+        bare.normalizer = normalizers.Replace(" ", SPACE)
+        bare.add_tokens(list(added.values()))
+    for mark, after in reversed(list(zip(marks, marks[1:] + [len(tokens)]))):      # from the end: numbers before stay
+        if after == mark + 1:
+            continue
+        (_, start), (end, _) = tokens[mark][1], tokens[after][1] if after < len(tokens) else (len(text), 0)
+        first = encoding.tokens[mark + 1]
+        if after_special == "4.37":
+            e = bare.encode(text[start:end], add_special_tokens=False)
+            tokens[mark + 1:after] = [(i, (start + a, start + b)) for i, (a, b) in zip(e.ids, e.offsets)]
+        elif first.startswith(SPACE) and text[start] not in (" ", SPACE):
+            i = tokenizer.token_to_id(first[len(SPACE):])
+            i = tokenizer.token_to_id("<unk>") if i is None else i
+            tokens[mark + 1:mark + 2] = [(i, tokens[mark + 1][1])] if first != SPACE else []
+    return [i for i, _ in tokens], [offsets for _, offsets in tokens]
 
 
 def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
@@ -111,7 +146,7 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
     not fit whole is left out with all that follows it. Ids and labels are those of LLaVA-1.5 (trained with transformers
     4.31; after_special picks another version's rule), also for the samples that its code drops with "tokenization
     mismatch"."""
-    ids = begin(tokenizer)
+    ids = bos_ids(tokenizer)
     labels, image = [IGNORE] * len(ids), [False] * len(ids)
     text = ""
     supervised = []                                             # per character
@@ -195,39 +230,6 @@ def open_image(path: Path) -> Image.Image:
         raise ValueError(reason) from None
 
 
-def image_problem(path: Path) -> str | None:
-    """Why an image cannot be used, or None. Reads its two ends only, and decodes it only if those look wrong: half a
-    million images take seconds, not hours. What this cannot see, training reports when it comes to it."""
-    try:
-        with Image.open(path) as image:
-            kind = image.format
-        with open(path, "rb") as f:
-            f.seek(-min(path.stat().st_size, 64), 2)
-            tail = f.read()
-        if kind == "PNG" and b"IEND" in tail or kind == "JPEG" and b"\xff\xd9" in tail:
-            return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        pass
-    try:
-        open_image(path)
-    except ValueError as e:
-        return str(e)
-
-
-def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
-    """Image file → why it cannot be used. Looks at every file once, at its ends, a few thousand at a time."""
-    keys, first = np.unique(samples.column("image"), return_index=True)
-    first = np.sort(first[keys != 0])                           # one sample of each image, in the order of the file
-    found = {}
-    with ThreadPoolExecutor(8) as pool, tqdm(total=len(first), desc="images", delay=2, leave=False) as bar:
-        for part in np.array_split(first, len(first) // 4096 + 1):
-            names = [samples[i]["image"] for i in part]
-            problems = pool.map(image_problem, (Path(images) / n for n in names))
-            found |= {n: problem for n, problem in zip(names, problems) if problem}
-            bar.update(len(part))
-    return found
-
-
 # ------------------------------------------------------------------------------------------------ samples and batches
 @dataclass
 class Batch:
@@ -268,64 +270,17 @@ def collate(samples: list[tuple], image_size: int) -> Batch:
                  [p for p in problems if p])
 
 
-def read_jsonl(path: Path) -> list:
-    """A value a line. Raises UserError with the line's number."""
-    out = []
-    try:
-        with open(path, encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):            # noqa: B007, for the message below
-                if line.strip():
-                    out.append(json.loads(line))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} line {n}: not JSON ({e})") from None
-    return out
-
-
-def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
-    """Rows of an evaluation file: JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
-    the line's number, no image, no answer, category "all". Raises UserError naming the line."""
-    rows, seen = [], set()
-    for n, r in enumerate(read_jsonl(Path(path)), 1):
-        if not isinstance(r, dict) or not isinstance(r.get("text"), str):
-            raise UserError(f"{path} line {n} lacks a text, the question")
-        r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
-        if r["question_id"] in seen:
-            raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
-        seen.add(r["question_id"])
-        if r["image"] is not None and images is None:
-            raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
-        rows.append(r)
-    if not rows:
-        raise UserError(f"{path} is empty: it holds no question")
-    missing = [r["image"] for r in rows if r["image"] is not None and not (Path(images) / r["image"]).is_file()]
-    if missing:
-        raise UserError(f"{len(missing)} of the images that {path} names are not in {images}, such as {missing[0]}")
-    return rows
-
-
-def question_file(ckpt: Path, data: str | None, images: str | None, default: str) -> tuple[Path, Path | None]:
-    """(question file, image folder): those given, or the toy's beside a toy run's checkpoint."""
-    if data is not None:
-        return Path(data), None if images is None else Path(images)
-    toy = ckpt.parent / "data"
-    if not (toy / default).is_file():
-        raise UserError(f"say with --data FILE.jsonl --images DIR what to ask: {ckpt} has no toy data beside it")
-    return toy / default, toy / "images"
-
-
 class Samples(torch.utils.data.Dataset):
     """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch;
     i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
-    def __init__(self, samples: SampleFile | list[dict], images: str | Path, tokenizer: Tokenizer,
+    def __init__(self, samples: Sequence[dict], images: str | Path, tokenizer: Tokenizer,
                  processor: ImageProcessor, template: str, image_tokens: int, max_length: int, pad: bool,
                  after_special: str = "4.31"):
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
         self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
-        bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
+        bos = torch.tensor(bos_ids(tokenizer) or [PLACEHOLDER])
         self.filler = bos, torch.full_like(bos, IGNORE), torch.zeros_like(bos, dtype=torch.bool), None, False
 
     def __len__(self) -> int:
@@ -403,76 +358,3 @@ def loader(samples: Samples, order: Order, workers: int, pin: bool = False) -> D
     the sample alone, so that any number of them gives the same batches."""
     return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin,
                       collate_fn=partial(collate, image_size=samples.processor.crop_size))
-
-
-# ------------------------------------------------------------------------------------------------ a look before a run
-@dataclass
-class Config:
-    """Look through a file of samples before a run: exit code 0 if every sample can be used, 2 if not."""
-    check: str | None = option(None, "LLaVA JSON or JSONL")
-    images: str | None = option(None, "the folder of its images")
-    llm: str | None = option(None, "a language model's folder: to find samples of which --max-length leaves no answer")
-    template: Literal[tuple(TEMPLATES)] = option("v1", "with --llm: how a conversation is written")
-    image_tokens: int = option(576, "with --llm: positions of an image")
-    max_length: int = option(2048, "with --llm: positions a sample may have")
-    out: str | None = option(None, "file for the list of the samples that cannot be used")
-
-
-def check(cfg: Config) -> tuple[dict[str, int], dict[int, str]]:
-    """(what → how many samples of the file, number of a sample → why it cannot be used)."""
-    samples = SampleFile(cfg.check)
-    image, malformed, answered = (samples.column(name) for name in ("image", "malformed", "answered"))
-    if image.any() and cfg.images is None:
-        raise UserError(f"{cfg.check} names images: say with --images in which folder they are")
-    why = {i: sample_problem(samples[i]) for i in np.flatnonzero(malformed).tolist()}
-    why |= dict.fromkeys(np.flatnonzero(~malformed & ~answered).tolist(), "has no answer")
-    rows = {"samples": len(samples), "with an image": int((image != 0).sum()),
-            "text alone": int((~malformed & (image == 0)).sum()), "malformed": int(malformed.sum()),
-            "without an answer": int((~malformed & ~answered).sum()),
-            "image missing": 0, "image corrupt": 0, "image unreadable": 0}
-    if image.any():
-        found = image_problems(samples, cfg.images)
-        for i in np.flatnonzero(samples.with_image(list(found))).tolist():
-            name = samples[i]["image"]
-            kind = ("missing" if found[name] == "missing" else
-                    "unreadable" if found[name].startswith("[Errno") else "corrupt")     # the disk's word, or Pillow's
-            rows[f"image {kind}"] += 1
-            why[i] = f"has image {name}: {found[name]}"
-    if cfg.llm:
-        tokenizer = load_tokenizer(cfg.llm)
-        end(tokenizer, cfg.template)                            # else the template is another family's
-        row = f"no answer within {cfg.max_length} positions"
-        rows[row] = 0
-        for i in tqdm(np.flatnonzero(answered).tolist(), desc="text", delay=2, leave=False):
-            _, labels, _ = encode(samples[i]["conversations"], tokenizer, cfg.template, cfg.image_tokens,
-                                  cfg.max_length)
-            if (labels == IGNORE).all():
-                rows[row] += 1
-                why[i] = f"has {row}"
-    return rows | {"usable": len(samples) - len(why)}, why
-
-
-def main() -> None:
-    cfg = parse(Config)
-    if cfg.check is None:
-        raise UserError("say with --check FILE which samples to look through")
-    if cfg.images and not Path(cfg.images).is_dir():
-        raise UserError(f"--images {cfg.images} is not a folder")
-    try:
-        out = open(cfg.out, "w") if cfg.out else None
-    except OSError as e:
-        raise UserError(f"--out {cfg.out} cannot be written: {e.strerror}") from None
-    rows, why = check(cfg)
-    for name, count in rows.items():
-        print(f"{name:32} {count:12,}")
-    if out:
-        out.writelines(f"sample {i} {why[i]}\n" for i in sorted(why))
-        out.close()
-    if why:
-        i = min(why)
-        raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {cfg.check} cannot be used; the first is "
-                        f"sample {i}, which {why[i]}; " + (f"{cfg.out} lists them" if out else "--out FILE lists them"))
-
-
-if __name__ == "__main__":
-    run(main)

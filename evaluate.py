@@ -27,14 +27,21 @@ import torch.distributed as dist
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-import weights
-from benchmarks import BENCHMARKS, Sample, absent, load, picture
-from config import UserError, option, parse, read_json, run
-from data import IMAGE, TEMPLATES, ImageProcessor, encode, end, question_file, read_questions
-from metrics import accuracy, exact
+from common.files import read_json, read_lines
+from common.flags import UserError, option, parse, run
+from common.parallel import choose_device
+from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
+from evaluation.benchmarks import BENCHMARKS
+from evaluation.files import picture
+from evaluation.generate import generate
+from evaluation.metrics import accuracy, exact
+from evaluation.questions import Sample, absent, load_benchmark
+from evaluation.scores import compare, read_answers, score, summary, table
+from evaluation.submit import write_submission
+from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.samples import question_file, read_questions
+from hub.tokenizer import load_tokenizer
 from model import Llava
-from scores import compare, read_answers, read_lines, score, summary, table, write_submission
-from tokenizer import load_tokenizer
 
 
 @dataclass
@@ -50,10 +57,10 @@ class Assistant:
     @classmethod
     def from_checkpoint(cls, ckpt, vision=None, llm=None, device: str = "auto", dtype: str = "auto",
                         template: str | None = None) -> "Assistant":
-        folder = weights.checkpoint_folder(ckpt)
+        folder = checkpoint_folder(ckpt)
         c = read_json(folder / "config.json")
-        device, dtype = weights.choose_device(device, dtype)
-        model = weights.load(folder, vision, llm, dtype, device).eval()
+        device, dtype = choose_device(device, dtype)
+        model = load_model(folder, vision, llm, dtype, device).eval()
         return cls(model, load_tokenizer(folder), ImageProcessor.from_folder(folder), template or c["template"],
                    c["after_special"], c["pad"])
 
@@ -86,8 +93,8 @@ class Assistant:
     def generate(self, ids: list, masks: list, pixels: torch.Tensor, which: list[int],
                  max_new_tokens: int) -> list[str]:
         """Greedy answers to what `prepare` made."""
-        pixels, eos = pixels.to(next(self.model.parameters()).device), end(self.tokenizer, self.template)
-        out = self.model.generate(ids, pixels, max_new_tokens, masks, eos, which)
+        pixels, eos = pixels.to(next(self.model.parameters()).device), eos_id(self.tokenizer, self.template)
+        out = generate(self.model, ids, pixels, max_new_tokens, masks, eos, which)
         return [self.tokenizer.decode(o).strip() for o in out]
 
     def answer(self, questions: list[tuple], max_new_tokens: int = 64) -> list[str]:
@@ -243,7 +250,7 @@ def run_benchmark(cfg: "Config", name: str) -> None:
     benchmark = replace(BENCHMARKS[name], score=cfg.metric) if cfg.metric else BENCHMARKS[name]
     max_new, folder = cfg.max_new_tokens or benchmark.max_new, None
     if given is None:
-        folder = weights.checkpoint_folder(cfg.ckpt)
+        folder = checkpoint_folder(cfg.ckpt)
         c = read_json(folder / "config.json")
         template = cfg.template or c["template"]
         if template == "plain":
@@ -251,7 +258,7 @@ def run_benchmark(cfg: "Config", name: str) -> None:
                             "--template v1 asks nevertheless; expect answers that cannot be parsed")
     elif images is None:
         images = Path()                                           # nobody looks at them
-    samples, info = load(name, data, images, labels, cfg.split, cfg.style, cfg.ocr, cfg.region)
+    samples, info = load_benchmark(name, data, images, labels, cfg.split, cfg.style, cfg.ocr, cfg.region)
     settings = {k: v for k, v in info.items() if k in ("split", "style", "ocr", "region")}
     asked = what_is_asked(samples)
     partial = cfg.limit is not None and cfg.limit < len(samples)
@@ -261,9 +268,9 @@ def run_benchmark(cfg: "Config", name: str) -> None:
         absent(samples)
         out = (out or folder.parent / "eval" / folder.name) / (f"{name}-{cfg.split}" if cfg.split else name)
         out.mkdir(parents=True, exist_ok=True)
-        dtype = str(weights.choose_device(cfg.device, cfg.dtype)[1]).removeprefix("torch.")
+        dtype = str(choose_device(cfg.device, cfg.dtype)[1]).removeprefix("torch.")
         settings.update(checkpoint=fingerprint(folder), questions=asked, template=template, dtype=dtype, pad=c["pad"],
-                        after_special=c["after_special"], max_new_tokens=max_new, code_version=weights.CODE_VERSION)
+                        after_special=c["after_special"], max_new_tokens=max_new, code_version=CODE_VERSION)
         answered = ask(cfg, name, samples, settings, folder, out, max_new)
         if answered is None:
             return
@@ -289,7 +296,7 @@ def run_benchmark(cfg: "Config", name: str) -> None:
         warnings.append(f"{info['n']} questions; the released files have {' or '.join(map(str, info['released']))}")
     report = {"benchmark": name, "checkpoint": None if folder is None else str(folder), "partial": partial, **results,
               "settings": {**settings, "limit": cfg.limit}, "files": info["files"], "warnings": warnings,
-              "versions": {"torch": torch.__version__, "code": weights.CODE_VERSION}}
+              "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
     (out / "results.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(summary(report))
     print(f"written to {out}" + (f", for the benchmark's server {submission}" if submission else ""))
@@ -350,7 +357,7 @@ def main() -> None:
     if bench is not None:
         run_benchmark(cfg, bench)
         return
-    folder, max_new = weights.checkpoint_folder(cfg.ckpt), cfg.max_new_tokens or 64
+    folder, max_new = checkpoint_folder(cfg.ckpt), cfg.max_new_tokens or 64
     if not one:
         files = [question_file(folder, cfg.data, cfg.images, name)
                  for name in (["test.jsonl", "composition.jsonl"] if cfg.data is None else [cfg.data])]

@@ -40,13 +40,17 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-import weights
-from config import UserError, option, parse, read_json, run
-from data import TEMPLATES, Batch, ImageProcessor, Samples, question_file
+from common.files import read_json
+from common.flags import UserError, option, parse, run
+from common.parallel import choose_device
+from data import TEMPLATES, Batch, ImageProcessor, Samples
+from hub.checkpoint import checkpoint_folder, is_released, load_model
+from hub.configs import vision_config
+from hub.samples import question_file
+from hub.tokenizer import load_tokenizer
 from methods.ce import next_token_loss
 from model import Llava, Output
 from pairing import Batches, mix_pairs, read_pairs
-from tokenizer import load_tokenizer
 
 Mode = Literal["exact", "newton-schulz", "released"]
 Outliers = Literal["median", "drop"]
@@ -386,7 +390,7 @@ def batches_of(folder: Path, samples: list[dict], images: Path, template: str, b
     c, vision = read_json(folder / "config.json"), vision or folder
     processor = ImageProcessor.from_folder(vision)
     return Batches(Samples(samples, images, load_tokenizer(folder), processor, template,
-                           weights.vision_config(vision).image_tokens, c.get("max_length", 2048), True,
+                           vision_config(vision).image_tokens, c.get("max_length", 2048), True,
                            c.get("after_special", "4.31")), batch_size)
 
 
@@ -452,9 +456,9 @@ def main() -> None:
                             + ": a covariance needs 2 samples" * (name == "n"))
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise UserError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
-    released = weights.is_released(Path(cfg.ckpt))
-    folder = Path(cfg.ckpt) if released else weights.checkpoint_folder(cfg.ckpt)
-    device, dtype = weights.choose_device(cfg.device, cfg.dtype)
+    released = is_released(Path(cfg.ckpt))
+    folder = Path(cfg.ckpt) if released else checkpoint_folder(cfg.ckpt)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
     samples, images = choose_pairs(cfg, folder)
     batches = batches_of(folder, samples, images, cfg.template, cfg.batch_size,
                          Path(cfg.vision) if released and cfg.vision else None)
@@ -464,7 +468,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     if ranks > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    model = weights.load(folder, cfg.vision, cfg.llm, dtype, device)
+    model = load_model(folder, cfg.vision, cfg.llm, dtype, device)
     try:
         result = measure(model, batches, cfg.mode, cfg.outliers, not cfg.no_normalise)
     except ValueError as e:

@@ -6,9 +6,10 @@ articles of CNN/DailyMail. Whether it is so for a model at hand is easily tried:
 import random
 from pathlib import Path
 
-from config import UserError, read_json
-from data import IMAGE, Batch, Samples, collate, read_jsonl, read_questions
-from index import read_samples
+from common.files import read_json, read_jsonl
+from common.flags import UserError
+from data import IMAGE, Batch, Samples, collate
+from hub.samples import read_questions, read_samples
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXT_FILES = (".story", ".txt")

@@ -23,8 +23,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from config import UserError, option, parse, run  # noqa: E402
-from data import Order, epoch_order  # noqa: E402
 from index import read_samples  # noqa: E402
+
+from data import Order, epoch_order  # noqa: E402
 
 BYTES = 1500                    # a sample, about: LLaVA's 665k mix has 1.0 GB
 

@@ -25,10 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import weights  # noqa: E402
 from config import UserError, option, parse, read_json, run  # noqa: E402
-from data import IMAGE, ImageProcessor, encode, end  # noqa: E402
 from export import export  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
 from tokenizer import load_tokenizer  # noqa: E402
+
+from data import IMAGE, ImageProcessor, encode, end  # noqa: E402
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
 from toy import world  # noqa: E402
 
 VISION = VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14)

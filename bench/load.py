@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import Decoder, DecoderConfig  # noqa: E402
 from weights import load_llm  # noqa: E402
+
+from model import Decoder, DecoderConfig  # noqa: E402
 
 CONFIG = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=12, num_attention_heads=16)
 SHARDS = 4

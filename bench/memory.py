@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import parallel  # noqa: E402
-import train  # noqa: E402
 import weights  # noqa: E402
 from config import option, parse, run  # noqa: E402
+
+import train  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
 from losses import LOSSES, Objective, counts  # noqa: E402
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402

@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from config import UserError, option, parse, run  # noqa: E402
+
 from toy import world  # noqa: E402
 
 

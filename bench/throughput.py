@@ -22,6 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weights  # noqa: E402
 from config import UserError, option, parse, run  # noqa: E402
+
 from data import IGNORE, Batch  # noqa: E402
 from losses import Objective, counts  # noqa: E402
 from train import Config  # noqa: E402

@@ -8,11 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import config
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
-
-import config
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                        # the inputs are tiny: a second thread would cost more than it gives

@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
-import torch
-
 import parallel
-import train
+import torch
 from config import read_json
+
+import train
 from data import Batch
 from losses import Objective
 

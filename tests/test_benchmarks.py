@@ -4,17 +4,17 @@ import re
 import shutil
 import zipfile
 
+import benchmarks
 import make_benchmarks
 import pytest
+import scores
 import torch
+import weights
+from config import UserError
 from conftest import ROOT, call, launch
 from make_benchmarks import LETTER, LLAVA, LMMS, SHORT, jsonl, picture, whole
 
-import benchmarks
 import evaluate
-import scores
-import weights
-from config import UserError
 from model import Llava, Projector
 
 

@@ -4,10 +4,11 @@ import json
 import numpy as np
 import pytest
 import torch
+from config import UserError
+from index import read_samples
 from PIL import Image
 from tokenizers import Tokenizer, models
 
-from config import UserError
 from data import (
     LLAMA_2_SYSTEM,
     SYSTEM,
@@ -22,7 +23,6 @@ from data import (
     image_problem,
     pieces,
 )
-from index import read_samples
 
 IMG = -200                                             # how LLaVA's own ids mark the image
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,

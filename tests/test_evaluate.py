@@ -2,9 +2,9 @@
 import json
 
 import pytest
+from config import UserError
 from conftest import call
 
-from config import UserError
 from data import read_questions
 from evaluate import Assistant, predict
 

@@ -8,20 +8,20 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import export
 import numpy as np
 import pytest
 import torch
+import weights
 from conftest import ROOT, call
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizer import load_tokenizer
 
-import export
-import weights
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces, read_questions
 from evaluate import Assistant, predict
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from tokenizer import load_tokenizer
 
 MODELS = ROOT / "tests" / "fixtures" / "models"
 TEXT = dict(vocab_size=547, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

@@ -12,10 +12,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 import weights
 from config import UserError
+from safetensors.torch import load_file, save_file
+
 from model import Decoder, KVCache, ViT
 
 MODELS = Path(__file__).resolve().parent / "fixtures" / "models"

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from config import UserError
+from index import SampleFile, elements, image_key, read_samples
 from PIL import Image
 
-from config import UserError
 from data import ImageProcessor, Order, Samples, epoch_order, image_problems, loader
-from index import SampleFile, elements, image_key, read_samples
 
 
 def sample(i, text="What is this?", answer="noise", **more):

@@ -2,17 +2,17 @@
 import re
 import shutil
 
+import lora
 import pytest
 import torch
 import torch.nn.functional as F
+import weights
 from conftest import ROOT, call, launch, losses_of
+from lora import LoRALinear
 from safetensors.torch import load_file
 from test_train import command
 
-import lora
 import train
-import weights
-from lora import LoRALinear
 
 
 @pytest.fixture

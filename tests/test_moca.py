@@ -1,12 +1,11 @@
 """methods/moca.py: the map itself, and where the decoder applies it."""
 import pytest
 import torch
+import weights
 from adapters import make_moca
+from config import UserError
 from test_families import L, liuhaotian, renamed, store, tensors_of, tower, whole  # noqa: F401, tower and whole: fixtures
 from test_model import LENGTHS, batch_of, prompts, tiny, without_cache
-
-import weights
-from config import UserError
 
 
 def test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit():

@@ -4,17 +4,17 @@ import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import parallel
 import pytest
 import torch
 import torch.distributed as dist
+import weights
 from conftest import call, launch, losses_of
 from safetensors.torch import load_file
 from test_train import command
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import parallel
 import train
-import weights
 from losses import Term
 
 

@@ -9,10 +9,9 @@ import time
 import make_tokenizer_fixtures as fixtures
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
 from config import UserError
 from tokenizer import encode_text, fields, load_tokenizer
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 
 @pytest.mark.parametrize("text, ids", [

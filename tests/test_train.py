@@ -9,11 +9,11 @@ from signal import SIGTERM
 
 import pytest
 import torch
+from config import UserError
 from conftest import ROOT, call, launch, losses_of
 from safetensors.torch import load_file
 
 import train
-from config import UserError
 from train import Config, learning_rate, settings
 
 

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
+import weights
+from config import UserError
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
-import weights
-from config import UserError
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 LLM = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,

@@ -2,29 +2,14 @@
 import argparse
 import dataclasses
 import difflib
-import json
 import os
 import sys
-from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
     """Something the user can mend: its text is one line that says what is wrong, where, and what to do."""
-
-
-def read_json(path: Path):
-    """The value in a JSON file. Raises UserError if there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        holds = ", ".join(sorted(p.name for p in path.parent.iterdir())[:6]) if path.parent.is_dir() else ""
-        raise UserError(f"{path} does not exist" + (f"; the folder holds: {holds}" if holds else
-                        f": there is no folder {path.parent}" if not path.parent.is_dir() else "; the folder is empty")
-                        ) from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} is not JSON ({e}): download it again") from None
 
 
 def option(default, help: str):

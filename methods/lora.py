@@ -46,7 +46,7 @@ def linear(in_features: int, out_features: int, c) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias=c.bias)
 
 
-def start(name: str, shape: torch.Size, seed: int) -> Tensor | None:
+def lora_start(name: str, shape: torch.Size, seed: int) -> Tensor | None:
     """What A or B are before training, by their name, the same on every rank; None for other tensors."""
     if name.endswith("lora_B"):
         return torch.zeros(shape)

@@ -1,6 +1,6 @@
 """A checkpoint of ours → a folder in the layout of llava-hf's repositories, for transformers and what builds on it.
 
-    python weights.py export CKPT OUT
+    python py export CKPT OUT
 
 What cannot come along: later rounds of a conversation. transformers writes "</s>USER" as encode_text's `legacy` rule
 does, LLaVA-1.5 was trained without that space. First rounds, all that benchmarks ask, have the same ids.
@@ -18,12 +18,13 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-import lora
-import weights
-from config import UserError, option, read_json
-from data import IMAGE, TEMPLATES, ImageProcessor, end
+from common.files import read_json
+from common.flags import UserError, option
+from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
+from hub.checkpoint import checkpoint_folder, load_model
+from hub.tokenizer import load_tokenizer
+from methods.lora import merge
 from model import DecoderConfig, Llava, VisionConfig
-from tokenizer import load_tokenizer
 
 PAD = "<pad>"
 SHARD = 5_000_000_000                                                       # bytes, at most
@@ -79,7 +80,7 @@ def chat_template(name: str) -> str:
     return out
 
 
-def text_config(c: DecoderConfig, vocab_size: int) -> dict:
+def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
     """`text_config` of llava-hf. Mistral's class is LLaMA's with a window."""
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings", "tie_word_embeddings")
@@ -88,7 +89,7 @@ def text_config(c: DecoderConfig, vocab_size: int) -> dict:
     return out | ({"sliding_window": c.sliding_window} if c.sliding_window else {})
 
 
-def vision_config(c: VisionConfig) -> dict:
+def vision_fields(c: VisionConfig) -> dict:
     """`vision_config` of llava-hf."""
     fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
               "patch_size", "layer_norm_eps")
@@ -164,19 +165,19 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
 
     Every tensor keeps its value: all are written in the dtype that holds them all, float32 after training. Raises
     UserError for what cannot be exported, before anything is written."""
-    folder, out = weights.checkpoint_folder(ckpt), Path(out)
+    folder, out = checkpoint_folder(ckpt), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
     c = read_json(folder / "config.json")
-    model = weights.load(folder, vision, llm)
+    model = load_model(folder, vision, llm)
     check_exportable(folder, model, c["template"])
-    lora.merge(model.language_model)
+    merge(model.language_model)
     tokenizer, processor = load_tokenizer(folder), ImageProcessor.from_folder(folder)
     v, t = model.vision_tower.config, model.language_model.config
     old = t.vocab_size
     if tokenizer.get_vocab_size() > old:
         raise UserError(f"{folder} has a tokenizer of {tokenizer.get_vocab_size()} tokens for a vocabulary of {old}")
-    eos = end(tokenizer, c["template"])
+    eos = eos_id(tokenizer, c["template"])
     add_tokens(tokenizer)
     image, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(PAD)
     rows = -(-max(old, image + 1, pad + 1) // 64) * 64
@@ -199,7 +200,7 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
         "image_seq_length": v.image_tokens, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
         "vision_feature_layer": model.vision_layer, "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": t.tie_word_embeddings, "pad_token_id": pad, "torch_dtype": str(dtype).split(".")[1],
-        "vision_config": vision_config(v), "text_config": text_config(t, rows) | ids})
+        "vision_config": vision_fields(v), "text_config": text_fields(t, rows) | ids})
     write_json(temporary / "generation_config.json", ids)
     write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, c["pad"]))
     write_json(temporary / "processor_config.json", {

@@ -21,13 +21,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from config import UserError
+from common.files import read_jsonl
+from common.flags import UserError
+from data import IMAGE
 
-IMAGE = "<image>"
 SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
 BLOCK = 1 << 22       # bytes read at a time
 DECODE = json.JSONDecoder().raw_decode
-SPACE = re.compile(r"[ \t\r\n]*")                               # what JSON calls white space
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")                               # what JSON calls white space
 HEADER = struct.Struct("<8sqqI")                                # VERSION, the data's size and mtime, crc of the entries
 VERSION = b"samples1"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
@@ -102,10 +103,10 @@ class Window:
 
     def peek(self) -> str:
         """The next character that is not white space; "" at the end of the file."""
-        self.advance(SPACE.match(self.text, self.at).end())
+        self.advance(WHITE_SPACE.match(self.text, self.at).end())
         while self.at == len(self.text) and not self.ended:
             self.more(self.block)
-            self.advance(SPACE.match(self.text, self.at).end())
+            self.advance(WHITE_SPACE.match(self.text, self.at).end())
         return self.text[self.at:self.at + 1]
 
     def value(self):
@@ -168,7 +169,7 @@ def lines(file, path: Path) -> Iterator[tuple]:
         start += len(line)
 
 
-def write(path: Path, place: Path) -> None:
+def write_index(path: Path, place: Path) -> None:
     """Makes the index of a file. Raises UserError if the file is no list of samples, OSError if there is no room."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, delete=False) as out:
@@ -201,7 +202,7 @@ def write(path: Path, place: Path) -> None:
             raise
 
 
-def load(path: Path, place: Path) -> np.ndarray | None:
+def read_index(path: Path, place: Path) -> np.ndarray | None:
     """The entries of an index, mapped; None if it is absent, damaged, or of another version or state of the file."""
     stat = path.stat()
     try:
@@ -219,15 +220,15 @@ def open_index(path: Path) -> np.ndarray:
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
     for place in places:
-        if (entries := load(path, place)) is not None:
+        if (entries := read_index(path, place)) is not None:
             return entries
     for place in places:
         try:
-            write(path, place)
+            write_index(path, place)
         except OSError as e:
             why = e.strerror
             continue
-        if (entries := load(path, place)) is not None:
+        if (entries := read_index(path, place)) is not None:
             return entries
         raise UserError(f"{path} changed while it was read: start again when it is whole")
     raise UserError(f"the index of {path} can be written neither beside it nor in {cache} ({why}): set XDG_CACHE_HOME "
@@ -294,3 +295,36 @@ def read_samples(path: str | Path) -> tuple[SampleFile, int]:
     answered = samples.column("answered")
     samples.keep(answered)
     return samples, int((~answered).sum())
+
+
+# ------------------------------------------------------------------------------------------------ questions
+def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
+    """Rows of an evaluation file: JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
+    the line's number, no image, no answer, category "all". Raises UserError naming the line."""
+    rows, seen = [], set()
+    for n, r in enumerate(read_jsonl(Path(path)), 1):
+        if not isinstance(r, dict) or not isinstance(r.get("text"), str):
+            raise UserError(f"{path} line {n} lacks a text, the question")
+        r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
+        if r["question_id"] in seen:
+            raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
+        seen.add(r["question_id"])
+        if r["image"] is not None and images is None:
+            raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
+        rows.append(r)
+    if not rows:
+        raise UserError(f"{path} is empty: it holds no question")
+    missing = [r["image"] for r in rows if r["image"] is not None and not (Path(images) / r["image"]).is_file()]
+    if missing:
+        raise UserError(f"{len(missing)} of the images that {path} names are not in {images}, such as {missing[0]}")
+    return rows
+
+
+def question_file(ckpt: Path, data: str | None, images: str | None, default: str) -> tuple[Path, Path | None]:
+    """(question file, image folder): those given, or the toy's beside a toy run's checkpoint."""
+    if data is not None:
+        return Path(data), None if images is None else Path(images)
+    toy = ckpt.parent / "data"
+    if not (toy / default).is_file():
+        raise UserError(f"say with --data FILE.jsonl --images DIR what to ask: {ckpt} has no toy data beside it")
+    return toy / default, toy / "images"

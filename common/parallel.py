@@ -21,7 +21,18 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import UserError
+from common.flags import UserError
+
+
+def choose_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
+    """Where to compute, and in what: `auto` is the GPU if there is one, and bfloat16 where the GPU has it."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu, or auto")
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if dtype == "auto":
+        dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.device(device), getattr(torch, dtype)
+
 
 HELD_GRADIENTS = 0.2        # share of a GPU's memory that accumulating gradients whole, not sharded, may take
 
@@ -30,7 +41,7 @@ HELD_GRADIENTS = 0.2        # share of a GPU's memory that accumulating gradient
 class Ranks:
     """This process among those of torchrun; alone without it."""
     rank: int
-    ranks: int
+    count: int
     device: torch.device
     dtype: torch.dtype                      # of computing
     mesh: DeviceMesh | None = None          # over which the model is cut (FSDP), if it is
@@ -42,25 +53,25 @@ class Ranks:
     def sum(self, values: list) -> Tensor:
         """Element-wise sum over ranks, in float64, on the device: reading it is what waits."""
         t = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True) for v in values])
-        if self.ranks > 1:
+        if self.count > 1:
             dist.all_reduce(t)
         return t
 
     def gather(self, value) -> list:
         """Every rank's value, on every rank."""
-        if self.ranks == 1:
+        if self.count == 1:
             return [value]
-        out = [None] * self.ranks
+        out = [None] * self.count
         dist.all_gather_object(out, value)
         return out
 
     def wait(self) -> None:
         """Until every rank is here."""
-        if self.ranks > 1:
+        if self.count > 1:
             dist.barrier()
 
 
-def start_ranks(device: torch.device, dtype: torch.dtype, minutes: float) -> Ranks:
+def start(device: torch.device, dtype: torch.dtype, minutes: float) -> Ranks:
     """Joins the other processes of torchrun. minutes: how long a rank waits for another before it gives up."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
@@ -73,7 +84,7 @@ def start_ranks(device: torch.device, dtype: torch.dtype, minutes: float) -> Ran
 
 def over(ranks: Ranks, sharded: bool) -> Ranks:
     """The same ranks, for a model that is cut over them, or for one that each holds whole."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.ranks,)) if sharded and ranks.ranks > 1 else None
+    mesh = init_device_mesh(ranks.device.type, (ranks.count,)) if sharded and ranks.count > 1 else None
     return replace(ranks, mesh=mesh)
 
 
@@ -88,7 +99,7 @@ def losses_explained(ranks: Ranks) -> Iterator[None]:
             raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran out, fewer --workers; "
                             "--resume goes on from the newest checkpoint") from None
         silent = any(word in text for word in ("imed out", "imeout"))
-        if ranks.ranks == 1 or not (silent or any(word in text for word in ("Connection", "connection", "NCCL error"))):
+        if ranks.count == 1 or not (silent or any(word in text for word in ("Connection", "connection", "NCCL error"))):
             raise
         what = "was not heard of for --timeout minutes" if silent else "ended"
         raise UserError(f"another rank {what}: its own message, if it left one, says why. --resume goes on from "
@@ -110,7 +121,7 @@ def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:
     if ranks.mesh is not None:
         shard(objective, ranks, whole=True)
         return objective
-    if ranks.ranks > 1:                     # every rank read the same files: nothing to broadcast
+    if ranks.count > 1:                     # every rank read the same files: nothing to broadcast
         return DistributedDataParallel(objective, init_sync=False, gradient_as_bucket_view=True)
     return objective
 

@@ -1,39 +1,15 @@
-"""Predictions → numbers and submission files: the rules of metrics.py, put together as each benchmark does.
-
-    answers file ─→ predictions by id ─ score ─→ a row per sample (what was understood, score), metrics
-    results, submission files, tables
-"""
-import json
-import re
-import zipfile
+"""Predictions → numbers: the rules of metrics.py, put together as each benchmark does."""
 from collections.abc import Callable
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-import metrics
-from benchmarks import LETTERS, Benchmark, Sample, bare, join_key
-from config import UserError, read_json
-from data import read_jsonl
+from common.files import read_json, read_lines
+from common.flags import UserError
+from evaluation import metrics
+from evaluation.benchmarks import LETTERS, Benchmark
+from evaluation.questions import Sample, bare, join_key
 
 
 # ------------------------------------------------------------------------------------------------ answers
-def read_lines(path: Path) -> tuple[list[dict], dict | None]:
-    """The objects of a file of predictions, a line each, and what stands behind the last newline: an object, or None
-    where there is nothing, or what a stopped run has cut off. Raises UserError naming another line that is none."""
-    found = []
-    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for n, line in enumerate(lines, 1):
-        try:
-            if line.strip():
-                found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} line {n} is not a JSON object: {line[:60]}") from None
-    try:
-        return found, dict(json.loads(last))
-    except (ValueError, TypeError):
-        return found, None
-
-
 def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict) -> dict[str, str]:
     """Predictions by id from any answers file: ours, or LLaVA's {question_id, text, prompt}. Where question_ids repeat
     (MME, TextVQA), the prompt tells which is meant. Raises UserError for two answers to one question."""
@@ -233,101 +209,6 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
             row["score"] = value
         results["headline"] = {benchmark.headline: results["metrics"][benchmark.headline]}
     return rows, results
-
-
-# ------------------------------------------------------------------------------------------------ submissions
-def file_name(s: Sample) -> str:
-    return s.record.get("file") or (s.image.name if isinstance(s.image, Path) else s.id)
-
-
-def table_mmbench(samples, answers, parsed):
-    columns = ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
-    for s, p in zip(samples, answers):
-        cells = dict(zip("ABCD", s.options), index=int(s.id), question=s.record["question"], prediction=p or "",
-                     answer=s.answer or "", split=s.record["split"] or "")
-        yield {c: cells.get(c, "") for c in columns if c != "answer" or s.answer is not None}
-
-
-def plain(answer: str | None) -> str:
-    return "" if answer is None else metrics.vqa_norm(answer)
-
-
-def normed(samples, answers, parsed):
-    return [{"question_id": whole(s.id), "answer": plain(p)} for s, p in zip(samples, answers)]
-
-
-SUBMISSIONS = {   # name → (file ending, (samples, predictions, parsed) → what is written)
-    "vqav2": ("json", normed),
-    "textvqa": ("json", normed),
-    "vizwiz": ("json", lambda ss, ps, parsed: [{"image": file_name(s), "answer": plain(p)} for s, p in zip(ss, ps)]),
-    "gqa": ("json", lambda ss, ps, parsed: [{"questionId": s.id, "prediction": (p or "").rstrip(".").lower()}
-                                            for s, p in zip(ss, ps)]),
-    "docvqa": ("json", lambda ss, ps, parsed: [{"questionId": int(s.id), "answer": p or ""} for s, p in zip(ss, ps)]),
-    "mmmu": ("json", lambda ss, ps, parsed: {s.id: q or p or "" for s, p, q in zip(ss, ps, parsed)}),
-    "mmt": ("json", lambda ss, ps, parsed: {s.id: q or p or "" for s, p, q in zip(ss, ps, parsed)}),
-    "mmvet": ("json", lambda ss, ps, parsed: {"v1_" + s.id.removeprefix("v1_"): p or "" for s, p in zip(ss, ps)}),
-    "seed": ("jsonl", lambda ss, ps, parsed: [{"question_id": s.id, "prediction": p or ""} for s, p in zip(ss, ps)]),
-    "mmbench": ("xlsx", lambda ss, ps, parsed: list(table_mmbench(ss, ps, parsed))),
-}
-
-
-def whole(number: str) -> int | str:
-    return int(number) if number.isdigit() else number
-
-
-def write_xlsx(path: Path, rows: list[dict]) -> None:
-    """A table as the least that spreadsheet programs and openpyxl read: one sheet, texts written in their cells."""
-    def cell(value) -> str:
-        if isinstance(value, int):
-            return f"<c><v>{value}</v></c>"
-        text = escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", str(value)))
-        return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
-    lines = [list(rows[0]), *([row[c] for c in rows[0]] for row in rows)]
-    sheet = "".join(f"<row>{''.join(map(cell, line))}</row>" for line in lines)
-    site, kind = "http://schemas.openxmlformats.org/", "application/vnd.openxmlformats-"
-    main, office = site + "spreadsheetml/2006/main", site + "officeDocument/2006/relationships"
-    package, sheets = site + "package/2006/", kind + "officedocument.spreadsheetml."
-    parts = {
-        "[Content_Types].xml":
-            f'<Types xmlns="{package}content-types">'
-            f'<Default Extension="rels" ContentType="{kind}package.relationships+xml"/>'
-            f'<Override PartName="/xl/workbook.xml" ContentType="{sheets}sheet.main+xml"/>'
-            f'<Override PartName="/xl/sheet1.xml" ContentType="{sheets}worksheet+xml"/></Types>',
-        "_rels/.rels":
-            f'<Relationships xmlns="{package}relationships">'
-            f'<Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/_rels/workbook.xml.rels":
-            f'<Relationships xmlns="{package}relationships">'
-            f'<Relationship Id="r1" Type="{office}/worksheet" Target="sheet1.xml"/></Relationships>',
-        "xl/workbook.xml":
-            f'<workbook xmlns="{main}" xmlns:r="{office}">'
-            '<sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{sheet}</sheetData></worksheet>'}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, text in parts.items():
-            z.writestr(name, '<?xml version="1.0" encoding="UTF-8"?>' + text)
-
-
-def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
-                     out: Path) -> Path | None:
-    """The file that the benchmark's server or official script takes, if there is such; rows are those of `score`."""
-    if benchmark.submission is None:
-        return None
-    ending, make = SUBMISSIONS[benchmark.submission]
-    value = make(samples, [r["prediction"] for r in rows], [r["parsed"] for r in rows])
-    if benchmark.submission == "vqav2":                         # the server wants an answer for all of test
-        folder = data if data.is_dir() else data.parent
-        given = {a["question_id"]: a["answer"] for a in value}
-        every = [r["question_id"] for p in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl") for r in read_jsonl(p)]
-        value = [{"question_id": i, "answer": given.get(i, "")} for i in every] or value
-    path = out / f"submission.{ending}"
-    if ending == "xlsx":
-        write_xlsx(path, value)
-    elif ending == "jsonl":
-        path.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value), encoding="utf-8")
-    else:
-        path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    return path
 
 
 # ------------------------------------------------------------------------------------------------ tables

@@ -1,16 +1,17 @@
-"""Tokenizers: a folder's files → `tokenizers.Tokenizer`, and text → ids with LLaVA's rules about spaces.
+"""Tokenizers: a folder's files → `tokenizers.Tokenizer`.
 
 Files of three kinds are read: SentencePiece's tokenizer.model (converted here, without that package), tokenizer.json,
-and GPT-2's vocab.json + merges.txt."""
+and GPT-2's vocab.json + merges.txt.
+"""
 import struct
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from config import UserError, read_json
+from common.files import read_json
+from common.flags import UserError
+from data import SPACE
 
-SPACE = "▁"       # how SentencePiece writes a space
-RULES = "4.31", "4.37", "legacy"                          # for it, after special tokens: see encode_text
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
 
 
@@ -143,40 +144,3 @@ def read_sentencepiece(path: Path) -> Tokenizer:
                                   if kind in (UNKNOWN, CONTROL)])
     tokenizer.add_tokens([AddedToken(p, normalized=True, special=False) for p in user])
     return tokenizer
-
-
-# ------------------------------------------------------------------------------------------------ text
-def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
-    """Ids of a text, no BOS added, and the (start, end) characters of each.
-
-    SentencePiece models put a space in front of a text ("USER" → "▁US" "ER"). What becomes of it in the text after a
-    special token depends on the transformers that a model was trained with. Of "</s>USER" they make
-        4.31     "</s>" "US" "ER"     cut off the first token again: LLaVA-1.5
-        4.37     "</s>" "USER"        never there: LLaVA since February 2024
-        legacy   "</s>" "▁US" "ER"    left there: legacy=True of either
-    A real space stays in all three. Tokenizers that put no space in front are left alone."""
-    assert after_special in RULES
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    prefixed = "".join(tokenizer.encode("a", add_special_tokens=False).tokens).startswith(SPACE)
-    if after_special == "legacy" or not prefixed:
-        return encoding.ids, encoding.offsets
-    tokens = list(zip(encoding.ids, encoding.offsets))
-    added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
-    marks = [n for n, (i, _) in enumerate(tokens) if i in added and not added[i].normalized]    # these split a text
-    if marks and after_special == "4.37":
-        bare = Tokenizer(tokenizer.model)                               # the same vocabulary, not a copy
-        bare.normalizer = normalizers.Replace(" ", SPACE)
-        bare.add_tokens(list(added.values()))
-    for mark, after in reversed(list(zip(marks, marks[1:] + [len(tokens)]))):      # from the end: numbers before stay
-        if after == mark + 1:
-            continue
-        (_, start), (end, _) = tokens[mark][1], tokens[after][1] if after < len(tokens) else (len(text), 0)
-        first = encoding.tokens[mark + 1]
-        if after_special == "4.37":
-            e = bare.encode(text[start:end], add_special_tokens=False)
-            tokens[mark + 1:after] = [(i, (start + a, start + b)) for i, (a, b) in zip(e.ids, e.offsets)]
-        elif first.startswith(SPACE) and text[start] not in (" ", SPACE):
-            i = tokenizer.token_to_id(first[len(SPACE):])
-            i = tokenizer.token_to_id("<unk>") if i is None else i
-            tokens[mark + 1:mark + 2] = [(i, tokens[mark + 1][1])] if first != SPACE else []
-    return [i for i, _ in tokens], [offsets for _, offsets in tokens]

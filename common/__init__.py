@@ -1,0 +1,1 @@
+"""What every room uses: flags, files, ranks, streams of tokens."""

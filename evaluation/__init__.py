@@ -1,0 +1,1 @@
+"""Benchmarks: files, questions, answers, scores."""

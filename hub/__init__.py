@@ -1,0 +1,1 @@
+"""Files as the world publishes them: weights, configurations, tokenizers, samples."""

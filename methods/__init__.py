@@ -1,0 +1,1 @@
+"""One paper a file, pure functions of tensors."""

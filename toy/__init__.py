@@ -1,0 +1,1 @@
+"""The toy world: scenes, tiny backbones, the report of a run."""

@@ -1,0 +1,45 @@
+"""The end of a toy run: MIR after each stage, accuracy on the test sets, a few answers."""
+from pathlib import Path
+
+import evaluate
+import mir
+from common.files import read_jsonl, write_json
+from common.parallel import choose_device
+from hub.checkpoint import checkpoints, load_model
+from training.folder import Log
+
+
+def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
+    """MIR after each stage, accuracy on the toy's test sets, a few answers; all of it in results.json too."""
+    data, images = out / "data", out / "data" / "images"
+    results = {"stages": {}, "mir": {}, "accuracy": {}, "shuffled": {}}
+    steps = read_jsonl(out / "metrics.jsonl")
+    where, kind = choose_device(device, dtype)
+    for stage in stages:
+        folder = checkpoints(out, stage)[-1]
+        model = load_model(folder, dtype=kind, device=where)
+        m = mir.measure(model, mir.pairs(folder, data / "val.jsonl", images, 100))
+        losses = [line["ce"] for line in steps if line["stage"] == stage and "ce" in line]
+        last = losses[-max(1, len(losses) // 10):]        # of samples that were not seen before, in one epoch
+        results["stages"][stage] = {**m, "ce": sum(last) / len(last)}
+        results["mir"][stage] = m["mir"]
+    if "finetune" in stages:
+        assistant = evaluate.Assistant.from_checkpoint(folder, device=device, dtype=dtype)
+        answers = out / "eval" / folder.name
+        for name in ("test", "composition"):
+            r = evaluate.evaluate(assistant, data / f"{name}.jsonl", images, answers, 256, 16)
+            results["accuracy"][name], results["shuffled"][name] = r["accuracy"], r["shuffled"]
+        rows = {"test": results["accuracy"]["test"], "unseen pairs": results["accuracy"]["composition"],
+                "test, images shuffled": results["shuffled"]["test"]}
+        print("\naccuracy, %\n" + evaluate.table(rows) + "\n")
+        lines = read_jsonl(answers / "test.predictions.jsonl")
+        for r in lines[::len(lines) // 6 + 1]:            # six: one of every category, of different pictures
+            print(f"{r['image']}  {r['text']}  → {r['prediction']}  ({'right' if r['correct'] else r['answer']})")
+    print()
+    for stage, m in results["stages"].items():
+        print(f"after {stage:9} MIR {m['mir']:.3f}   CE {m['ce']:.3f}   |V| {m['V_norm']:.1f}   var V {m['V_var']:.0f}"
+              f"   |text| {m['text_norm']:.1f}   |h| {m['h_norm']:.1f}")
+    results["checkpoint"] = str(folder)
+    write_json(out / "results.json", results)
+    Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
+    print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")

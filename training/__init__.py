@@ -1,0 +1,1 @@
+"""What train.py needs beside its loop: settings, setup, the run's folder."""
