@@ -1,20 +1,18 @@
 """Time and peak memory of `next_token_loss` against `F.cross_entropy` over the full logits, forward and backward.
 
-    python bench/ce.py                    B=8, T=640, V=32000, D=1024, 5 % of the positions supervised
+    python -m bench.ce                    B=8, T=640, V=32000, D=1024, 5 % of the positions supervised
 
 Each side runs in a process of its own; peak is what it needs beyond inputs, weights and their gradients.
 """
 import multiprocessing
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from methods.ce import next_token_loss  # noqa: E402
+from methods.ce import next_token_loss
 
 B, T, V, D, SUPERVISED, RUNS = 8, 640, 32000, 1024, 0.05, 5
 

@@ -1,7 +1,7 @@
 """A LLaVA file of 2 million samples: index once, start-up after that, memory a rank, against json.load; the sampler.
 
-    python bench/data.py                       writes 3 GB to the system's temporary folder, and removes it
-    python bench/data.py --samples 200000 --folder DIR
+    python -m bench.data                       writes 3 GB to the system's temporary folder, and removes it
+    python -m bench.data --samples 200000 --folder DIR
 
 Each side runs in a process of its own; its peak memory is sampled every 2 ms, beyond what it had after its imports.
 `own` is memory of the process alone, `mapped` are pages of files, which all processes of a machine share.
@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import random
 import shutil
-import sys
 import tempfile
 import threading
 import time
@@ -21,11 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from config import UserError, option, parse, run  # noqa: E402
-from index import read_samples  # noqa: E402
-
-from data import Order, epoch_order  # noqa: E402
+from common.flags import UserError, option, parse, run
+from data import Order, epoch_order
+from hub.samples import read_samples
 
 BYTES = 1500                    # a sample, about: LLaVA's 665k mix has 1.0 GB
 

@@ -1,7 +1,7 @@
 """Questions a second on a POPE-like load, 18 questions an image: `Llava.generate` against transformers' `generate`.
 
-    python bench/evaluate.py              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
-    python bench/evaluate.py --ckpt DIR   a checkpoint of ours, asked yes/no questions about pictures of the toy's world
+    python -m bench.evaluate              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
+    python -m bench.evaluate --ckpt DIR   a checkpoint of ours, asked yes/no questions about pictures of the toy's world
 
 The checkpoint is exported to llava-hf's layout, which transformers loads (this bench alone needs transformers). Both
 sides get the same ids and pixels, in float32, greedily, on as many threads; each runs a few questions first. Random ids
@@ -11,7 +11,6 @@ than at a start of training, so that the answers differ.
 """
 import json
 import random
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -21,16 +20,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import weights  # noqa: E402
-from config import UserError, option, parse, read_json, run  # noqa: E402
-from export import export  # noqa: E402
-from tokenizer import load_tokenizer  # noqa: E402
+from common.files import read_json
+from common.flags import UserError, option, parse, run
+from data import IMAGE, ImageProcessor, encode, eos_id
+from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
+from hub.export import export
+from hub.tokenizer import load_tokenizer
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
-from data import IMAGE, ImageProcessor, encode, end  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
-from toy import world  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+from toy import world
 
 VISION = VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14)
 DECODER = DecoderConfig(32000, 512, 1376, 8, 8)
@@ -70,7 +69,7 @@ def random_checkpoint(folder: Path) -> Path:
          "image_std": [0.5] * 3}))
     config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
               "vision": str(folder / "vision"), "llm": str(ROOT / "toy/llm")}
-    weights.save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
     return folder / "finetune-1"
 
 
@@ -83,9 +82,9 @@ def random_load(images: int) -> Load:
     out = Load([], [], [], torch.randn(images, 3, VISION.image_size, VISION.image_size, generator=g), None, 4)
     for i in range(images * QUESTIONS):
         question = torch.cat([ids(5 + i % 7), after])
-        out.input_ids.append(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
-        out.image_mask.append(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
-        out.image_index.append(i // QUESTIONS)
+        out.input_ids.appeos_id(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
+        out.image_mask.appeos_id(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
+        out.image_index.appeos_id(i // QUESTIONS)
     return out
 
 
@@ -100,7 +99,7 @@ def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
                       model.vision_tower.config.image_tokens, after_special=c["after_special"]) for text in asked]
     ids, _, masks = zip(*prompts * images)
     return Load(list(ids), list(masks), [i for i in range(images) for _ in asked], torch.stack(pixels),
-                end(tokenizer, c["template"]), 8)
+                eos_id(tokenizer, c["template"]), 8)
 
 
 def ours(model: Llava, load: Load, rows: range, shared: bool = True) -> list[list[int]]:
@@ -145,8 +144,8 @@ def main() -> None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     with tempfile.TemporaryDirectory() as folder:
-        ckpt = weights.checkpoint_folder(cfg.ckpt) if cfg.ckpt else random_checkpoint(Path(folder))
-        model = weights.load(ckpt, dtype=torch.float32).eval()
+        ckpt = checkpoint_folder(cfg.ckpt) if cfg.ckpt else random_checkpoint(Path(folder))
+        model = load_model(ckpt, dtype=torch.float32).eval()
         load = toy_load(ckpt, model, cfg.images) if cfg.ckpt else random_load(cfg.images)
         export(ckpt, Path(folder) / "out")
         other = transformers.LlavaForConditionalGeneration.from_pretrained(Path(folder) / "out", dtype=torch.float32)

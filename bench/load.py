@@ -1,13 +1,12 @@
 """Loading a sharded checkpoint: ours against torch.load of every shard and load_state_dict. Seconds, GB/s, peak memory.
 
-    python bench/load.py                  a synthetic LLaMA of 1.5 GB in bfloat16, in 4 shards, safetensors and .bin
+    python -m bench.load                  a synthetic LLaMA of 1.5 GB in bfloat16, in 4 shards, safetensors and .bin
 
 Each side runs in a process of its own. `resident` counts mapped file pages too, `anonymous` only memory that is the
 process's own; both are peaks, sampled every 2 ms, beyond what the process had after its imports.
 """
 import json
 import multiprocessing
-import sys
 import tempfile
 import threading
 import time
@@ -16,10 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from weights import load_llm  # noqa: E402
-
-from model import Decoder, DecoderConfig  # noqa: E402
+from hub.released import load_llm
+from model import Decoder, DecoderConfig
 
 CONFIG = dict(vocab_size=32000, hidden_size=2048, intermediate_size=5504, num_hidden_layers=12, num_attention_heads=16)
 SHARDS = 4

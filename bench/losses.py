@@ -1,8 +1,8 @@
 """Time and peak memory of one training step for every objective, as ratios to cross-entropy in the same run.
 
-    python bench/losses.py             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 words
-    python bench/losses.py --text 48   the same with short texts
-    python bench/losses.py --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
+    python -m bench.losses             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 words
+    python -m bench.losses --text 48   the same with short texts
+    python -m bench.losses --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
 A step: forward, backward, clipping, AdamW. Times are medians over rounds in which every objective takes one step in
 turn; their ratios are medians over rounds too. Peak memory, of three steps, is measured in a process of its own, beyond
@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import losses  # noqa: E402
-from data import Batch  # noqa: E402
-from methods.basic import layer_weights  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate  # noqa: E402
-from train import Config  # noqa: E402
+import losses
+from data import Batch
+from methods.basic import layer_weights
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate
+from training.settings import TrainConfig
 
 GPU = "--gpu" in sys.argv
 TEXT = int(sys.argv[sys.argv.index("--text") + 1]) if "--text" in sys.argv else 64 if GPU else 192
@@ -108,7 +107,7 @@ def make_batch(stage: str, loss: str) -> Batch:
 class Stepper:
     """One objective's step() on a model of its own."""
     def __init__(self, loss: str, moca: bool, stage: str, model: Llava):
-        self.cfg = Config(loss=loss.removesuffix("-naive"), moca=moca, stage=stage)
+        self.cfg = TrainConfig(loss=loss.removesuffix("-naive"), moca=moca, stage=stage)
         self.terms = naive_basic if loss == "basic-naive" else losses.LOSSES[loss]
         self.model, self.batch = model, make_batch(stage, loss)
         self.trained = [p for p in model.parameters() if p.requires_grad]

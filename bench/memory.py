@@ -1,9 +1,9 @@
 """Memory of one rank, and what a step costs: by arithmetic, and measured on one device that plays rank 0 of 8.
 
-    python bench/memory.py                                         the arithmetic: GiB a rank, for README's table
-    python bench/memory.py --measure --shape small                 runs anywhere: 8 ranks played on a CPU
-    python bench/memory.py --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
-    python bench/memory.py --measure --shape 7b --stage finetune --limit 40
+    python -m bench.memory                                         the arithmetic: GiB a rank, for README's table
+    python -m bench.memory --measure --shape small                 runs anywhere: 8 ranks played on a CPU
+    python -m bench.memory --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
+    python -m bench.memory --measure --shape 7b --stage finetune --limit 40
 
 The other ranks are PyTorch's fake process group: collectives return at once and move nothing, so peak memory and
 computing are a real rank's, communication costs no time, and the numbers in the tensors mean nothing. (Stage 1 is
@@ -12,24 +12,21 @@ counts what the model needs, without what is computed again, against this device
 """
 import gc
 import resource
-import sys
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import parallel  # noqa: E402
-import weights  # noqa: E402
-from config import option, parse, run  # noqa: E402
-
-import train  # noqa: E402
-from data import IGNORE, Batch  # noqa: E402
-from losses import LOSSES, Objective, counts  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
+from common.flags import option, parse, run
+from common.parallel import Ranks, choose_device, clip, gradient_norm, local, over, shard, wrap
+from data import IGNORE, Batch
+from losses import LOSSES, Objective, counts
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
+from train import backward
+from training.settings import TrainConfig, settings
+from training.setup import is_trained
 
 CLIP_L = VisionConfig(1024, 4096, 24, 16, 336, 14)
 SHAPES = {
@@ -66,10 +63,10 @@ def on_meta(shape: str) -> Llava:
 def estimate(shape: str, stage: str, ranks: int, micro: int, text: int) -> dict[str, float]:
     """GiB by what holds it, for bfloat16 computing, float32 training, activation checkpointing."""
     model, (v, t) = on_meta(shape), SHAPES[shape]
-    cfg = train.settings(train.Config(data="-", template="v1"), stage, 1)
+    cfg = settings(TrainConfig(data="-", template="v1"), stage, 1)
     size = {True: 0, False: 0}
     for name, p in model.named_parameters():
-        size[train.is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)] += p.numel()
+        size[is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)] += p.numel()
     cut = ranks if stage == "finetune" else 1
     tokens = micro * (v.image_tokens + text)
     block = sum(p.numel() for p in model.language_model.model["layers"][0].parameters())
@@ -97,25 +94,25 @@ def table() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ measured
-def make(b: Bench, cfg: train.Config, ranks: parallel.Ranks) -> torch.nn.Module:
+def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     """The objective as training wraps it, with random weights: cut on the meta device, then given memory."""
     model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
     if b.moca:
         with torch.device("meta"):
             model.language_model.add_moca()
     for name, p in model.named_parameters():
-        trained = train.is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
+        trained = is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
         p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
     for block in [*model.vision_tower.encoder["layers"], *model.language_model.model["layers"]]:
         if b.compile:
             block.compile()
         if ranks.mesh is not None:
-            parallel.shard(block, ranks)
+            shard(block, ranks)
     model.to_empty(device=ranks.device)
     for p in model.parameters():
-        parallel.local(p.data).normal_(0, 0.02)
+        local(p.data).normal_(0, 0.02)
     model.language_model.gradient_checkpointing = True
-    return parallel.wrap(Objective(model, cfg), ranks)
+    return wrap(Objective(model, cfg), ranks)
 
 
 def make_batch(v: VisionConfig, t: DecoderConfig, micro: int, text: int) -> Batch:
@@ -161,16 +158,16 @@ def wait(device: torch.device) -> None:
 
 def measured(b: Bench) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    device, dtype = weights.choose_device("auto")
+    device, dtype = choose_device("auto")
     if b.limit and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(b.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
-    ranks = parallel.Ranks(0, 1, device, dtype)
+    ranks = Ranks(0, 1, device, dtype)
     micro, text = b.micro_batch or 32, b.text or 32
     if b.stage == "finetune":
-        ranks = parallel.over(replace(ranks, ranks=b.ranks), sharded=True)
+        ranks = over(replace(ranks, ranks=b.ranks), sharded=True)
         micro, text = b.micro_batch or 16, b.text or 256
-    cfg = train.settings(train.Config(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
+    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
     ceiling = matmul_ceiling(device, dtype)
     objective = make(b, cfg, ranks)
     trained = [p for p in objective.parameters() if p.requires_grad]
@@ -185,8 +182,8 @@ def measured(b: Bench) -> None:
                 torch.cuda.reset_peak_memory_stats()
         wait(device)
         start = time.perf_counter()
-        train.backward(objective, [batch], count, ranks, hold=True)
-        parallel.clip(trained, parallel.gradient_norm(trained, ranks), 1.0)
+        backward(objective, [batch], count, ranks, hold=True)
+        clip(trained, gradient_norm(trained, ranks), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait(device)

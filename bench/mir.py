@@ -1,8 +1,8 @@
 """Time and error of the exact Fréchet distance against scipy's square root and five rounds of two inversions, and the
 peak memory of measuring a model in passes against keeping every token.
 
-    python bench/mir.py                   D = 512, 1024, 2048; 8000 image and 6000 text tokens; 10, 50, 100 pairs
-    python bench/mir.py --sizes 512       one of them (scipy takes about a minute for the last)
+    python -m bench.mir                   D = 512, 1024, 2048; 8000 image and 6000 text tokens; 10, 50, 100 pairs
+    python -m bench.mir --sizes 512       one of them (scipy takes about a minute for the last)
 
 Inputs are float32 tokens whose scales fall like 1/√i over the dimensions. `root` is the time of Tr (Σ_v Σ_t)^{1/2} from
 the two covariances, `whole` that of the distance from the tokens; the sides take turns, the medians are printed. The
@@ -14,16 +14,14 @@ and inputs.
 import argparse
 import multiprocessing
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import mir  # noqa: E402
-from data import Batch  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
+import mir
+from data import Batch
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 try:
     from scipy.linalg import sqrtm

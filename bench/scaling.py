@@ -1,7 +1,7 @@
 """Tokens a second by number of ranks: train.py as a user runs it, on the toy's backbones or on folders that are given.
 
-    python bench/scaling.py                                             1 and 2 ranks of this machine, both stages
-    python bench/scaling.py --ranks 1,2,4,8 --micro-batch 16 --flags "--vision DIR --llm DIR --data FILE --images DIR"
+    python -m bench.scaling                                             1 and 2 ranks of this machine, both stages
+    python -m bench.scaling --ranks 1,2,4,8 --micro-batch 16 --flags "--vision DIR --llm DIR --data FILE --images DIR"
 
 A rank has the same micro-batch on any number of ranks (weak scaling); efficiency is against the first number given.
 Ranks beyond the machine's cores or GPUs share them, and then it says nothing.
@@ -15,11 +15,10 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from config import UserError, option, parse, run  # noqa: E402
+from common.flags import UserError, option, parse, run
 
-from toy import world  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
+from toy import world
 
 
 @dataclass

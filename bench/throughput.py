@@ -1,8 +1,8 @@
 """Training steps a second and peak memory: ours against transformers' LlavaForConditionalGeneration, the same weights
 and batch, stage 1 and stage 2. Needs transformers (5.x), which nothing else here does.
 
-    python bench/throughput.py                      ViT 6×256 at 112 px, LLaMA 8×512, vocabulary 32000, on 2 threads
-    python bench/throughput.py --vision-layers 24 --vision-width 1024 --image-size 336 --layers 32 --width 4096 ...
+    python -m bench.throughput                      ViT 6×256 at 112 px, LLaMA 8×512, vocabulary 32000, on 2 threads
+    python -m bench.throughput --vision-layers 24 --vision-width 1024 --image-size 336 --layers 32 --width 4096 ...
 
 A sample has 112 tokens: 64 of the image, 48 of text, of which 47 are supervised in stage 1 (a caption) and 24 in stage
 2 (half question, half answer). A step is forward, backward, clipping to norm 1, fused AdamW. The sides take turns, each
@@ -11,7 +11,6 @@ before the first one (gradients and AdamW's moments included).
 """
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -19,13 +18,11 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import weights  # noqa: E402
-from config import UserError, option, parse, run  # noqa: E402
-
-from data import IGNORE, Batch  # noqa: E402
-from losses import Objective, counts  # noqa: E402
-from train import Config  # noqa: E402
+from common.flags import UserError, option, parse, run
+from data import IGNORE, Batch
+from hub.checkpoint import load_model
+from losses import Objective, counts
+from training.settings import TrainConfig
 
 
 @dataclass
@@ -79,11 +76,11 @@ def make_batch(s: Shape, stage: str) -> Batch:
 
 def ours(folder: Path, batch: Batch, stage: str):
     """(model, a function that makes the loss) with what the stage trains asking for gradients."""
-    model = weights.load(folder)
+    model = load_model(folder)
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    objective, count = Objective(model, Config(stage=stage)), counts(batch)
+    objective, count = Objective(model, TrainConfig(stage=stage)), counts(batch)
     return model, lambda: sum(t.weight * t.total / count[t.name] for t in objective(batch))
 
 

@@ -42,8 +42,8 @@ def study(run, unseen, folder):
     """All numbers of one run, by stage."""
     data, images, out = run / "data", run / "data" / "images", {}
     for stage in ("pretrain", "finetune"):
-        ckpt = weights.checkpoints(run, stage)[-1]
-        model = weights.load(ckpt)
+        ckpt = checkpoints(run, stage)[-1]
+        model = load_model(ckpt)
 
         def measure(samples, images, template="v1", **options):
             return mir.measure(model, list(mir.batches_of(ckpt, samples, images, template, 20)), **options)

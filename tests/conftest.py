@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import config
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, models, normalizers
+
+from common.flags import run
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)                        # the inputs are tiny: a second thread would cost more than it gives
@@ -54,14 +55,14 @@ def launch(*command: str, ranks: int = 1, **options) -> subprocess.CompletedProc
 
 def call(script: str, *arguments) -> subprocess.CompletedProcess:
     """The same inside this process: what starting Python and PyTorch takes is most of a short run."""
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module({"hub": "hub.__main__"}.get(script, script.removesuffix(".py")))
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = [script, *map(str, arguments)]
     os.chdir(ROOT)
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            config.run(module.main)
+            run(module.main)
     except SystemExit as e:
         code = e.code
     finally:

@@ -4,17 +4,20 @@ import re
 import shutil
 import zipfile
 
-import benchmarks
 import make_benchmarks
 import pytest
-import scores
 import torch
-import weights
-from config import UserError
 from conftest import ROOT, call, launch
 from make_benchmarks import LETTER, LLAVA, LMMS, SHORT, jsonl, picture, whole
 
 import evaluate
+from common.flags import UserError
+from evaluation.benchmarks import BENCHMARKS
+from evaluation.questions import load_benchmark
+from evaluation.scores import SCORES, SUMMARIES
+from evaluation.submit import SUBMISSIONS, write_xlsx
+from hub.checkpoint import save_checkpoint
+from hub.released import load_llm, load_vision
 from model import Llava, Projector
 
 
@@ -76,12 +79,12 @@ def test_each_is_asked_to_the_character_and_scored_as_by_hand(make, tmp_path):
 
 
 def test_the_table_has_all_benchmarks_and_only_scores_that_exist():
-    assert " ".join(benchmarks.BENCHMARKS) == (
+    assert " ".join(BENCHMARKS) == (
         "vqav2 okvqa gqa textvqa vizwiz realworldqa sqa docvqa pope mme mmbench_en mmbench_cn seed mmstar ai2d mmmu "
         "mmt ocrbench mmvet refcoco refcoco+ refcocog own")
-    for name, b in benchmarks.BENCHMARKS.items():
-        assert b.score in scores.SCORES and b.summary in scores.SUMMARIES, name
-        assert b.submission is None or b.submission in scores.SUBMISSIONS, name
+    for name, b in BENCHMARKS.items():
+        assert b.score in SCORES and b.summary in SUMMARIES, name
+        assert b.submission is None or b.submission in SUBMISSIONS, name
 
 
 def test_answers_that_cannot_be_parsed_or_are_matched_by_text_are_counted(tmp_path):
@@ -126,7 +129,7 @@ def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
 
 def test_a_spreadsheet_library_reads_that_file(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    scores.write_xlsx(tmp_path / "t.xlsx", [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 "}])
+    write_xlsx(tmp_path / "t.xlsx", [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 "}])
     assert list(openpyxl.load_workbook(tmp_path / "t.xlsx").active.values) == [
         ("index", "question", "A"), (1, "a < b &\nc", " 是 ")]
 
@@ -134,28 +137,28 @@ def test_a_spreadsheet_library_reads_that_file(tmp_path):
 # ------------------------------------------------------------------------------------------------ images
 def test_a_tables_image_cell_may_name_another_row(tmp_path):
     make_benchmarks.mmbench_en(tmp_path)
-    samples, _ = benchmarks.load("mmbench_en", tmp_path)
+    samples, _ = load_benchmark("mmbench_en", tmp_path)
     assert len(samples[0].image) > 131072, "longer than what csv reads if it is not told to"
     assert samples[1].image is samples[2].image is samples[0].image, "rotations share one image, once in memory"
     assert samples[3].image == samples[4].image != samples[0].image
-    assert benchmarks.picture(samples[0].image).size == (21, 16)
+    assert picture(samples[0].image).size == (21, 16)
 
 
 def test_parquet_images_are_read_late_and_told_apart_by_their_bytes(tmp_path):
     pytest.importorskip("pyarrow")
     make_benchmarks.mmstar_lmms(tmp_path)
-    samples, _ = benchmarks.load("mmstar", tmp_path)
-    assert [benchmarks.picture(s.image).size for s in samples] == [(20, 16), (21, 16), (22, 16), (20, 16)]
+    samples, _ = load_benchmark("mmstar", tmp_path)
+    assert [picture(s.image).size for s in samples] == [(20, 16), (21, 16), (22, 16), (20, 16)]
     assert len({s.image for s in samples}) == 4
     make_benchmarks.pope_lmms(tmp_path / "pope")
-    assert len({s.image for s in benchmarks.load("pope", tmp_path / "pope")[0]}) == 1
+    assert len({s.image for s in load_benchmark("pope", tmp_path / "pope")[0]}) == 1
 
 
 def test_of_several_images_the_first_that_is_named_is_shown_and_the_rest_counted(tmp_path):
     pytest.importorskip("pyarrow")
     case = make_benchmarks.mmmu_lmms(tmp_path)
-    samples, info = benchmarks.load("mmmu", tmp_path)
-    assert [benchmarks.picture(s.image).size for s in samples] == [(22, 16), (21, 16)], "<image 2>; <image 1>"
+    samples, info = load_benchmark("mmmu", tmp_path)
+    assert [picture(s.image).size for s in samples] == [(22, 16), (21, 16)], "<image 2>; <image 1>"
     assert info["counts"]["samples of which only the first image is shown"] == 1
     done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
     assert "warning: 1 samples of which only the first image is shown" in done.stdout
@@ -165,8 +168,8 @@ def test_of_several_images_the_first_that_is_named_is_shown_and_the_rest_counted
 def test_a_region_is_drawn_in_a_line_of_one_pixel(tmp_path, region, at, colour):
     pytest.importorskip("pyarrow")
     make_benchmarks.refcoco(tmp_path)
-    samples, _ = benchmarks.load("refcoco", tmp_path, region=region)
-    plain, drawn = (benchmarks.picture(samples[0].image, r) for r in (None, samples[0].region))
+    samples, _ = load_benchmark("refcoco", tmp_path, region=region)
+    plain, drawn = (picture(samples[0].image, r) for r in (None, samples[0].region))
     assert drawn.getpixel(at) == colour != plain.getpixel(at)
     assert drawn.getpixel((6, 5 if region == "bbox" else 4)) == plain.convert("RGB").getpixel((6, 5)), "it was filled"
 
@@ -297,7 +300,7 @@ def test_a_question_that_is_asked_twice_gets_its_labels_in_order(tmp_path):
     for name in ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"):
         text = (tmp_path / name).read_text()
         (tmp_path / name).write_text(re.sub("what year is it", "what is the brand", text, flags=re.I))
-    samples, _ = benchmarks.load("textvqa", tmp_path, tmp_path / "images")
+    samples, _ = load_benchmark("textvqa", tmp_path, tmp_path / "images")
     assert [s.answer[0] for s in samples] == ["nous", "1999", "poe"] and case.ids[0] == case.ids[1]
 
 
@@ -377,12 +380,12 @@ def ckpt(tmp_path_factory):
     """A whole checkpoint of the toy's backbones with a projector that was never trained: it says something."""
     torch.manual_seed(0)
     clip, llm = ROOT / "toy/clip", ROOT / "toy/llm"
-    vision, decoder = weights.load_vision(clip, torch.float32), weights.load_llm(llm, torch.float32)
+    vision, decoder = load_vision(clip, torch.float32), load_llm(llm, torch.float32)
     model = Llava(vision, Projector(vision.config.hidden_size, decoder.config.hidden_size), decoder)
     folder = tmp_path_factory.mktemp("run") / "finetune-1"
     config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
               "vision": str(clip), "llm": str(llm)}
-    weights.save_checkpoint(folder, model, {n for n, _ in model.named_parameters()}, config, {})
+    save_checkpoint(folder, model, {n for n, _ in model.named_parameters()}, config, {})
     return folder
 
 
@@ -557,7 +560,7 @@ def test_what_is_not_a_table_of_questions_is_named(tmp_path):
                              ("mine.jsonl", "[1]\n", "row 1 is not a set of named values")]:
         (tmp_path / name).write_text(text)
         with pytest.raises(UserError, match=re.escape(says)):
-            benchmarks.load("own", tmp_path / name)
+            load_benchmark("own", tmp_path / name)
     whole(tmp_path / "val.json", {"a": 1})
     with pytest.raises(UserError, match="no column 'image'"):
-        benchmarks.load("vizwiz", tmp_path / "val.json")
+        load_benchmark("vizwiz", tmp_path / "val.json")

@@ -4,11 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from config import UserError
-from index import read_samples
 from PIL import Image
 from tokenizers import Tokenizer, models
 
+from common.flags import UserError
 from data import (
     LLAMA_2_SYSTEM,
     SYSTEM,
@@ -18,11 +17,12 @@ from data import (
     Samples,
     collate,
     encode,
-    end,
+    eos_id,
     epoch_order,
-    image_problem,
     pieces,
 )
+from hub.check import image_problem
+from hub.samples import read_samples
 
 IMG = -200                                             # how LLaVA's own ids mark the image
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
@@ -161,9 +161,9 @@ def test_braces_in_a_text_are_text(llama_tokenizer):
 
 
 def test_a_template_of_another_family_is_refused(llama_tokenizer):
-    assert end(llama_tokenizer, "v1") == 2 and end(llama_tokenizer, "plain") == 13
+    assert eos_id(llama_tokenizer, "v1") == 2 and eos_id(llama_tokenizer, "plain") == 13
     with pytest.raises(UserError, match="no '<eos>', which template gemma needs"):
-        end(llama_tokenizer, "gemma")
+        eos_id(llama_tokenizer, "gemma")
 
 
 def test_a_family_without_a_begin_token_has_none():

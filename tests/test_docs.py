@@ -15,8 +15,8 @@ from PIL import Image
 from test_losses import example
 from test_model import tiny
 
-import losses
-from train import Config
+from losses import LOSSES, Objective
+from training.settings import TrainConfig
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.strip().splitlines()]
@@ -103,8 +103,8 @@ def test_every_term_that_is_logged_is_explained_and_nothing_else():
     table = README.split("| term | of |")[1].split("\n\n")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|", table, re.M))
     logged = {}
-    for loss in losses.LOSSES:
-        for term in losses.Objective(tiny(), Config(loss=loss, stage="pretrain"))(example()):
+    for loss in LOSSES:
+        for term in Objective(tiny(), TrainConfig(loss=loss, stage="pretrain"))(example()):
             logged.setdefault(term.name, set()).add(loss)
     assert rows.keys() == logged.keys()
     for name, of in logged.items():

@@ -109,7 +109,7 @@ def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
 def test_one_look_before_a_run_counts_what_it_could_not_use(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
-    done = call("data.py", "--check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
+    done = call("hub", "check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
     assert done.returncode == 0 and not done.stderr and (folder / "bad.txt").read_text() == ""
     text = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:700])
@@ -118,7 +118,7 @@ def test_one_look_before_a_run_counts_what_it_could_not_use(data):
                {"conversations": text}, {"id": "x"}, {"conversations": text[:1]}, dict(samples[0], image=["a", "b"]),
                {"conversations": [{"from": "human", "value": "Why? " * 90}, text[1]]}]
     (folder / "data.json").write_text(json.dumps(spoiled))
-    check = ["data.py", "--check", folder / "data.json", "--images", folder]
+    check = ["hub", "check", folder / "data.json", "--images", folder]
     done = call(*check, "--llm", ROOT / "toy" / "llm", "--template", "v1", "--max-length", "300", "--image-tokens", "9",
                 "--out", folder / "bad.txt")
     refuses(done, "8 of 12 samples of", "the first is sample 3, which has image no.png: missing", "bad.txt lists them")

@@ -2,11 +2,11 @@
 import json
 
 import pytest
-from config import UserError
 from conftest import call
 
-from data import read_questions
+from common.flags import UserError
 from evaluate import Assistant, predict
+from hub.samples import read_questions
 
 
 @pytest.fixture(scope="module")

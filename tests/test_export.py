@@ -8,19 +8,23 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import export
 import numpy as np
 import pytest
 import torch
-import weights
 from conftest import ROOT, call
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tokenizer import load_tokenizer
 
-from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces, read_questions
+from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces
 from evaluate import Assistant, predict
+from evaluation.generate import generate
+from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
+from hub.export import chat_template, export
+from hub.inspect import inspect
+from hub.released import PARTS
+from hub.samples import read_questions
+from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 MODELS = ROOT / "tests" / "fixtures" / "models"
@@ -51,7 +55,7 @@ def run(small_world, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "out"
-    done = call("weights.py", "export", run, out)
+    done = call("hub", "export", run, out)
     assert done.returncode == 0 and not done.stderr, done.stderr
     assert len(done.stdout.splitlines()) == 1 and "from 547 to 576 rows, <image> is 547, <pad> is 548" in done.stdout
     return out
@@ -73,7 +77,7 @@ def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) 
     (base / "preprocessor_config.json").write_text(json.dumps(pre))
     config = {"stage": "finetune", "step": 1, "steps": 1, "template": template, "pad": template == "v1",
               "after_special": "4.31", "vision": str(base), "llm": str(ROOT / "toy/llm")}
-    weights.save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
     path = folder / "finetune-1" / "tokenizer.json"         # as one converted from tokenizer.model: it adds no BOS
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
     return folder / "finetune-1"
@@ -86,8 +90,8 @@ def refuses(done, *says):
 
 # ------------------------------------------------------------------------------------------------ export
 def test_every_tensor_is_there_again_bitwise(run, exported):
-    before = dict(weights.load(run).named_parameters())
-    after = dict(weights.load(exported).named_parameters())
+    before = dict(load_model(run).named_parameters())
+    after = dict(load_model(exported).named_parameters())
     assert list(before) == list(after)
     for name, p in before.items():
         assert p.dtype == after[name].dtype and torch.equal(p, after[name][:len(p)]), name
@@ -106,7 +110,7 @@ def test_every_tensor_is_there_again_bitwise(run, exported):
 
 def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run, exported):
     ours = Assistant.from_checkpoint(run, device="cpu")
-    theirs = replace(ours, model=weights.load(exported).eval(), tokenizer=load_tokenizer(exported),
+    theirs = replace(ours, model=load_model(exported).eval(), tokenizer=load_tokenizer(exported),
                      processor=ImageProcessor.from_folder(exported))
     assert theirs.processor == ours.processor
     rows = read_questions(small_world / "test.jsonl", small_world / "images")
@@ -115,9 +119,9 @@ def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run
 
 
 def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD", 300_000)
+    monkeypatch.setattr("hub.export.SHARD", 300_000)
     out = tmp_path / "new" / "out"
-    export.export(run, out)
+    export(run, out)
     shards = sorted(out.glob("model-*-of-*.safetensors"))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(shards) > 10 and shards[0].name == f"model-00001-of-{len(shards):05}.safetensors"
@@ -128,12 +132,12 @@ def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch
         for name, t in part.items():
             assert torch.equal(t, whole.pop(name)) and index["weight_map"][name] == shard.name
     assert not whole
-    assert weights.load(out).language_model.config.vocab_size == 576
+    assert load_model(out).language_model.config.vocab_size == 576
 
 
 def test_parts_stored_in_different_dtypes_keep_their_values(run, tmp_path):
     folder = tmp_path / "ckpt"
-    shutil.copytree(weights.checkpoint_folder(run), folder)
+    shutil.copytree(checkpoint_folder(run), folder)
     tensors = load_file(folder / "model.safetensors")
     halves = {torch.float16: "language_model.", torch.bfloat16: "vision_tower."}
     for some, stored in [(halves, "float32"), ({torch.float16: ""}, "float16")]:
@@ -141,10 +145,10 @@ def test_parts_stored_in_different_dtypes_keep_their_values(run, tmp_path):
         for dtype, prefix in some.items():
             cast |= {n: t.to(dtype) for n, t in tensors.items() if n.startswith(prefix)}
         save_file(cast, folder / "model.safetensors")
-        export.export(folder, tmp_path / stored)
+        export(folder, tmp_path / stored)
         config = json.loads((tmp_path / stored / "config.json").read_text())
         assert config["torch_dtype"] == stored
-        for name, p in weights.load(tmp_path / stored).named_parameters():
+        for name, p in load_model(tmp_path / stored).named_parameters():
             old = cast[name]
             assert str(p.dtype) == f"torch.{stored}" and torch.equal(p[:len(old)].to(old.dtype), old)
 
@@ -156,14 +160,14 @@ def test_a_pretrain_checkpoint_is_exported_with_its_base_folders(small_world, tm
                   small_world / "images", "--vision", tmp_path / "clip", "--llm", tmp_path / "llm", "--out",
                   tmp_path / "run", "--global-batch", 8, "--max-steps", 1, "--workers", 0)
     assert done.returncode == 0, done.stderr
-    assert call("weights.py", "export", tmp_path / "run", tmp_path / "out").returncode == 0
+    assert call("hub", "export", tmp_path / "run", tmp_path / "out").returncode == 0
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ '<image>' }}"
     preprocessing = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert preprocessing["do_pad"] is False and preprocessing["do_center_crop"] is True
     shutil.move(tmp_path / "llm", tmp_path / "moved")
-    refuses(call("weights.py", "export", tmp_path / "run", tmp_path / "2"), "which is not there now", "--llm")
-    assert "problem " in weights.inspect(tmp_path / "run")
-    done = call("weights.py", "export", tmp_path / "run", tmp_path / "2", "--llm", tmp_path / "moved")
+    refuses(call("hub", "export", tmp_path / "run", tmp_path / "2"), "which is not there now", "--llm")
+    assert "problem " in inspect(tmp_path / "run")
+    done = call("hub", "export", tmp_path / "run", tmp_path / "2", "--llm", tmp_path / "moved")
     assert done.returncode == 0, done.stderr
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "2"))
     assert all(torch.equal(t, second[name]) for name, t in first.items())
@@ -174,33 +178,33 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     (tmp_path / "taken" / "x").write_text("mine")
     (tmp_path / "file").write_text("mine")
     out = tmp_path / "out"
-    refuses(call("weights.py", "export", run, tmp_path / "taken"), "exists and is not an empty folder")
-    refuses(call("weights.py", "export", run, tmp_path / "file"), "exists and is not an empty folder")
-    refuses(call("weights.py", "export", run), "python weights.py export CKPT OUT")
-    refuses(call("weights.py"), "python weights.py inspect DIR")
-    refuses(call("weights.py", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
-    refuses(call("weights.py", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
-    refuses(call("weights.py", "export", exported, out), "is not a checkpoint of a run")
-    refuses(call("weights.py", "export", "absent", out), "absent does not exist")
+    refuses(call("hub", "export", run, tmp_path / "taken"), "exists and is not an empty folder")
+    refuses(call("hub", "export", run, tmp_path / "file"), "exists and is not an empty folder")
+    refuses(call("hub", "export", run), "python weights.py export CKPT OUT")
+    refuses(call("hub"), "python weights.py inspect DIR")
+    refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
+    refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
+    refuses(call("hub", "export", exported, out), "is not a checkpoint of a run")
+    refuses(call("hub", "export", "absent", out), "absent does not exist")
     moca = made(tmp_path / "moca", TOWER, dict(TEXT, moca=True), "v1")
-    refuses(call("weights.py", "export", moca, out), "has MoCa", "no place for it")
+    refuses(call("hub", "export", moca, out), "has MoCa", "no place for it")
     gemma = dict(TEXT, norm_plus_one=True, embed_scale=32 ** 0.5, hidden_act="gelu_tanh")
     phi = dict(TEXT, norm="layer", bias=True, head_bias=True, parallel=True, gated=False)
     for name, text, template in [("gemma", gemma, "v1"), ("phi", phi, "v1"), ("phi3", TEXT, "phi3"),
                                  ("rotary", dict(TEXT, partial_rotary_factor=0.5), "v1")]:
         ckpt = made(tmp_path / name, TOWER, text, template)
-        refuses(call("weights.py", "export", ckpt, out), "built on Phi-2, Phi-3 or Gemma")
+        refuses(call("hub", "export", ckpt, out), "built on Phi-2, Phi-3 or Gemma")
     small = made(tmp_path / "small", TOWER, dict(TEXT, vocab_size=500), "v1")
-    refuses(call("weights.py", "export", small, out), "a tokenizer of 547 tokens for a vocabulary of 500")
+    refuses(call("hub", "export", small, out), "a tokenizer of 547 tokens for a vocabulary of 500")
     assert not out.exists() and not list(tmp_path.glob(".*")), "something was written before it was refused"
     assert (tmp_path / "taken" / "x").read_text() == "mine"
     out.mkdir()
-    assert call("weights.py", "export", run, out).returncode == 0, "an empty folder is as good as none"
+    assert call("hub", "export", run, out).returncode == 0, "an empty folder is as good as none"
 
 
 # ------------------------------------------------------------------------------------------------ inspect
 def facts(folder) -> dict[str, list[str]]:
-    done = call("weights.py", "inspect", folder)
+    done = call("hub", "inspect", folder)
     assert done.returncode == 0 and not done.stderr, done.stderr
     out = {}
     for line in done.stdout.splitlines()[1:]:
@@ -225,7 +229,7 @@ def test_inspect_says_what_the_toy_and_its_checkpoints_are(run, exported):
         f = facts(folder)
         assert f["kind"] == ["nanoalign checkpoint: stage finetune, step 30 of 30, loss ce"]
         assert f["template"] == ["v1"] and f["problems"] == ["none"]
-        assert [s.split(", ")[::2] for s in f["stored"]] == [[part, "float32"] for part in weights.PARTS.values()]
+        assert [s.split(", ")[::2] for s in f["stored"]] == [[part, "float32"] for part in PARTS.values()]
         assert "toy/clip, " in f["built on"][0]
     f = facts(exported)
     assert f["kind"] == ["LLaVA, llava-hf's layout"] and f["problems"] == ["none"] and "549 tokens" in f["tokenizer"][0]
@@ -276,7 +280,7 @@ def test_inspect_says_what_is_wrong_and_goes_on(run, tmp_path):
     assert re.search("load_llm stops with TypeError", f["problem"][0])
     f = broken(lambda d: (d / "tokenizer.json").write_text("{"))
     assert "is not a tokenizer" in f["problem"][0] and "language" in f
-    f = broken(configure(template="phi"), weights.checkpoint_folder(run))
+    f = broken(configure(template="phi"), checkpoint_folder(run))
     assert "the tokenizer has no '<|endoftext|>', which template phi needs" in f["problem"][0]
 
     def liuhaotian(folder):                                 # no tower inside
@@ -292,12 +296,12 @@ def test_inspect_says_what_is_wrong_and_goes_on(run, tmp_path):
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path):
-    refuses(call("weights.py", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
-    refuses(call("weights.py", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
+    refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
+    refuses(call("hub", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
     for content, says in [("{", "is not JSON"), ("[]", "has model_type None"),
                           ('{"model_type": "qwen2"}', "has model_type 'qwen2'; known are clip")]:
         (tmp_path / "config.json").write_text(content)
-        refuses(call("weights.py", "inspect", tmp_path), says)
+        refuses(call("hub", "inspect", tmp_path), says)
 
 
 # ------------------------------------------------------------------------------------------------ transformers
@@ -325,9 +329,9 @@ def compare(hf, ckpt: Path, out: Path) -> float:
     """Asserts that transformers renders, encodes and sees as we do; the largest difference of logits, as a share of
     the largest logit: float32 rounds in proportion to it."""
     model, processor = load_hf(hf, out)
-    config = json.loads((weights.checkpoint_folder(ckpt) / "config.json").read_text())
-    ours, tokenizer = weights.load(ckpt, dtype=torch.float32).eval(), load_tokenizer(weights.checkpoint_folder(ckpt))
-    prepare = ImageProcessor.from_folder(weights.checkpoint_folder(ckpt))
+    config = json.loads((checkpoint_folder(ckpt) / "config.json").read_text())
+    ours, tokenizer = load_model(ckpt, dtype=torch.float32).eval(), load_tokenizer(checkpoint_folder(ckpt))
+    prepare = ImageProcessor.from_folder(checkpoint_folder(ckpt))
     assert type(processor).__name__ == "LlavaProcessor" and type(processor.image_processor).__name__.endswith("Pil")
     worst = 0.0
     for picture in pictures():
@@ -357,10 +361,10 @@ def test_transformers_computes_the_same_logits(hf, run, exported):
 @pytest.mark.parametrize("name", MADE)
 def test_transformers_agrees_on_every_kind_of_model(hf, name, tmp_path):
     ckpt = made(tmp_path, *MADE[name], layer=-3 if name == "an earlier layer" else -2)
-    export.export(ckpt, tmp_path / "out")
+    export(ckpt, tmp_path / "out")
     assert compare(hf, ckpt, tmp_path / "out") <= 1e-5
     assert ImageProcessor.from_folder(tmp_path / "out") == ImageProcessor.from_folder(ckpt)
-    before, after = (dict(weights.load(folder).named_parameters()) for folder in (ckpt, tmp_path / "out"))
+    before, after = (dict(load_model(folder).named_parameters()) for folder in (ckpt, tmp_path / "out"))
     assert list(before) == list(after) and all(torch.equal(p, after[n][:len(p)]) for n, p in before.items())
 
 
@@ -374,7 +378,7 @@ def test_transformers_renders_conversations_as_we_do(hf, exported, template, tmp
         want = "".join(p for p, _ in pieces([{"from": who, "value": text} for who, text in said], template))
         roles = {"human": "user", "gpt": "assistant"}
         messages = [{"role": roles[who], "content": text} for who, text in said]       # as lmms-eval writes them
-        text = processor.tokenizer.apply_chat_template(messages, chat_template=export.chat_template(template),
+        text = processor.tokenizer.apply_chat_template(messages, chat_template=chat_template(template),
                                                        tokenize=False, add_generation_prompt=True)
         assert text == want
     with pytest.raises(Exception, match="roles user and assistant"):
@@ -395,7 +399,7 @@ def test_transformers_answers_token_by_token_as_we_do(hf, small_world, run, expo
         ids, _, mask = encode([{"from": "human", "value": messages[0]["content"]}], ours.tokenizer, "v1",
                               ours.model.vision_tower.config.image_tokens)
         pixels = ours.processor(open_image(small_world / "images" / row["image"]), True)[None]
-        [ours_new] = ours.model.generate([ids], pixels, 12, [mask], 2)
+        [ours_new] = generate(ours.model, [ids], pixels, 12, [mask], 2)
         new = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1]:].tolist()
         assert [i for i in new if i != 2] == ours_new
         assert processor.tokenizer.batch_decode([new], skip_special_tokens=True)[0].strip() == answer

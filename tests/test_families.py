@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import weights
-from config import UserError
 from safetensors.torch import load_file, save_file
 
+from common.flags import UserError
+from hub.checkpoint import load_model
+from hub.configs import decoder_config, vision_config
+from hub.released import PARTS, fill, find_tensors, load_llm, load_vision
 from model import Decoder, KVCache, ViT
 
 MODELS = Path(__file__).resolve().parent / "fixtures" / "models"
@@ -68,17 +70,17 @@ def llava_gap(model):
 
 def load(family, folder=None):
     """A decoder or a tower, in the dtype it is stored in."""
-    return (weights.load_vision if family in TOWERS else weights.load_llm)(folder or MODELS / family)
+    return (load_vision if family in TOWERS else load_llm)(folder or MODELS / family)
 
 
 def build(family, **changes):
     """A family's checkpoint under a config with some fields changed."""
     folder = MODELS / family
     tower = family in TOWERS
-    config = dataclasses.replace((weights.vision_config if tower else weights.decoder_config)(folder), **changes)
+    config = dataclasses.replace((vision_config if tower else decoder_config)(folder), **changes)
     with torch.device("meta"):
         module = (ViT if tower else Decoder)(config)
-    weights.fill(module, "vision_tower" if tower else "language_model", weights.find_tensors(folder), folder)
+    fill(module, "vision_tower" if tower else "language_model", find_tensors(folder), folder)
     return module
 
 
@@ -110,7 +112,7 @@ def test_a_vision_tower_computes_what_transformers_computes(family):
 
 
 def test_llava_computes_what_transformers_computes():
-    assert llava_gap(weights.load(MODELS / "llava")) < TOLERANCE
+    assert llava_gap(load_model(MODELS / "llava")) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", LLMS)
@@ -139,7 +141,7 @@ def test_attention_of_every_layer_is_that_of_transformers(family):
 @pytest.mark.parametrize("family", LLMS)
 @torch.no_grad()
 def test_embeddings_in_bfloat16_are_bitwise_those_of_transformers(family):
-    llm = weights.load_llm(MODELS / family, torch.bfloat16)                    # Gemma's scale is rounded to bfloat16
+    llm = load_llm(MODELS / family, torch.bfloat16)                    # Gemma's scale is rounded to bfloat16
     assert torch.equal(llm.embed(golden(family)["input_ids"]), golden(family)["embeds_bfloat16"])
 
 
@@ -147,7 +149,7 @@ def test_embeddings_in_bfloat16_are_bitwise_those_of_transformers(family):
 @torch.no_grad()
 def test_norms_in_bfloat16_cast_where_those_of_transformers_do(family):
     g = golden(family)
-    norm = weights.load_llm(MODELS / family, torch.bfloat16).model["layers"][0].input_layernorm
+    norm = load_llm(MODELS / family, torch.bfloat16).model["layers"][0].input_layernorm
     different = norm(g["embeds_bfloat16"]) != g["normed_bfloat16"]
     assert different.float().mean() < 0.01          # none here; another machine may add the squares up in another order
 
@@ -297,7 +299,7 @@ def test_a_broken_bin_is_refused_by_name_and_no_code_in_it_runs(damage, layout, 
     folder = store(tmp_path / "model", config_of("llama"), tensors_of("llama"), layout)
     damage(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin") as e:
-        weights.load_llm(folder)
+        load_llm(folder)
     assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
 
 
@@ -305,7 +307,7 @@ def test_an_index_that_names_an_absent_bin_is_refused(tmp_path):
     store(tmp_path, config_of("llama"), tensors_of("llama"), "sharded bin")
     (tmp_path / "pytorch_model-00002-of-00003.bin").unlink()
     with pytest.raises(UserError, match="pytorch_model-00002-of-00003.bin"):
-        weights.load_llm(tmp_path)
+        load_llm(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -347,7 +349,7 @@ def test_old_and_terse_configs_mean_the_same(family, form, tmp_path):
 @pytest.mark.parametrize("family", LLMS)
 def test_what_a_decoder_config_leaves_out_is_what_transformers_assumes(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
-    config, d = weights.decoder_config(tmp_path), defaults()[family]
+    config, d = decoder_config(tmp_path), defaults()[family]
     for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                   "num_key_value_heads", "max_position_embeddings", "tie_word_embeddings"):
         assert getattr(config, field) == d[field], field
@@ -365,7 +367,7 @@ def test_what_a_vision_config_leaves_out_is_what_transformers_assumes(family, ne
     kind = f"{family}_vision_model"
     c = {"model_type": family, "vision_config": {}} if nested else {"model_type": kind}
     (tmp_path / "config.json").write_text(json.dumps(c))
-    config, d = weights.vision_config(tmp_path), defaults()[kind]
+    config, d = vision_config(tmp_path), defaults()[kind]
     for field in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
                   "patch_size", "layer_norm_eps"):
         assert getattr(config, field) == d[field], field
@@ -376,12 +378,12 @@ def test_what_a_vision_config_leaves_out_is_what_transformers_assumes(family, ne
                                     {"hidden_activation": "gelu_pytorch_tanh"}])
 def test_gemma_takes_the_tanh_gelu_whatever_its_config_calls_it(fields, tmp_path):
     store(tmp_path, {**config_of("gemma"), **fields}, tensors_of("gemma"))
-    assert llm_gap(weights.load_llm(tmp_path), "gemma") < TOLERANCE
+    assert llm_gap(load_llm(tmp_path), "gemma") < TOLERANCE
 
 
 def test_mistral_without_a_window_reads_null_as_none(tmp_path):
     store(tmp_path, {**config_of("mistral"), "sliding_window": None}, tensors_of("mistral"))
-    assert weights.decoder_config(tmp_path).sliding_window is None
+    assert decoder_config(tmp_path).sliding_window is None
 
 
 @pytest.mark.parametrize("family, fields", [
@@ -446,7 +448,7 @@ def tower(tmp_path):
 
 @pytest.fixture
 def whole():
-    return weights.load(MODELS / "llava")
+    return load_model(MODELS / "llava")
 
 
 @pytest.mark.parametrize("form", [dict, old_style, terse, lambda c: terse(old_style(c))],
@@ -457,7 +459,7 @@ def test_llava_loads_under_every_prefix_that_transformers_gave_it(name, form, wh
              "vision_tower.embeddings.position_ids": torch.arange(5)[None]}
     store(tmp_path, form(config_of("llava")), renamed({**tensors_of("llava"), **extra}, *PREFIXES[name]),
           "sharded safetensors")
-    assert_same(weights.load(tmp_path), whole)
+    assert_same(load_model(tmp_path), whole)
 
 
 @pytest.mark.parametrize("model_type", ["llava_llama", "llava"])
@@ -466,12 +468,12 @@ def test_the_original_llava_loads_with_the_folder_of_its_tower(model_type, insid
     rules = [*L, (r"vision_tower\.", "model.vision_tower.vision_tower.vision_model." if inside else None)]
     folder = store(tmp_path / "llava", liuhaotian(model_type), renamed(tensors_of("llava"), *rules), "sharded bin")
     torch.save({"model.mm_projector.0.bias": torch.zeros(16)}, folder / "mm_projector.bin")      # lies beside it
-    model = weights.load(folder, vision=tower)
+    model = load_model(folder, vision=tower)
     assert_same(model, whole)
     assert llava_gap(model) < TOLERANCE
     if not inside:
         with pytest.raises(UserError, match="vision"):
-            weights.load(folder)
+            load_model(folder)
 
 
 def test_a_tower_trained_inside_the_original_llava_is_not_replaced_silently(whole, tmp_path):
@@ -481,7 +483,7 @@ def test_a_tower_trained_inside_the_original_llava_is_not_replaced_silently(whol
     rules = [*L, (r"vision_tower\.", "model.vision_tower.vision_tower.vision_model.")]
     folder = store(tmp_path / "llava", liuhaotian(), renamed(tensors_of("llava"), *rules))
     try:
-        model = weights.load(folder, vision=tower)
+        model = load_model(folder, vision=tower)
     except UserError:
         return
     assert_same(model, whole)
@@ -490,7 +492,7 @@ def test_a_tower_trained_inside_the_original_llava_is_not_replaced_silently(whol
 def test_tinyllava_loads_as_llava_does(whole, tmp_path):
     c = config_of("llava")
     store(tmp_path, tinyllava(old_style(c["text_config"]), c["vision_config"]), renamed(tensors_of("llava"), *T))
-    model = weights.load(tmp_path)
+    model = load_model(tmp_path)
     assert_same(model, whole)
     assert llava_gap(model) < TOLERANCE
 
@@ -505,7 +507,7 @@ def test_tinyllava_of_phi_and_siglip_loads_and_drops_the_first_patch_as_it_was_t
     tensors["language_model.model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.arange(3)
     vision = {**config_of("siglip")["vision_config"], "model_name_or_path": "google/siglip-so400m-patch14-384"}
     store(tmp_path, tinyllava(terse(old_style(config_of("phi"))), terse(vision)), tensors)
-    model = weights.load(tmp_path)
+    model = load_model(tmp_path)
     assert llm_gap(model.language_model, "phi") < TOLERANCE
     assert vit_gap(model.vision_tower, "siglip") < TOLERANCE
     g = golden("siglip")
@@ -516,8 +518,8 @@ def test_tinyllava_of_phi_and_siglip_loads_and_drops_the_first_patch_as_it_was_t
 
 
 def test_the_parts_of_llava_load_on_their_own(whole):
-    assert_same(weights.load_llm(MODELS / "llava"), whole.language_model)
-    assert_same(weights.load_vision(MODELS / "llava"), whole.vision_tower)
+    assert_same(load_llm(MODELS / "llava"), whole.language_model)
+    assert_same(load_vision(MODELS / "llava"), whole.vision_tower)
 
 
 def test_the_layer_that_features_come_from_is_the_configs(tower, tmp_path):
@@ -527,7 +529,7 @@ def test_the_layer_that_features_come_from_is_the_configs(tower, tmp_path):
                  renamed(tensors_of("llava"), *T))
     original = store(tmp_path / "original", {**liuhaotian(), "mm_vision_select_layer": -1},
                      renamed(tensors_of("llava"), *L, (r"vision_tower\.", None)))
-    for model in (weights.load(hf), weights.load(tiny), weights.load(original, vision=tower)):
+    for model in (load_model(hf), load_model(tiny), load_model(original, vision=tower)):
         assert model.vision_layer == -1 and llava_gap(model) > TOLERANCE
 
 
@@ -536,14 +538,14 @@ def test_the_layer_that_features_come_from_is_the_configs(tower, tmp_path):
 def test_a_llava_that_would_compute_something_else_is_refused(fields, tmp_path):
     store(tmp_path, {**config_of("llava"), **fields}, tensors_of("llava"))
     with pytest.raises(UserError):
-        weights.load(tmp_path)
+        load_model(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "multi_modal_projector", "language_model"])
 def test_a_part_missing_from_llava_is_named(part, tmp_path):
     store(tmp_path, config_of("llava"), renamed(tensors_of("llava"), (part, None)))
-    with pytest.raises(UserError, match="vision tower" if part == "vision_tower" else weights.PARTS[part]):
-        weights.load(tmp_path)
+    with pytest.raises(UserError, match="vision tower" if part == "vision_tower" else PARTS[part]):
+        load_model(tmp_path)
 
 
 def test_the_fixtures_stay_small():

@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_model import N, prompts, tiny, without_cache
 
-from model import shared_prefix
+from evaluation.generate import generate, shared_prefix
 
 NEW = 6
 KINDS = {
@@ -59,7 +59,7 @@ def test_what_is_shared_changes_no_token(kind, monkeypatch):
     wanted, logits = alone(model, ids, masks, index, pixels)
     assert len({tuple(a) for a in wanted}) > 6, "all answers alike would prove nothing"
     seen = spy(monkeypatch, model.language_model.lm_head)
-    assert model.generate(ids, pixels, NEW, masks, image_index=index) == wanted
+    assert generate(model, ids, pixels, NEW, masks, image_index=index) == wanted
     torch.testing.assert_close(torch.stack(seen, dim=1), logits, atol=1e-4, rtol=1e-4)
 
 
@@ -67,13 +67,13 @@ def test_what_is_shared_changes_no_token(kind, monkeypatch):
 def test_neither_order_nor_batch_size_changes_a_token(kind):
     model = tiny(torch.float32, **KINDS[kind])
     ids, masks, index, pixels = questions()
-    wanted = model.generate(ids, pixels, NEW, masks, image_index=index)
+    wanted = generate(model, ids, pixels, NEW, masks, image_index=index)
     for size in (1, 2, 3, 7, len(ids)):
         order = random.Random(size).sample(range(len(ids)), len(ids))
         for s in range(0, len(ids), size):
             rows = order[s:s + size]
             images = sorted({index[r] for r in rows}, reverse=True)             # only theirs, in another order
-            answers = model.generate([ids[r] for r in rows], pixels[images], NEW, [masks[r] for r in rows],
+            answers = generate(model, [ids[r] for r in rows], pixels[images], NEW, [masks[r] for r in rows],
                                      image_index=torch.tensor([images.index(index[r]) for r in rows]))
             assert answers == [wanted[r] for r in rows]
 
@@ -81,18 +81,18 @@ def test_neither_order_nor_batch_size_changes_a_token(kind):
 def test_without_an_index_each_prompt_has_its_own_image():
     model = tiny(torch.float32)
     ids, masks, index, pixels = questions()
-    wanted = model.generate(ids, pixels, NEW, masks, image_index=index)
-    assert model.generate(ids, pixels[index], NEW, masks) == wanted
+    wanted = generate(model, ids, pixels, NEW, masks, image_index=index)
+    assert generate(model, ids, pixels[index], NEW, masks) == wanted
 
 
 def test_the_same_question_about_two_images_has_two_answers():
     model = tiny(torch.float32)
     ids, masks, pixels = prompts([12, 12])
     ids[1] = ids[0]
-    a, b = model.generate(ids, pixels.float(), NEW, masks, image_index=[1, 0])
+    a, b = generate(model, ids, pixels.float(), NEW, masks, image_index=[1, 0])
     assert a != b
-    assert [b, a] == model.generate(ids, pixels.float(), NEW, masks, image_index=[0, 1])
-    assert [a, a] == model.generate(ids, pixels.float(), NEW, masks, image_index=[1, 1])
+    assert [b, a] == generate(model, ids, pixels.float(), NEW, masks, image_index=[0, 1])
+    assert [a, a] == generate(model, ids, pixels.float(), NEW, masks, image_index=[1, 1])
 
 
 def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(monkeypatch):
@@ -102,7 +102,7 @@ def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(
         ids[i][:2] = ids[0][:2]
         ids[i][2 + N * masks[i].any()] = i + 3                                  # so nothing more is shared
     encoded, decoded = spy(monkeypatch, model.vision_tower), spy(monkeypatch, model.language_model)
-    model.generate(ids, pixels[:2].float(), 3, masks, image_index=[0, 1, 0, 0, 1, 0, 0])
+    generate(model, ids, pixels[:2].float(), 3, masks, image_index=[0, 1, 0, 0, 1, 0, 0])
     assert [len(out) for out in encoded] == [2]
     assert [tuple(out.shape[:2]) for out in decoded] == [(3, 2 + N), (7, 3), (7, 1), (7, 1)]     # text shares apart
 
@@ -111,20 +111,20 @@ def test_text_alone_encodes_no_image(monkeypatch):
     model = tiny(torch.float32)
     ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
     encoded = spy(monkeypatch, model.vision_tower)
-    model.generate(ids, pixels[:1].float(), 2, masks, image_index=[0, 0])
+    generate(model, ids, pixels[:1].float(), 2, masks, image_index=[0, 0])
     assert not encoded
 
 
 def test_answers_end_at_different_steps_and_decoding_with_the_last_of_them(monkeypatch):
     model = tiny(torch.float32)
     ids, masks, index, pixels = questions()
-    free = model.generate(ids, pixels, 16, masks, image_index=index)
+    free = generate(model, ids, pixels, 16, masks, image_index=index)
     decoded = spy(monkeypatch, model.language_model)
     for end in sorted({token for answer in free for token in answer})[::4]:
         ended = [r for r, answer in enumerate(free) if end in answer]
         for rows in (range(len(ids)), ended):
             del decoded[:]
-            stopped = model.generate([ids[r] for r in rows], pixels, 16, [masks[r] for r in rows], end,
+            stopped = generate(model, [ids[r] for r in rows], pixels, 16, [masks[r] for r in rows], end,
                                      [index[r] for r in rows])
             assert stopped == [free[r][:free[r].index(end)] if end in free[r] else free[r] for r in rows]
             steps = max(free[r].index(end) if end in free[r] else 15 for r in rows)
@@ -134,9 +134,9 @@ def test_answers_end_at_different_steps_and_decoding_with_the_last_of_them(monke
 def test_a_single_new_token_needs_no_decoding(monkeypatch):
     model = tiny(torch.float32)
     ids, masks, index, pixels = questions()
-    wanted = model.generate(ids, pixels, NEW, masks, image_index=index)
+    wanted = generate(model, ids, pixels, NEW, masks, image_index=index)
     decoded = spy(monkeypatch, model.language_model)
-    assert model.generate(ids, pixels, 1, masks, image_index=index) == [a[:1] for a in wanted] and len(decoded) == 2
+    assert generate(model, ids, pixels, 1, masks, image_index=index) == [a[:1] for a in wanted] and len(decoded) == 2
 
 
 IMAGE = [0] * N

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from config import UserError
-from index import SampleFile, elements, image_key, read_samples
 from PIL import Image
 
-from data import ImageProcessor, Order, Samples, epoch_order, image_problems, loader
+from common.flags import UserError
+from data import ImageProcessor, Order, Samples, epoch_order, loader
+from hub.check import image_problems
+from hub.samples import SampleFile, elements, image_key, read_samples
 
 
 def sample(i, text="What is this?", answer="noise", **more):

@@ -1,18 +1,20 @@
 """LoRA, and what --unlock-llm and --unlock-vision train."""
 import re
 import shutil
+from dataclasses import replace
 
-import lora
 import pytest
 import torch
 import torch.nn.functional as F
-import weights
 from conftest import ROOT, call, launch, losses_of
-from lora import LoRALinear
 from safetensors.torch import load_file
 from test_train import command
 
-import train
+from common.parallel import Ranks
+from hub.checkpoint import load_model
+from methods.lora import LoRALinear, lora_start
+from training.settings import TrainConfig, settings
+from training.setup import build, groups
 
 
 @pytest.fixture
@@ -41,11 +43,11 @@ def test_merging_changes_no_output_and_with_b_at_0_no_bit(layer):
 
 
 def test_training_starts_at_the_released_model_and_a_differs_by_tensor_and_seed():
-    start = [lora.start(f"{n}.lora_A", torch.Size([8, 100]), seed) for n, seed in [("q", 1), ("k", 1), ("q", 2)]]
+    start = [lora_start(f"{n}.lora_A", torch.Size([8, 100]), seed) for n, seed in [("q", 1), ("k", 1), ("q", 2)]]
     assert not any(torch.equal(a, b) for a, b in [(start[0], start[1]), (start[0], start[2])])
     assert start[0].abs().max() <= 0.1 and start[0].std() == pytest.approx(0.1 / 3 ** 0.5, rel=0.1)
-    assert not lora.start("q.lora_B", torch.Size([3, 8]), 1).any()
-    assert lora.start("q.weight", torch.Size([3]), 1) is None
+    assert not lora_start("q.lora_B", torch.Size([3, 8]), 1).any()
+    assert lora_start("q.weight", torch.Size([3]), 1) is None
 
 
 def changed(before: dict, after: dict) -> set[str]:
@@ -74,7 +76,7 @@ def test_what_is_unlocked_is_trained_and_nothing_else(small_world, base, tmp_pat
     after = load_file(tmp_path / "run" / f"{stage}-3" / "model.safetensors")
     moved = changed(base, after)
     assert moved == {n for n in after if re.fullmatch(wanted, n)}
-    model = weights.load(tmp_path / "run")                  # all of it is stored, in stage 1 too
+    model = load_model(tmp_path / "run")                  # all of it is stored, in stage 1 too
     assert torch.equal(model.language_model.lm_head.weight, after["language_model.lm_head.weight"])
 
 
@@ -88,9 +90,9 @@ def test_lora_is_resumed_cut_over_ranks_and_merged_by_export(small_world, tmp_pa
     done = launch(*command(small_world, cut, steps=6, **{"micro-batch": 4}), *flags, "--resume", ranks=2)
     assert done.returncode == 0, done.stderr
     assert max(abs(a - b) for a, b in zip(losses_of(one, "finetune"), losses_of(cut, "finetune"))) < 1e-5
-    done = call("weights.py", "export", one, out)
+    done = call("hub", "export", one, out)
     assert done.returncode == 0, done.stderr
-    ours, theirs = weights.load(one), weights.load(out)
+    ours, theirs = load_model(one), load_model(out)
     assert theirs.language_model.config.lora_rank == 0 and not any("lora" in n for n, _ in theirs.named_parameters())
     x = torch.randn(2, 7, 96)
     a, b = ours.language_model(x), theirs.language_model(x)
@@ -98,11 +100,11 @@ def test_lora_is_resumed_cut_over_ranks_and_merged_by_export(small_world, tmp_pa
 
 
 def test_the_parts_have_their_own_learning_rates(small_world, tmp_path):
-    cfg = train.settings(train.Config(data="x", unlock_llm="lora", unlock_vision="half", vision_lr=1e-6), "finetune", 1)
+    cfg = settings(TrainConfig(data="x", unlock_llm="lora", unlock_vision="half", vision_lr=1e-6), "finetune", 1)
     assert (cfg.lr, cfg.projector_lr) == (2e-4, 2e-5), "LLaVA's rates for LoRA"
-    model = train.build(train.replace(cfg, data=None, lora_rank=2), None,
-                        train.Ranks(0, 1, torch.device("cpu"), torch.float32))
-    rates = {g["peak"]: len(g["params"]) for g in train.groups(model, cfg)}
+    model = build(replace(cfg, data=None, lora_rank=2), None,
+                        Ranks(0, 1, torch.device("cpu"), torch.float32))
+    rates = {g["peak"]: len(g["params"]) for g in groups(model, cfg)}
     assert rates == {1e-6: 16, 2e-5: 4, 2e-4: 4 * 7 * 2}, "16 tensors in a layer of CLIP, 7 maps in one of LLaMA"
 
 

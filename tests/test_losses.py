@@ -3,10 +3,11 @@ import pytest
 import torch
 from test_model import N, batch_of, prompts, tiny
 
+import model
 from data import Batch
 from losses import LOSSES, Objective, counts
 from methods import basic, vdep, vista
-from train import Config
+from training.settings import TrainConfig
 
 STAGES = ("pretrain", "finetune")
 
@@ -37,7 +38,7 @@ def frozen(stage: str, **decoder):
 
 
 def cfg(loss, stage="pretrain", **options):
-    return Config(loss=loss, stage=stage, **options)
+    return TrainConfig(loss=loss, stage=stage, **options)
 
 
 def gradient_reach(model, loss) -> set[str]:
@@ -136,10 +137,9 @@ def test_basic_supervises_the_projector_by_its_first_layers(k, options):
 
 
 def test_basic_computes_only_what_is_switched_on(monkeypatch):
-    import model as module
     calls = []
-    plain = module.attention_to_image
-    monkeypatch.setattr(module, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
+    plain = model.attention_to_image
+    monkeypatch.setattr(model, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
     def names(**options):
         calls.clear()
         return [t.name for t in Objective(tiny(), cfg("basic", **options))(example())]

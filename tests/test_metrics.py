@@ -6,7 +6,9 @@ import re
 
 import numpy as np
 import pytest
-from metrics import (
+
+from evaluation import metrics
+from evaluation.metrics import (
     CONTRACTIONS,
     accuracy,
     anls,
@@ -463,7 +465,6 @@ def test_R11_letters_by_R6_and_the_rest_as_written(pred, ref, hit):
 
 
 def test_every_rule_of_the_module_docstring_is_a_function_tested_here():
-    import metrics
     rows = re.findall(r"^    (R\d+) +(.+?)  +", metrics.__doc__, re.M)
     assert [rule for rule, _ in rows] == [f"R{i}" for i in range(1, 12)]
     for rule, names in rows:

@@ -16,7 +16,7 @@ from data import Batch
 from mir import Median, measure, newton_schulz, outlier_bounds, replace_outliers, visit
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from pairing import Batches, mix_pairs
-from train import Log
+from training.folder import Log
 
 STORED = json.loads((ROOT / "tests/fixtures/mir/distances.json").read_text())["cases"]
 
@@ -463,7 +463,7 @@ def test_any_images_and_texts_can_be_measured_in_any_template(checkpoint, small_
 
 
 def test_a_released_layout_is_measured_as_our_own(checkpoint, small_world, tmp_path):
-    assert call("weights.py", "export", checkpoint, tmp_path / "hf").returncode == 0
+    assert call("hub", "export", checkpoint, tmp_path / "hf").returncode == 0
     data = ["--data", small_world / "val.jsonl", "--images", small_world / "images"]
     got, wanted = run_mir(tmp_path / "hf", *data)[0], run_mir(checkpoint)[0]
     assert got["layers"] == pytest.approx(wanted["layers"], rel=1e-6)

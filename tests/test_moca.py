@@ -1,11 +1,13 @@
 """methods/moca.py: the map itself, and where the decoder applies it."""
 import pytest
 import torch
-import weights
 from adapters import make_moca
-from config import UserError
 from test_families import L, liuhaotian, renamed, store, tensors_of, tower, whole  # noqa: F401, tower and whole: fixtures
 from test_model import LENGTHS, batch_of, prompts, tiny, without_cache
+
+from common.flags import UserError
+from evaluation.generate import generate
+from hub.checkpoint import load_model
 
 
 def test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit():
@@ -65,20 +67,20 @@ def test_every_layer_has_a_map_of_its_own(layer):
 def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
     model = calibrated()
     ids, masks, pixels = prompts(LENGTHS[:4])
-    answers = model.generate(ids, pixels.float(), 8, masks)
+    answers = generate(model, ids, pixels.float(), 8, masks)
     assert answers == [without_cache(model, i, m, p.float(), 8)[0] for i, m, p in zip(ids, masks, pixels)]
-    assert answers != tiny(torch.float32).generate(ids, pixels.float(), 8, masks)
+    assert answers != generate(tiny(torch.float32), ids, pixels.float(), 8, masks)
 
 
 def test_released_moca_checkpoints_load_with_their_maps(tower, whole, tmp_path):  # noqa: F811
     """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in config.json."""
     maps = {f"model.layers.{n}.modality_layernorm.{p}": torch.randn(16) for n in range(2) for p in ("scale", "shift")}
     tensors = {**renamed(tensors_of("llava"), *L, (r"vision_tower\.", None)), **maps}
-    model = weights.load(store(tmp_path / "moca", {**liuhaotian(), "use_moca": True}, tensors, "bin"), vision=tower)
+    model = load_model(store(tmp_path / "moca", {**liuhaotian(), "use_moca": True}, tensors, "bin"), vision=tower)
     for n, layer in enumerate(model.language_model.moca):
         assert torch.equal(layer.u, maps[f"model.layers.{n}.modality_layernorm.scale"])
         assert torch.equal(layer.v, maps[f"model.layers.{n}.modality_layernorm.shift"])
     without = {n: p for n, p in model.named_parameters() if ".moca." not in n}
     assert without.keys() == dict(whole.named_parameters()).keys()
     with pytest.raises(UserError, match="left over"):
-        weights.load(store(tmp_path / "plain", liuhaotian(), tensors, "bin"), vision=tower)
+        load_model(store(tmp_path / "plain", liuhaotian(), tensors, "bin"), vision=tower)

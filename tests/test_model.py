@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evaluation.generate import generate
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate
 
 N = 4                                                  # image tokens
@@ -187,7 +188,7 @@ def test_the_cache_and_the_batch_change_no_token(size):
     model = tiny(torch.float32)
     ids, masks, pixels = prompts(LENGTHS, without_image=[3])
     answers = [a for s in range(0, 8, size) for a in
-               model.generate(ids[s:s + size], pixels[s:s + size].float(), 10, masks[s:s + size])]
+               generate(model, ids[s:s + size], pixels[s:s + size].float(), 10, masks[s:s + size])]
     wanted = [without_cache(model, i, m, p.float(), 10)[0] for i, m, p in zip(ids, masks, pixels)]
     assert answers == wanted
     assert len({tuple(a) for a in answers}) > 3, "all answers alike would prove nothing"
@@ -199,7 +200,7 @@ def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeyp
     seen = []
     head = model.language_model.lm_head
     monkeypatch.setattr(head, "forward", lambda h: seen.append(F.linear(h, head.weight)) or seen[-1])
-    answers = model.generate(ids, pixels.float(), 8, masks)
+    answers = generate(model, ids, pixels.float(), 8, masks)
     decoded = torch.stack(seen, dim=1)                                          # (B,new,V)
     for b, answer in enumerate(answers):
         whole = torch.cat([ids[b], torch.tensor(answer)])
@@ -212,13 +213,13 @@ def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeyp
 def test_an_answer_ends_before_its_end_token():
     model = tiny(torch.float32)
     ids, masks, pixels = prompts(LENGTHS)
-    free = model.generate(ids, pixels.float(), 10, masks)
+    free = generate(model, ids, pixels.float(), 10, masks)
     end = free[0][4]
-    stopped = model.generate(ids, pixels.float(), 10, masks, eos_token_id=end)
+    stopped = generate(model, ids, pixels.float(), 10, masks, eos_token_id=end)
     assert stopped == [a[:a.index(end)] if end in a else a for a in free]
 
 
 def test_text_alone_can_be_continued():
     model = tiny(torch.float32)
     ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
-    assert model.generate(ids, pixels.float(), 6) == model.generate(ids, pixels.float(), 6, masks)
+    assert generate(model, ids, pixels.float(), 6) == model.generate(ids, pixels.float(), 6, masks)

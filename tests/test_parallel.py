@@ -4,17 +4,17 @@ import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import parallel
 import pytest
 import torch
 import torch.distributed as dist
-import weights
 from conftest import call, launch, losses_of
 from safetensors.torch import load_file
 from test_train import command
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
+from common.parallel import Ranks, gradients, over, wrap
+from hub.tensors import save_tensors, weight_files
 from losses import Term
 
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_goes_from_one_process_over_fsdp_and_ddp_and_back_bit_for_b
         assert before == after, f"the weights changed in {out.name}"
         states = [torch.load(p / "state.pt", weights_only=True) for p in (first, last)]
         assert same(*states), f"the optimizer's state changed in {out.name}"
-    assert len(totals) == 1, "inside parallel.gathered a model computes something else than it does whole"
+    assert len(totals) == 1, "inside gathered a model computes something else than it does whole"
 
 
 def test_a_run_goes_on_with_another_number_of_ranks_and_way_to_cut(small_world, tmp_path):
@@ -83,16 +83,16 @@ def test_gradients_travel_once_a_step(monkeypatch):
     """A process that plays the first of two: what was not sent is not in .grad yet."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     try:
-        ranks = parallel.over(parallel.Ranks(0, 2, torch.device("cpu"), torch.float32), sharded=True)
-        cut = parallel.wrap(torch.nn.Linear(4, 4), ranks)
+        ranks = over(Ranks(0, 2, torch.device("cpu"), torch.float32), sharded=True)
+        cut = wrap(torch.nn.Linear(4, 4), ranks)
         for travel in (False, False, True):
-            with parallel.gradients(cut, travel):
+            with gradients(cut, travel):
                 cut(torch.ones(1, 4)).sum().backward()
             assert (cut.weight.grad is not None) == travel, f"asked to travel: {travel}"
     finally:
         dist.destroy_process_group()
     asked, w = [], torch.ones(1, requires_grad=True)
-    monkeypatch.setattr(parallel, "gradients", lambda objective, travel: asked.append(travel) or nullcontext())
+    monkeypatch.setattr(train, "gradients", lambda objective, travel: asked.append(travel) or nullcontext())
     micro, count = [SimpleNamespace(to=lambda device: None)] * 3, {"ce": torch.tensor(1.0)}
     for hold in (True, False):
         train.backward(lambda batch: [Term("ce", w.sum(), None, 1.0)], micro, count, ranks, hold)
@@ -101,9 +101,9 @@ def test_gradients_travel_once_a_step(monkeypatch):
 
 def test_a_large_checkpoint_is_cut_into_files_that_read_as_one(tmp_path):
     tensors = {f"language_model.{n}": torch.randn(10, 10) for n in "abcde"}
-    weights.save_tensors(tmp_path, tensors, limit=900)
+    save_tensors(tmp_path, tensors, limit=900)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert [f.name for f in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert weights.weight_files(tmp_path) == files
+    assert weight_files(tmp_path) == files
     read = {k: t for f in files for k, t in load_file(f).items()}
     assert same(read, {k: tensors[k] for k in read}) and len(read) == 5

@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT
 
-from train import Config
+from training.settings import TrainConfig
 
 RECIPES = sorted((ROOT / "runs").glob("*.sh"))
 
@@ -14,7 +14,7 @@ RECIPES = sorted((ROOT / "runs").glob("*.sh"))
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
 def test_every_flag_of_a_recipe_exists_and_it_says_what_to_expect(path):
     text = path.read_text()
-    flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(Config)} | {"--nproc_per_node"}
+    flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)} | {"--nproc_per_node"}
     unknown = set(re.findall(r"--[a-z][a-z_-]+", text)) - flags
     assert not unknown, f"{path.name} uses {', '.join(unknown)}, which train.py does not have"
     assert "# Expected" in text, f"{path.name} does not say how long it takes"

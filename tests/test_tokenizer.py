@@ -5,13 +5,16 @@ import json
 import shutil
 import struct
 import time
+from dataclasses import fields
 
 import make_tokenizer_fixtures as fixtures
 import numpy as np
 import pytest
-from config import UserError
-from tokenizer import encode_text, fields, load_tokenizer
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+
+from common.flags import UserError
+from data import encode_text
+from hub.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize("text, ids", [

@@ -9,25 +9,25 @@ from signal import SIGTERM
 
 import pytest
 import torch
-from config import UserError
 from conftest import ROOT, call, launch, losses_of
 from safetensors.torch import load_file
 
 import train
-from train import Config, learning_rate, settings
+from common.flags import UserError
+from training.settings import TrainConfig, settings
 
 
 # ------------------------------------------------------------------------------------------------ settings
 def test_stage_fills_in_llavas_recipe_and_what_is_given_stays():
-    cfg = settings(Config(data="x.json"), "pretrain", ranks=8)
+    cfg = settings(TrainConfig(data="x.json"), "pretrain", ranks=8)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
-    cfg = settings(Config(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
+    cfg = settings(TrainConfig(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, True)
 
 
 def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
-    assert [settings(Config(data="x"), "finetune", ranks=r).micro_batch for r in (1, 2, 8, 32)] == [16, 16, 16, 4]
-    assert settings(Config(data="x", global_batch=36), "finetune", ranks=2).micro_batch == 9
+    assert [settings(TrainConfig(data="x"), "finetune", ranks=r).micro_batch for r in (1, 2, 8, 32)] == [16, 16, 16, 4]
+    assert settings(TrainConfig(data="x", global_batch=36), "finetune", ranks=2).micro_batch == 9
 
 
 @pytest.mark.parametrize("given, ranks, says", [
@@ -39,15 +39,15 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
     (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is --loss vista")])
 def test_impossible_settings_are_refused(given, ranks, says):
     with pytest.raises(UserError, match=says):
-        settings(Config(**given), "pretrain", ranks)
+        settings(TrainConfig(**given), "pretrain", ranks)
 
 
 def test_the_learning_rate_warms_up_for_3_percent_and_falls_as_half_a_cosine():
-    rates = [learning_rate(s, 1000, 2.0) for s in range(1000)]
+    rates = [train.learning_rate(s, 1000, 2.0) for s in range(1000)]
     assert rates[0] == pytest.approx(2 / 30) and rates[29] == rates[30] == 2.0
     assert rates[515] == pytest.approx(1.0) and rates[-1] < 1e-4
     assert all(a >= b for a, b in zip(rates[30:], rates[31:]))
-    assert learning_rate(0, 1, 2.0) == 2.0
+    assert train.learning_rate(0, 1, 2.0) == 2.0
 
 
 # ------------------------------------------------------------------------------------------------ runs

@@ -4,11 +4,13 @@ import shutil
 
 import pytest
 import torch
-import weights
-from config import UserError
 from conftest import ROOT
 from safetensors.torch import load_file, save_file
 
+from common.flags import UserError
+from hub.checkpoint import checkpoint_folder, checkpoints, load_model, save_checkpoint
+from hub.configs import decoder_config
+from hub.released import load_llm, load_vision
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 LLM = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -68,10 +70,10 @@ def configure(folder, **fields):
 def test_every_tensor_arrives_bitwise_in_the_dtype_asked_for(llm, clip):
     stored = load_file(llm / "model.safetensors")
     for dtype in (None, torch.float32, torch.bfloat16):
-        model = weights.load_llm(llm, dtype)
+        model = load_llm(llm, dtype)
         for name, p in model.named_parameters():
             assert p.device.type == "cpu" and torch.equal(p, stored[name].to(dtype or torch.float16))
-    vit = weights.load_vision(clip, torch.float32)
+    vit = load_vision(clip, torch.float32)
     stored = load_file(clip / "model.safetensors")
     for name, p in vit.named_parameters():
         assert torch.equal(p, stored["vision_model." + name])
@@ -81,21 +83,21 @@ def test_shards_load_as_one_file_does(llm):
     tensors = load_file(llm / "model.safetensors")
     names = sorted(tensors)
     parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
-    whole = weights.load_llm(llm)
+    whole = load_llm(llm)
     for file, keys in parts.items():
         save_file({k: tensors[k] for k in keys}, llm / file)
     (llm / "model.safetensors").unlink()
     index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (llm / "model.safetensors.index.json").write_text(json.dumps(index))
-    for (_, a), (_, b) in zip(whole.named_parameters(), weights.load_llm(llm).named_parameters()):
+    for (_, a), (_, b) in zip(whole.named_parameters(), load_llm(llm).named_parameters()):
         assert torch.equal(a, b)
     (llm / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="1 of 2 shards that are not there: model-00002"):
-        weights.load_llm(llm)
+        load_llm(llm)
 
 
 def test_weights_are_copied_so_that_the_file_may_change_under_them(llm):
-    model = weights.load_llm(llm)
+    model = load_llm(llm)
     before = model.lm_head.weight.detach().clone()
     size = (llm / "model.safetensors").stat().st_size
     (llm / "model.safetensors").write_bytes(b"\0" * size)
@@ -104,17 +106,17 @@ def test_weights_are_copied_so_that_the_file_may_change_under_them(llm):
 
 def test_a_tied_head_loads_from_a_file_with_or_without_it(llm):
     configure(llm, tie_word_embeddings=True)
-    assert weights.load_llm(llm).lm_head.weight is not None
+    assert load_llm(llm).lm_head.weight is not None
     rewrite(llm, lambda t: t.pop("lm_head.weight"))
-    model = weights.load_llm(llm)
+    model = load_llm(llm)
     assert model.lm_head.weight is model.model["embed_tokens"].weight
 
 
 def test_rope_theta_is_read_where_old_and_new_transformers_write_it(llm):
     configure(llm, rope_theta=5e5)
-    assert weights.decoder_config(llm).rope_theta == 5e5
+    assert decoder_config(llm).rope_theta == 5e5
     configure(llm, rope_parameters={"rope_theta": 7e5, "rope_type": "default"})
-    assert weights.decoder_config(llm).rope_theta == 7e5
+    assert decoder_config(llm).rope_theta == 7e5
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -136,7 +138,7 @@ def cut(n):
 def test_a_broken_file_is_named_with_its_cause(llm, damage, says):
     damage(llm / "model.safetensors")
     with pytest.raises(UserError, match=says) as e:
-        weights.load_llm(llm)
+        load_llm(llm)
     assert str(llm) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -151,7 +153,7 @@ def test_a_broken_file_is_named_with_its_cause(llm, damage, says):
 def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, says):
     rewrite(llm, change)
     with pytest.raises(UserError, match=says):
-        weights.load_llm(llm)
+        load_llm(llm)
 
 
 @pytest.mark.parametrize("fields, says", [
@@ -164,31 +166,31 @@ def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, sa
 def test_an_unsupported_config_is_refused(llm, fields, says):
     configure(llm, **fields)
     with pytest.raises(UserError, match=says):
-        weights.load_llm(llm)
+        load_llm(llm)
 
 
 def test_the_wrong_folder_is_refused(llm, clip, tmp_path):
     with pytest.raises(UserError, match="vision encoder is supported"):
-        weights.load_vision(llm)
+        load_vision(llm)
     with pytest.raises(UserError, match="supported are llama"):
-        weights.load_llm(clip)
+        load_llm(clip)
     with pytest.raises(UserError, match="there is no folder"):
-        weights.load_llm(tmp_path / "absent")
+        load_llm(tmp_path / "absent")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "README.md").write_text("hello")
     with pytest.raises(UserError, match="config.json does not exist; the folder holds: README.md"):
-        weights.load_llm(tmp_path / "docs")
+        load_llm(tmp_path / "docs")
     with pytest.raises(UserError, match="not a checkpoint of a run"):
-        weights.load(llm)
+        load_model(llm)
 
 
 # ------------------------------------------------------------------------------------------------ our checkpoints
 def save(llm, clip, run, stage, step=3):
-    model = Llava(weights.load_vision(clip), random(Projector(16, 16)), weights.load_llm(llm))
+    model = Llava(load_vision(clip), random(Projector(16, 16)), load_llm(llm))
     names = {n for n, _ in model.named_parameters() if stage == "finetune" or "projector" in n}
     folder = run / f"{stage}-{step}"
     config = {"stage": stage, "vision": str(clip), "llm": str(llm)}
-    weights.save_checkpoint(folder, model, names, config, {"step": step})
+    save_checkpoint(folder, model, names, config, {"step": step})
     return model, folder
 
 
@@ -196,7 +198,7 @@ def save(llm, clip, run, stage, step=3):
 def test_a_checkpoint_gives_the_same_model_back_bitwise(llm, clip, tmp_path, stage):
     model, folder = save(llm, clip, tmp_path / "run", stage)
     assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name], "a temporary folder was left"
-    again = weights.load(folder)
+    again = load_model(folder)
     for (name, a), (_, b) in zip(model.named_parameters(), again.named_parameters(), strict=True):
         assert torch.equal(a, b) and a.dtype == b.dtype, name
     assert (folder / "preprocessor_config.json").exists()
@@ -208,10 +210,10 @@ def test_a_stage_2_checkpoint_needs_no_other_folder_and_a_stage_1_one_says_which
     save(llm, clip, tmp_path / "run", "pretrain")
     _, finetuned = save(llm, clip, tmp_path / "run", "finetune")
     moved = shutil.move(llm, tmp_path / "elsewhere")
-    weights.load(finetuned)
+    load_model(finetuned)
     with pytest.raises(UserError, match="not there now: say where it is with --llm"):
-        weights.load(tmp_path / "run" / "pretrain-3")
-    weights.load(tmp_path / "run" / "pretrain-3", llm=moved)
+        load_model(tmp_path / "run" / "pretrain-3")
+    load_model(tmp_path / "run" / "pretrain-3", llm=moved)
 
 
 def test_a_runs_folder_stands_for_its_newest_checkpoint(llm, clip, tmp_path):
@@ -219,8 +221,8 @@ def test_a_runs_folder_stands_for_its_newest_checkpoint(llm, clip, tmp_path):
     for stage, step in [("finetune", 20), ("pretrain", 900), ("finetune", 100)]:
         save(llm, clip, run, stage, step)
     (run / ".finetune-200.tmp").mkdir()
-    assert [p.name for p in weights.checkpoints(run)] == ["pretrain-900", "finetune-20", "finetune-100"]
-    assert weights.checkpoint_folder(run).name == "finetune-100"
+    assert [p.name for p in checkpoints(run)] == ["pretrain-900", "finetune-20", "finetune-100"]
+    assert checkpoint_folder(run).name == "finetune-100"
 
 
 def test_a_checkpoint_cut_off_or_of_another_shape_is_refused(llm, clip, tmp_path):
@@ -228,8 +230,8 @@ def test_a_checkpoint_cut_off_or_of_another_shape_is_refused(llm, clip, tmp_path
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[:-50])
     with pytest.raises(UserError, match="cut off"):
-        weights.load(folder)
+        load_model(folder)
     (folder / "model.safetensors").write_bytes(whole)
     rewrite(folder, lambda t: t.update({"multi_modal_projector.linear_1.weight": torch.zeros(16, 20)}))
     with pytest.raises(UserError, match=r"linear_1.weight has shape \(16, 20\)"):
-        weights.load(folder)
+        load_model(folder)

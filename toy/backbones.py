@@ -1,6 +1,6 @@
 """Trains the two backbones that are shipped beside this file: a tiny CLIP (toy/clip) and a tiny LLaMA (toy/llm).
 
-    python toy/backbones.py
+    python -m toy.backbones
 
 They are saved as released checkpoints are, so that the toy runs the code that real weights run: config.json,
 model.safetensors (fp16, Hugging Face names), preprocessor_config.json, tokenizer.json in Llama-2's style. Both see
@@ -25,7 +25,6 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from model import Decoder, DecoderConfig, VisionConfig, ViT, ViTAttention, ViTLayer
 from toy import world
 
