@@ -13,13 +13,11 @@ import math
 import os
 import resource
 import signal
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,14 +27,14 @@ from common.flags import UserError, parse, run
 from common.parallel import (
     Ranks,
     choose_device,
-    clip,
+    clip_gradients,
+    explain_lost_ranks,
+    finish,
     gathered,
-    gradient_norm,
-    gradients,
-    holds_gradients,
-    losses_explained,
     over,
+    reduce_once,
     start,
+    sync_gradients,
     wrap,
 )
 from data import Batch, Order, Samples, loader
@@ -76,7 +74,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
     optimizer = torch.optim.AdamW(groups(model, cfg), weight_decay=0.0, fused=True)
     if ckpt:
         load_optimizer(optimizer, ckpt)
-    hold = holds_gradients(trained, ranks)
+    hold = reduce_once(trained, ranks)
     if ranks.first:
         print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.count} ranks × {accumulation} accumulation × "
               f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on "
@@ -97,8 +95,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names]).float()))
 
             terms = backward(objective, micro, count, ranks, hold)
-            norm = gradient_norm(trained, ranks)
-            clip(trained, norm, 1.0)
+            norm = clip_gradients(trained, ranks, 1.0)
             sums = ranks.sum([*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
             # The one place where a step waits for the device: what is checked and logged is read in one piece.
             *numbers, gradient = torch.cat([torch.stack([*count.values()]), sums, norm[None]]).tolist()
@@ -151,7 +148,7 @@ def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor],
     gradients travel once a step. Returns the terms with their totals over this rank's micro-batches."""
     summed = {}
     for i, batch in enumerate(micro):
-        with gradients(objective, travel=not hold or i == len(micro) - 1):
+        with sync_gradients(objective, when=not hold or i == len(micro) - 1):
             with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
                 terms = objective(batch.to(ranks.device))
             loss = sum(t.weight * t.total / count[t.name].clamp(min=1) for t in terms)
@@ -239,20 +236,13 @@ def main() -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), cfg.timeout)
-    with losses_explained(ranks):
+    with explain_lost_ranks(ranks):
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
-    if ranks.count > 1:
-        dist.destroy_process_group()
     if toy and ranks.first:
         report(out, stages, cfg.device, cfg.dtype)
         print(f"{time.perf_counter() - began:.0f} s in all")
-    if ranks.count > 1:
-        # A thread of gloo that lets go of a collective's Python tensor while the interpreter is being taken down aborts
-        # the process (seen about once in 40 runs). Everything is written: leave without taking it down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+    finish(ranks)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from common.flags import option, parse, run
-from common.parallel import Ranks, choose_device, clip, gradient_norm, local, over, shard, wrap
+from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, wrap
 from data import IGNORE, Batch
 from losses import LOSSES, Objective, counts
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
@@ -183,7 +183,7 @@ def measured(b: Bench) -> None:
         wait(device)
         start = time.perf_counter()
         backward(objective, [batch], count, ranks, hold=True)
-        clip(trained, gradient_norm(trained, ranks), 1.0)
+        clip_gradients(trained, ranks, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         wait(device)

@@ -1,4 +1,4 @@
-"""JSON in and out: one reader, one writer, errors that name the file."""
+"""JSON in and out: one reader and one writer, with errors that name the file and the line."""
 import json
 import os
 from pathlib import Path
@@ -6,52 +6,62 @@ from pathlib import Path
 from common.flags import UserError
 
 
-def read_json(path: Path):
-    """The value in a JSON file. Raises UserError if there is none."""
+def read_json(path: str | Path):
+    """Return the value in a JSON file. Raises UserError if there is none; then it names what the folder holds."""
+    path = Path(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        holds = ", ".join(sorted(p.name for p in path.parent.iterdir())[:6]) if path.parent.is_dir() else ""
-        raise UserError(f"{path} does not exist" + (f"; the folder holds: {holds}" if holds else
-                        f": there is no folder {path.parent}" if not path.parent.is_dir() else "; the folder is empty")
-                        ) from None
+        if not path.parent.is_dir():
+            raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
+        holds = ", ".join(sorted(p.name for p in path.parent.iterdir())[:6])
+        if not holds:
+            raise UserError(f"{path} does not exist; the folder is empty") from None
+        raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
     except (ValueError, OSError) as e:
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
 
 
-def read_jsonl(path: Path) -> list:
-    """A value a line. Raises UserError with the line's number."""
-    out = []
+def read_jsonl(path: str | Path) -> list:
+    """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid line."""
+    rows = []
+    number = 0
     try:
         with open(path, encoding="utf-8") as f:
-            for n, line in enumerate(f, 1):            # noqa: B007, for the message below
+            for number, line in enumerate(f, 1):
                 if line.strip():
-                    out.append(json.loads(line))
+                    rows.append(json.loads(line))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (ValueError, OSError) as e:
-        raise UserError(f"{path} line {n}: not JSON ({e})") from None
-    return out
+        raise UserError(f"{path} line {number}: not JSON ({e})") from None
+    return rows
 
 
 def read_lines(path: Path) -> tuple[list[dict], dict | None]:
-    """The objects of a file of predictions, a line each, and what stands behind the last newline: an object, or None
-    where there is nothing, or what a stopped run has cut off. Raises UserError naming another line that is none."""
-    found = []
-    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for n, line in enumerate(lines, 1):
+    """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final newline if it parses,
+    else None (a stopped run may leave half a line). Raises UserError for any other invalid line."""
+    rows = []
+    *lines, end = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             if line.strip():
-                found.append(dict(json.loads(line)))
+                rows.append(dict(json.loads(line)))
         except (ValueError, TypeError):
-            raise UserError(f"{path} line {n} is not a JSON object: {line[:60]}") from None
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}") from None
     try:
-        return found, dict(json.loads(last))
+        return rows, dict(json.loads(end))
     except (ValueError, TypeError):
-        return found, None
+        return rows, None
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value, indent: int | None = 1) -> None:
+    """Write a JSON file whole or not at all: under a temporary name, then renamed."""
+    write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

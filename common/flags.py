@@ -9,41 +9,60 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
-    """Something the user can mend: its text is one line that says what is wrong, where, and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
 
-def option(default, help: str):
-    """A dataclass field with a help text: `batch: int = option(8, "samples a step")`."""
-    return dataclasses.field(default=default, metadata={"help": help})
+def option(default, help: str, group: str | None = None):
+    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`.
+
+    group: the heading in --help under which this flag and those after it stand. Where None is the default, the text
+    says what unset means."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group})
 
 
-def parse(cls, argv: list[str] | None = None):
-    """An instance of the dataclass `cls` from the command line; its docstring is the help's head.
+def add_flag(parser, field: dataclasses.Field, kind) -> None:
+    """Add one field as a flag. `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag,
+    `list[X]` one value or more. `X | None` may stay unset. A field of one letter is a -n too."""
+    names = ["--" + field.name.replace("_", "-")]
+    if len(field.name) == 1:
+        names.append("-" + field.name)
+    optional = get_origin(kind) in (Union, UnionType)
+    if optional:
+        kind = get_args(kind)[0]
+    text = field.metadata.get("help", "")
+    if field.default not in (None, False):
+        text += f" (default: {field.default})"
+    settings = {"default": field.default, "help": text.replace("%", "%%")}
+    if kind is bool:
+        settings["action"] = argparse.BooleanOptionalAction if optional else "store_true"
+    elif get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    elif get_origin(kind) is list:
+        settings.update(type=get_args(kind)[0], nargs="+")
+    else:
+        settings["type"] = kind
+    if kind in (int, float):
+        settings["metavar"] = "N" if kind is int else "X"
+    parser.add_argument(*names, **settings)
 
-    `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag, `list[X]` one value or more;
-    `X | None` may stay unset; a field of one letter is a -n too.
-    Raises UserError for an unknown flag, a choice or a number that is none."""
-    parser = argparse.ArgumentParser(description=cls.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flags = []
-    for f, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
-        flags.append("--" + f.name.replace("_", "-"))
-        options = {"default": f.default, "help": f.metadata.get("help", " ")}
-        kind, optional = (get_args(kind)[0], True) if get_origin(kind) in (Union, UnionType) else (kind, False)
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction if optional else "store_true"
-        elif get_origin(kind) is Literal:
-            options["choices"] = get_args(kind)
-        elif get_origin(kind) is list:
-            options.update(type=get_args(kind)[0], nargs="+")
-        else:
-            options["type"] = kind
-        parser.add_argument(flags[-1], *["-" + f.name] * (len(f.name) == 1), **options)
+
+def parse(cls, argv: list[str] | None = None, program: str | None = None):
+    """Return an instance of the dataclass `cls` from the command line. Its docstring is the head of --help.
+
+    Raises UserError for an unknown flag, an invalid choice or an invalid number."""
+    parser = argparse.ArgumentParser(program, description=cls.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group, flags = parser, []
+    for field, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
+        if field.metadata.get("group"):
+            group = parser.add_argument_group(field.metadata["group"])
+        add_flag(group, field, kind)
+        flags.append("--" + field.name.replace("_", "-"))
 
     def fail(message: str):
-        for wrong in argv if argv is not None else sys.argv[1:]:
-            near = difflib.get_close_matches(wrong.split("=")[0], flags, 1)
-            if wrong.startswith("--") and near and near[0] != wrong.split("=")[0]:
+        for given in sys.argv[1:] if argv is None else argv:
+            near = difflib.get_close_matches(given.split("=")[0], flags, 1)
+            if given.startswith("--") and near and near[0] != given.split("=")[0]:
                 message += f" (did you mean {near[0]}?)"
         raise UserError(message + "; --help lists the flags")
     parser.error = fail
@@ -51,8 +70,10 @@ def parse(cls, argv: list[str] | None = None):
 
 
 def run(main) -> None:
-    """Calls main(); a UserError ends the program with its one line and exit code 2, without a traceback."""
-    rank = f"[rank {os.environ['RANK']}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    """Call main(). A UserError ends the program with its one line and exit code 2, without a traceback."""
+    rank = ""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        rank = f"[rank {os.environ['RANK']}] "
     try:
         main()
     except UserError as e:

@@ -1,14 +1,16 @@
 """Several processes as one: who they are, and a model that each holds whole (DDP) or in part (FSDP2).
 
-    stage 1    DDP            every rank holds everything; the gradients of what is trained are averaged
-    stage 2    fully_shard    every rank holds 1/ranks of each tensor (its rows: a DTensor); a block is whole on a rank
-                              only while it computes, and each gradient goes to the rank that holds its rows
+    stage 1    DDP            every rank holds the whole model; the gradients of trained parameters are averaged
+    stage 2    fully_shard    every rank holds 1/count of each tensor (its rows: a DTensor). A block is whole on a rank
+                              only while it computes; each gradient goes to the rank that holds its rows
 
-The module that is wrapped is `Objective`, model and loss in one: embedding table and head lie in its root unit, which
-is whole from the forward's beginning to the backward's end, so a loss may use their weights as ordinary tensors.
+The wrapped module is `Objective`: model and loss in one. The embedding table and the head lie in its root unit, which
+is whole from the start of the forward pass to the end of the backward pass. So a loss may use their weights as
+ordinary tensors.
 """
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -23,42 +25,44 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.flags import UserError
 
+GRADIENT_SHARE = 0.2        # of a GPU's memory: the most that unsharded gradients may take between micro-batches
 
+
+# ------------------------------------------------------------------------------------------------ processes
 def choose_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Where to compute, and in what: `auto` is the GPU if there is one, and bfloat16 where the GPU has it."""
+    """Return the device and the dtype to compute in. auto: the GPU if there is one; bfloat16 if it supports that."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu, or auto")
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
         dtype = "bfloat16" if device == "cuda" and torch.cuda.is_bf16_supported() else "float32"
     return torch.device(device), getattr(torch, dtype)
 
 
-HELD_GRADIENTS = 0.2        # share of a GPU's memory that accumulating gradients whole, not sharded, may take
-
-
 @dataclass
 class Ranks:
-    """This process among those of torchrun; alone without it."""
+    """This process among those that torchrun started; a single one without torchrun."""
     rank: int
     count: int
     device: torch.device
     dtype: torch.dtype                      # of computing
-    mesh: DeviceMesh | None = None          # over which the model is cut (FSDP), if it is
+    mesh: DeviceMesh | None = None          # the ranks that share one model (FSDP); None: each holds it whole
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: list) -> Tensor:
-        """Element-wise sum over ranks, in float64, on the device: reading it is what waits."""
-        t = torch.stack([torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True) for v in values])
+        """Sum numbers over ranks, element by element. Returns float64 (len(values),) on the device."""
+        values = [torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True) for v in values]
+        total = torch.stack(values)
         if self.count > 1:
-            dist.all_reduce(t)
-        return t
+            dist.all_reduce(total)
+        return total
 
     def gather(self, value) -> list:
-        """Every rank's value, on every rank."""
+        """Return every rank's value, on every rank."""
         if self.count == 1:
             return [value]
         out = [None] * self.count
@@ -66,90 +70,114 @@ class Ranks:
         return out
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Block until every rank has called this."""
         if self.count > 1:
             dist.barrier()
 
 
-def start(device: torch.device, dtype: torch.dtype, minutes: float) -> Ranks:
-    """Joins the other processes of torchrun. minutes: how long a rank waits for another before it gives up."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def rank_count() -> int:
+    """Return the number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool = False) -> Ranks:
+    """Join the other processes of torchrun. minutes: how long a rank waits for another before it gives up. gloo: use
+    CPU communication on GPUs too, for programs that only meet at a barrier."""
+    rank, count = int(os.environ.get("RANK", 0)), rank_count()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if ranks > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=minutes))
-    return Ranks(rank, ranks, device, dtype)
+    if count > 1:
+        backend = "gloo" if gloo or device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    return Ranks(rank, count, device, dtype)
+
+
+def finish(ranks: Ranks) -> None:
+    """Leave together. Call last: with several ranks the process ends here.
+
+    A thread of gloo may abort the process if it releases a collective's tensor while Python shuts down (seen about once
+    in 40 runs). All output is written by now, so the process exits without that shutdown."""
+    if ranks.count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def over(ranks: Ranks, sharded: bool) -> Ranks:
-    """The same ranks, for a model that is cut over them, or for one that each holds whole."""
-    mesh = init_device_mesh(ranks.device.type, (ranks.count,)) if sharded and ranks.count > 1 else None
+    """Return the same ranks for a model that they share (sharded), or that each holds whole."""
+    mesh = None
+    if sharded and ranks.count > 1:
+        mesh = init_device_mesh(ranks.device.type, (ranks.count,))
     return replace(ranks, mesh=mesh)
 
 
 @contextlib.contextmanager
-def losses_explained(ranks: Ranks) -> Iterator[None]:
-    """What PyTorch raises when another process is lost becomes one line: a rank that ends takes the others with it."""
+def explain_lost_ranks(ranks: Ranks) -> Iterator[None]:
+    """Turn PyTorch's error for a lost process into one line: a rank that ends takes the others with it."""
     try:
         yield
     except RuntimeError as e:
         text = " ".join(str(e).split())
         if "DataLoader worker" in text:
-            raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran out, fewer --workers; "
-                            "--resume goes on from the newest checkpoint") from None
-        silent = any(word in text for word in ("imed out", "imeout"))
-        if ranks.count == 1 or not (silent or any(word in text for word in ("Connection", "connection", "NCCL error"))):
+            raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran out, use fewer "
+                            "--workers; --resume continues from the newest checkpoint") from None
+        timed_out = "imed out" in text or "imeout" in text
+        lost = "Connection" in text or "connection" in text or "NCCL error" in text
+        if ranks.count == 1 or not (timed_out or lost):
             raise
-        what = "was not heard of for --timeout minutes" if silent else "ended"
-        raise UserError(f"another rank {what}: its own message, if it left one, says why. --resume goes on from "
+        what = "was silent for --timeout minutes" if timed_out else "ended"
+        raise UserError(f"another rank {what}: its own message, if it left one, says why. --resume continues from "
                         f"the newest checkpoint ({text[:100]})") from None
 
 
-# ------------------------------------------------------------------------------------------------ cutting a model
-def shard(module: nn.Module, ranks: Ranks, whole: bool = False) -> None:
-    """Makes `module` a unit of FSDP. A unit on the meta device is cut before it is filled: no rank ever holds it whole.
+# ------------------------------------------------------------------------------------------------ sharding a model
+def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
+    """Make `module` a unit of FSDP. A unit on the meta device is sharded before it is filled: no rank holds it whole.
 
-    The weights of a block are gathered in the dtype of computing, which is what autocast would make of them. whole: of
-    the root unit; it is gathered as it is stored and kept until the backward is through. Sums are float32."""
-    policy = MixedPrecisionPolicy(None if whole else ranks.dtype, torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not whole, mp_policy=policy)
+    The weights of a block are gathered in the dtype of computing (what autocast would cast them to). root: the root
+    unit is gathered as stored and kept until the backward pass ends. Gradients are reduced in float32."""
+    policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32, cast_forward_inputs=False)
+    fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not root, mp_policy=policy)
 
 
 def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """The module to call: DDP around the objective, or the objective itself, a root unit, its blocks being cut."""
+    """Return the module to call: the objective as FSDP's root unit (its blocks are sharded already), or DDP around it."""
     if ranks.mesh is not None:
-        shard(objective, ranks, whole=True)
+        shard(objective, ranks, root=True)
         return objective
-    if ranks.count > 1:                     # every rank read the same files: nothing to broadcast
+    if ranks.count > 1:
+        # Every rank read the same files, so there is nothing to broadcast at the start.
         return DistributedDataParallel(objective, init_sync=False, gradient_as_bucket_view=True)
     return objective
 
 
 def placed(tensor: Tensor, like: Tensor, device, dtype: torch.dtype) -> Tensor:
-    """A copy of `tensor`; where `like` is cut over ranks, of this rank's rows, as a DTensor."""
+    """Return a copy of `tensor`. Where `like` is a DTensor: this rank's rows, as a DTensor."""
     if not isinstance(like, DTensor):
         return tensor.to(device, dtype, copy=True)
-    rank, ranks = like.device_mesh.get_local_rank(), like.device_mesh.size()
-    parts = tensor.chunk(ranks)             # may be fewer than ranks: the last ones hold no row
-    part = (parts[rank] if rank < len(parts) else tensor[:0]).to(device, dtype, copy=True)
-    return DTensor.from_local(part, like.device_mesh, [Shard(0)], run_check=False, shape=tensor.shape,
-                              stride=tensor.stride())
+    rank, count = like.device_mesh.get_local_rank(), like.device_mesh.size()
+    parts = tensor.chunk(count)             # may be fewer than `count`: then the last ranks hold no row
+    part = parts[rank] if rank < len(parts) else tensor[:0]
+    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, [Shard(0)], run_check=False,
+                              shape=tensor.shape, stride=tensor.stride())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor with all its rows. Of a DTensor, every rank must ask at once."""
+    """Return the tensor with all its rows. For a DTensor every rank must call."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it."""
+    """Return the part of the tensor that this rank holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @contextlib.contextmanager
 def gathered(objective: nn.Module) -> Iterator[None]:
-    """Inside, objective.model may be called by itself, outside a step: the root unit is whole. On all ranks at once."""
+    """Keep the root unit whole, so that objective.model may be called outside a step. Every rank must enter."""
     sharded = isinstance(objective, FSDPModule)
     if sharded:
         objective.unshard()
@@ -161,38 +189,38 @@ def gathered(objective: nn.Module) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------ a step
-def holds_gradients(trained: list[Tensor], ranks: Ranks) -> bool:
-    """Are gradients summed over micro-batches before they travel? With FSDP that keeps them whole on every rank: 4
-    bytes a trained parameter. Where a GPU has no room for that, they travel after every micro-batch."""
+def reduce_once(trained: list[Tensor], ranks: Ranks) -> bool:
+    """True if gradients are reduced over ranks once a step. With FSDP they stay unsharded until then, 4 bytes a trained
+    parameter. On a GPU without room for that, they are reduced after every micro-batch."""
     if ranks.mesh is None or ranks.device.type == "cpu":
         return True
-    room = torch.cuda.get_device_properties(ranks.device).total_memory
-    return 4 * sum(p.numel() for p in trained) < HELD_GRADIENTS * room
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory
+    return 4 * sum(p.numel() for p in trained) < GRADIENT_SHARE * memory
 
 
 @contextlib.contextmanager
-def gradients(objective: nn.Module, travel: bool) -> Iterator[None]:
-    """Around the forward and backward of a micro-batch. travel: the gradients are summed over ranks in it."""
+def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
+    """Wrap the forward and backward pass of a micro-batch. when: reduce the gradients over ranks in it."""
     if isinstance(objective, FSDPModule):
-        objective.set_requires_gradient_sync(travel)
-    quiet = isinstance(objective, DistributedDataParallel) and not travel
-    with objective.no_sync() if quiet else contextlib.nullcontext():
+        objective.set_requires_gradient_sync(when)
+    if isinstance(objective, DistributedDataParallel) and not when:
+        with objective.no_sync():
+            yield
+    else:
         yield
 
 
-def gradient_norm(trained: list[Tensor], ranks: Ranks) -> Tensor:
-    """The 2-norm of all gradients, on the device; the same on every rank."""
+def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tensor:
+    """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, on the device: nothing is
+    read back here. It is the same on every rank."""
     norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
     if ranks.mesh is not None:
-        norm = norm.double().square()
-        dist.all_reduce(norm)
-        norm = norm.sqrt()
-    return norm.float()
-
-
-def clip(trained: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Scales the gradients down to a norm of `limit` where it is more. Nothing is read back from the device."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1)
+        square = norm.double().square()
+        dist.all_reduce(square)
+        norm = square.sqrt()
+    norm = norm.float()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     for p in trained:
         if p.grad is not None:
             local(p.grad).mul_(scale.to(p.grad.dtype))
+    return norm

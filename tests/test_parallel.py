@@ -13,7 +13,7 @@ from test_train import command
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import train
-from common.parallel import Ranks, gradients, over, wrap
+from common.parallel import Ranks, over, sync_gradients, wrap
 from hub.tensors import save_tensors, weight_files
 from losses import Term
 
@@ -86,13 +86,13 @@ def test_gradients_travel_once_a_step(monkeypatch):
         ranks = over(Ranks(0, 2, torch.device("cpu"), torch.float32), sharded=True)
         cut = wrap(torch.nn.Linear(4, 4), ranks)
         for travel in (False, False, True):
-            with gradients(cut, travel):
+            with sync_gradients(cut, travel):
                 cut(torch.ones(1, 4)).sum().backward()
             assert (cut.weight.grad is not None) == travel, f"asked to travel: {travel}"
     finally:
         dist.destroy_process_group()
     asked, w = [], torch.ones(1, requires_grad=True)
-    monkeypatch.setattr(train, "gradients", lambda objective, travel: asked.append(travel) or nullcontext())
+    monkeypatch.setattr(train, "sync_gradients", lambda objective, when: asked.append(when) or nullcontext())
     micro, count = [SimpleNamespace(to=lambda device: None)] * 3, {"ce": torch.tensor(1.0)}
     for hold in (True, False):
         train.backward(lambda batch: [Term("ce", w.sum(), None, 1.0)], micro, count, ranks, hold)
