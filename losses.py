@@ -112,3 +112,8 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> list[Term]:
         return LOSSES[self.cfg.loss](self.model, batch, self.cfg)
+
+
+def count_terms(loss: str, batch: Batch) -> dict[str, Tensor]:
+    names = {"ce": ["ce"], "vdep": ["ce", "vdep"], "vista": ["ce", "vista"], "basic": ["ce", "das", "sds"]}[loss]
+    return {name: counts(batch)[name] for name in names}

@@ -43,7 +43,7 @@ from common.parallel import (
 )
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
-from losses import Objective, Term, count_terms
+from losses import Objective, count_terms
 from model import Llava
 from toy import world
 from training.folder import Log, check_out, clear, load_optimizer, make_folder, newest, note_bad_images, save
