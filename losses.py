@@ -8,6 +8,7 @@ A weight of 0 switches a term off: it is not computed.
 """
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from data import IGNORE, Batch
@@ -56,7 +57,10 @@ def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
 def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
     """VISTA eq. (9): supervised tokens of samples with an image, against the state at its last token."""
     out = model(batch)
-    state = at_image(out.hidden_states, batch, out.image_embeds.shape[1])[:, -1]            # (B,D)
+    # S_n through the final norm in float32. The loss's gradient by S_n is almost parallel to S_n, and the norm's backward
+    # removes that part: in bfloat16, what is left is half rounding error.
+    last = at_image(out.before_norm, batch, out.image_embeds.shape[1])[:, -1]               # (B,D)
+    state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
     text = (batch.labels != IGNORE) & batch.has_image[:, None]
     return [next_token(model, batch, out),
             Term("vista", *alignment_loss(out.text_embeds, text, state, cfg.vista_weighting, cfg.vista_distance,

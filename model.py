@@ -191,9 +191,17 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, for an input and weights of any two dtypes. Computes in float32, returns the input's dtype."""
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = F.layer_norm(x.to(exact), self.normalized_shape, self.weight.to(exact), self.bias.to(exact), self.eps)
+        return y.to(x.dtype)
+
+
 def make_norm(c: DecoderConfig) -> nn.Module:
     if c.norm == "layer":
-        return nn.LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
+        return LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
     return RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm_plus_one)
 
 
@@ -344,10 +352,15 @@ class Decoder(nn.Module):
             return x
         return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
 
-    def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
-                positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, **options) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
+        The options are those of `run_layers`."""
+        return self.model["norm"](self.run_layers(inputs_embeds, **options))
+
+    def run_layers(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
+                   positions: Tensor | None = None, end: int | None = None,
+                   image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
+        """What the last layer makes of inputs_embeds (B,T,D), (B,T,D): hidden states before the final norm.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
         watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
@@ -380,7 +393,7 @@ class Decoder(nn.Module):
                 h = self.moca[i](h, image_mask)
             if i < watched:
                 watch(i + 1, h.detach(), attention)
-        return self.model["norm"](h)
+        return h
 
 
 # ------------------------------------------------------------------------------------------------ the whole
@@ -388,6 +401,7 @@ class Output(NamedTuple):
     hidden_states: Tensor      # (B,T,D) after the final norm
     image_embeds: Tensor       # (B,N,D) what the projector made
     text_embeds: Tensor        # (B,T,D) embed_tokens(input_ids); placeholders hold the embedding of their id
+    before_norm: Tensor        # (B,T,D) what the last layer made, which the final norm made hidden_states of
 
 
 class Llava(nn.Module):
@@ -422,9 +436,9 @@ class Llava(nn.Module):
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
-        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
-                                image_mask=batch.image_mask, watched=watched)
-        return Output(h, image_embeds, text_embeds)
+        h = self.language_model.run_layers(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
+                                           image_mask=batch.image_mask, watched=watched)
+        return Output(self.language_model.model["norm"](h), image_embeds, text_embeds, h)
 
     def prefill(self, input_ids: list[Tensor], pixel_values: Tensor, image_mask: list[Tensor], image_index: list[int],
                 room: int) -> tuple[KVCache, Tensor]:
