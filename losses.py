@@ -57,8 +57,8 @@ def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
 def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
     """VISTA eq. (9): supervised tokens of samples with an image, against the state at its last token."""
     out = model(batch)
-    # S_n through the final norm in float32. The loss's gradient by S_n is almost parallel to S_n, and the norm's backward
-    # removes that part: in bfloat16, what is left is half rounding error.
+    # S_n through the final norm in float32. The gradient by S_n is almost parallel to S_n, and the norm's backward
+    # removes that part. In bfloat16, half of what remains is rounding error.
     last = at_image(out.before_norm, batch, out.image_embeds.shape[1])[:, -1]               # (B,D)
     state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
     text = (batch.labels != IGNORE) & batch.has_image[:, None]

@@ -298,7 +298,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = None if c.parallel else make_norm(c)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None, moca: MoCa | None = None,
+                image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B,T,D) → (B,T,D), calibrated by `moca` at image_mask (B,T) if given, and the attention that is asked for."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -306,7 +308,9 @@ class DecoderLayer(nn.Module):
         else:
             x = x + y
             x = x + self.mlp(self.post_attention_layernorm(x))
-        # Last of all: what activation checkpointing runs again ends before it, for nothing here is needed backward.
+        if moca is not None:
+            x = moca(x, image_mask)
+        # Keep last: it needs no gradient, so recomputation stops before it.
         return x, None if asked is None else attention_to_image(q, k, *asked, self.self_attn.window)
 
 
@@ -382,15 +386,15 @@ class Decoder(nn.Module):
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         rows = torch.arange(len(h), device=h.device) if rows is None else rows
+        calibrated = c.moca and image_mask is not None
         for i, layer in enumerate(self.model["layers"]):
+            # MoCa goes into the layer: what its backward needs is recomputed, not kept.
             args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end),
-                    asked if i < watched else None)
+                    asked if i < watched else None, self.moca[i] if calibrated else None, image_mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
-            if c.moca and image_mask is not None:
-                h = self.moca[i](h, image_mask)
             if i < watched:
                 watch(i + 1, h.detach(), attention)
         return h

@@ -1,7 +1,7 @@
 """Each term's own gradient under bfloat16 autocast against float32, on the same weights.
 
-The sum of all terms would hide a bad one: cross-entropy is the largest. The model has LLaMA's scales: word embeddings of
-0.02, norms that multiply by 1, so that a final state (about 1 a dimension) is far from every word embedding.
+The sum of all terms would hide a bad one: cross-entropy is the largest. The model has LLaMA's scales: word embeddings
+of 0.02, norms that multiply by 1. A final state (about 1 a dimension) is then far from every word embedding.
 """
 import pytest
 import torch
