@@ -246,6 +246,10 @@ class Batch:
         """(B,T) bool: the text tokens that see an image."""
         return self.attention_mask & ~self.image_mask & (self.image_mask.cumsum(1) > 0)
 
+    def answer_tokens(self) -> Tensor:
+        """(B,T) bool: the supervised tokens that see an image."""
+        return (self.labels != IGNORE) & self.text_after_image()
+
     def to(self, device) -> "Batch":
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return Batch(**moved, ids=self.ids, bad=self.bad)
@@ -317,12 +321,14 @@ def question_file(ckpt: Path, data: str | None, images: str | None, default: str
 
 class Samples(torch.utils.data.Dataset):
     """samples[i] → what `collate` takes. i = -1 is a filler that carries no target: it completes an epoch's last batch;
-    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
+    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone. joint: every sample with an
+    image is in both modes at once.
 
     An image that cannot be read makes a filler of its sample and is named in `Batch.bad`: the trainer decides."""
     def __init__(self, samples: SampleFile | list[dict], images: str | Path, tokenizer: Tokenizer,
                  processor: ImageProcessor, template: str, image_tokens: int, max_length: int, pad: bool,
-                 after_special: str = "4.31"):
+                 after_special: str = "4.31", joint: bool = False):
+        self.joint = joint
         self.samples, self.images, self.tokenizer, self.processor = samples, Path(images), tokenizer, processor
         self.pad, self.text = pad, (template, image_tokens, max_length, after_special)
         bos = torch.tensor(begin(tokenizer) or [PLACEHOLDER])
@@ -348,6 +354,7 @@ class Samples(torch.utils.data.Dataset):
             except ValueError as e:
                 return *self.filler, name, f"{path}: {e}"
         turns = [{"from": "human", "value": IMAGE}] if reconstruct else s["conversations"]
+        reconstruct = reconstruct or self.joint and pixels is not None
         return *encode(turns, self.tokenizer, *self.text), pixels, reconstruct, name, None
 
 
