@@ -406,6 +406,7 @@ class Output(NamedTuple):
     image_embeds: Tensor       # (B,N,D) what the projector made
     text_embeds: Tensor        # (B,T,D) embed_tokens(input_ids); placeholders hold the embedding of their id
     before_norm: Tensor        # (B,T,D) what the last layer made, which the final norm made hidden_states of
+    patches: Tensor            # (B,N,Dv) what the projector made image_embeds of
 
 
 class Llava(nn.Module):
@@ -416,12 +417,16 @@ class Llava(nn.Module):
         self.language_model = language_model
         self.vision_layer = vision_layer
 
-    def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(B,3,H,W) → (B,N,D). A frozen vision tower builds no graph."""
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
-        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return patches.to(self.multi_modal_projector.linear_1.weight.dtype)
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → (B,N,D)."""
+        return self.multi_modal_projector(self.encode_images(pixel_values))
 
     def merge(self, text_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
         """text_embeds (B,T,D) with image_embeds (B,N,D) at the positions of image_mask (B,T). The j-th marked position
@@ -435,14 +440,15 @@ class Llava(nn.Module):
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
         watch, attention_from (B,T) bool, the query rows whose attention is wanted, and watched, how many layers: see
         Decoder.forward."""
-        image_embeds = self.embed_images(batch.pixel_values)
+        patches = self.encode_images(batch.pixel_values)                                              # (B,N,Dv)
+        image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
         h = self.language_model.run_layers(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
                                            image_mask=batch.image_mask, watched=watched)
-        return Output(self.language_model.model["norm"](h), image_embeds, text_embeds, h)
+        return Output(self.language_model.model["norm"](h), image_embeds, text_embeds, h, patches)
 
     def prefill(self, input_ids: list[Tensor], pixel_values: Tensor, image_mask: list[Tensor], image_index: list[int],
                 room: int) -> tuple[KVCache, Tensor]:
@@ -535,3 +541,9 @@ def marked(mask: Tensor, width: int | None = None) -> Tensor:
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     order = order.masked_fill(~mask.gather(1, order), -1)
     return F.pad(order, (0, width - order.shape[1]), value=-1)
+
+
+def at_image(h: Tensor, image_mask: Tensor, n: int) -> Tensor:
+    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined: do not use them."""
+    positions = marked(image_mask, n).clamp(min=0)                                          # (B,n)
+    return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))

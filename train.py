@@ -39,6 +39,7 @@ import weights
 from config import UserError, option, parse, read_json, run
 from data import (
     FAMILY_TEMPLATE,
+    IGNORE,
     TEMPLATES,
     Batch,
     ImageProcessor,
@@ -50,8 +51,8 @@ from data import (
     read_jsonl,
 )
 from index import read_samples
-from losses import LOSSES, Objective, Term, counts
-from model import Llava, Projector, VisionConfig
+from losses import LOSSES, Objective, Term, count_terms
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from parallel import Ranks
 from tokenizer import RULES, load_tokenizer
 from toy import world
@@ -109,7 +110,12 @@ class Config:
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
     vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
-    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
+    vdep_joint: bool = option(False, "every sample in both modes at once, in place of hybrid batches")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option(
+        "l2", "between prediction and target; inverse, sigmoid: d / (1 + d) and 2σ(d) − 1, which saturate. (The paper "
+        "has 1 / d, which pushes both apart)")
+    vdep_reduce: Literal["mean", "sum"] = option("mean", "of the distance over the width; sum: the paper's appendix D")
+    vdep_shift: Literal["1", "0"] = option("1", "what an image position predicts: the next token, or itself")
     vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
     vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
     vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum is the paper to the letter")
@@ -150,6 +156,8 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
     for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
         if not 0 <= getattr(cfg, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be from 0 to {most}, not {getattr(cfg, name)}")
+    if cfg.vdep_joint and cfg.vdep_ratio != 1:
+        raise UserError("--vdep-ratio is of hybrid batches: leave it out with --vdep-joint")
     for f in fields(cfg):
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
@@ -166,6 +174,21 @@ def settings(cfg: Config, stage: str, ranks: int) -> Config:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by {ranks} ranks × --micro-batch "
                         f"{cfg.micro_batch}: a rank's share is {share}")
     return cfg
+
+
+def check_counts(cfg: Config, layers: int) -> None:
+    """Try the objective on a tiny model of so many layers. Raises UserError if it returns a term without a count."""
+    with torch.random.fork_rng(devices=[]):
+        model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8), Decoder(DecoderConfig(8, 8, 8, layers, 1)))
+    ids = torch.tensor([[1, 0, 0, 0, 0, 2, 3]])                 # four image tokens, then two words
+    yes = torch.ones(1, dtype=torch.bool)
+    batch = Batch(ids, ids.masked_fill(ids == 0, IGNORE), ids == 0, ids >= 0, torch.zeros(1, 3, 4, 4), yes, yes)
+    with torch.no_grad():
+        names = [term.name for term in Objective(model, cfg)(batch)]
+    missing = [name for name in names if name not in LOSSES[cfg.loss].counts]
+    if missing:
+        raise UserError(f"losses.LOSSES[{cfg.loss!r}] has no count for {', '.join(missing)}: say there what this term "
+                        "is divided by")
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -349,7 +372,7 @@ def load_data(cfg: Config, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
                         f"config.json wants {vision.image_size}: they are not of one model")
     data = Samples(samples, images or ".", tokenizer, processor, cfg.template, vision.image_tokens,
-                   cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+                   cfg.max_length, cfg.stage == "finetune", cfg.after_special, cfg.vdep_joint)
     found = ranks.gather(image_problems(samples, images or ".") if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
@@ -395,7 +418,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     on `pairs`, if there are any."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    hybrid = cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0
+    hybrid = cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint
     again = round(cfg.vdep_ratio * len(data)) if hybrid else 0
     order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.ranks, step, again)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
@@ -421,7 +444,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
             began = time.perf_counter()
             micro = [next(batches) for _ in range(accumulation)]
             unreadable(micro, cfg, out)
-            wanted = [counts(b) for b in micro]
+            wanted = [count_terms(cfg.loss, b) for b in micro]
             names = list(wanted[0])
             count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names]).float()))
 
@@ -658,6 +681,8 @@ def main() -> None:
     layers = weights.decoder_config(cfg.llm).num_hidden_layers
     if cfg.basic_k and cfg.basic_k > layers:
         raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
+    for plan in plans:
+        check_counts(plan, layers)
     if cfg.projector:
         check_projector(cfg)
     if not toy and not Path(cfg.data).is_file():

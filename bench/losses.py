@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import losses  # noqa: E402
 from data import Batch  # noqa: E402
 from methods.basic import layer_weights  # noqa: E402
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate  # noqa: E402
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, at_image, rotary, rotate  # noqa: E402
 from train import Config  # noqa: E402
 
 GPU = "--gpu" in sys.argv
@@ -56,7 +56,7 @@ def naive_basic(model, batch, cfg):
     out = lm.model["norm"](h)
     k, n = len(states) // 2, image.shape[1]
     w = layer_weights(k).tolist()
-    v_hat = sum(w[i] * losses.at_image(states[i], batch, n) for i in range(k)).detach()
+    v_hat = sum(w[i] * at_image(states[i], batch.image_mask, n) for i in range(k)).detach()
     rows = batch.text_after_image()
     columns = batch.image_mask.int().argsort(dim=1, descending=True, stable=True)[:, :n]
     look = torch.stack(maps[:k]).mean((0, 2)).detach() * rows[..., None]                    # (B,T,T)
@@ -66,9 +66,8 @@ def naive_basic(model, batch, cfg):
     p, q = (v_hat @ E.T).log_softmax(-1), (image @ E.T).log_softmax(-1)                     # (B,N,V)
     das = (degree * (nn.functional.normalize(image, dim=-1) - nn.functional.normalize(v_hat, dim=-1)).pow(2).sum(-1))
     sds = degree * (p.exp() * (p - q)).sum(-1)
-    ce = losses.next_token_loss(out, batch.labels, lm.lm_head.weight)
-    return [losses.Term("ce", *ce, 1.0), losses.Term("das", das.sum(), rows.any(1).sum(), 1.0),
-            losses.Term("sds", sds.sum(), rows.any(1).sum(), 0.01)]
+    ce, _ = losses.next_token_loss(out, batch.labels, lm.lm_head.weight)
+    return [losses.Term("ce", ce, 1.0), losses.Term("das", das.sum(), 1.0), losses.Term("sds", sds.sum(), 0.01)]
 
 
 def make_model(stage: str, moca: bool) -> Llava:
@@ -109,14 +108,14 @@ class Stepper:
     """One objective's step() on a model of its own."""
     def __init__(self, loss: str, moca: bool, stage: str, model: Llava):
         self.cfg = Config(loss=loss.removesuffix("-naive"), moca=moca, stage=stage)
-        self.terms = naive_basic if loss == "basic-naive" else losses.LOSSES[loss]
+        self.terms = naive_basic if loss == "basic-naive" else losses.LOSSES[loss].function
         self.model, self.batch = model, make_batch(stage, loss)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
 
     def step(self) -> float:
         start = time.perf_counter()
-        count = losses.counts(self.batch)
+        count = losses.count_terms(self.cfg.loss, self.batch)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=DTYPE == torch.bfloat16):
             terms = self.terms(self.model, self.batch, self.cfg)
         sum(t.weight * t.total / count[t.name] for t in terms).backward()

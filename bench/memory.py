@@ -27,7 +27,7 @@ import train  # noqa: E402
 import weights  # noqa: E402
 from config import option, parse, run  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
-from losses import LOSSES, Objective, counts  # noqa: E402
+from losses import LOSSES, Objective, count_terms  # noqa: E402
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
 
 CLIP_L = VisionConfig(1024, 4096, 24, 16, 336, 14)
@@ -175,7 +175,7 @@ def measured(b: Bench) -> None:
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batch = make_batch(*SHAPES[b.shape], micro, text)
-    count, tokens = {n: c.to(device).float() for n, c in counts(batch).items()}, batch.input_ids.numel()
+    count, tokens = {n: c.to(device).float() for n, c in count_terms(b.loss, batch).items()}, batch.input_ids.numel()
     seconds = []
     for step in range(2 + b.steps):
         if step == 2:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import weights  # noqa: E402
 from config import UserError, option, parse, run  # noqa: E402
 from data import IGNORE, Batch  # noqa: E402
-from losses import Objective, counts  # noqa: E402
+from losses import Objective, count_terms  # noqa: E402
 from train import Config  # noqa: E402
 
 
@@ -82,7 +82,7 @@ def ours(folder: Path, batch: Batch, stage: str):
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    objective, count = Objective(model, Config(stage=stage)), counts(batch)
+    objective, count = Objective(model, Config(stage=stage)), count_terms("ce", batch)
     return model, lambda: sum(t.weight * t.total / count[t.name] for t in objective(batch))
 
 
