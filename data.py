@@ -252,6 +252,10 @@ class Batch:
         """(B,T) bool: the text tokens that see an image."""
         return self.attention_mask & ~self.image_mask & (self.image_mask.cumsum(1) > 0)
 
+    def answer_tokens(self) -> Tensor:
+        """(B,T) bool: the supervised tokens that see an image."""
+        return (self.labels != IGNORE) & self.text_after_image()
+
     def to(self, device) -> "Batch":
         return replace(self, **{k: t.to(device, non_blocking=True) for k, t in self.tensors().items()})
 
@@ -282,7 +286,8 @@ def collate(examples: list[Example], image_size: int) -> Batch:
 @dataclass
 class Samples(Dataset):
     """samples[i] → Example. i = -1 is a filler that carries no target: it completes the last batch of an epoch.
-    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone.
+    i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone. joint: every sample with an
+    image is in both modes at once.
 
     An image that cannot be read makes a filler of its sample, and `Batch.bad` names it: the trainer decides."""
     samples: Sequence[dict]                     # hub/samples.py's SampleFile, or a list
@@ -290,6 +295,7 @@ class Samples(Dataset):
     tokenizer: Tokenizer
     processor: ImageProcessor
     format: Format
+    joint: bool = False
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -321,7 +327,8 @@ class Samples(Dataset):
                 return self.filler(name, f"{path}: {e}")
         f = self.format
         ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special)
-        return Example(ids, labels, mask, pixels, reconstruct, name)
+        both = self.joint and pixels is not None
+        return Example(ids, labels, mask, pixels, reconstruct or both, name)
 
 
 # ------------------------------------------------------------------------------------------------ order
@@ -335,10 +342,10 @@ class Order:
     micro_batch: int
     seed: int
     lengths: np.ndarray | None = None   # (n,) rough length, negative for text alone: batches are then of one modality
-    vdep_samples: int = 0               # so many samples of an epoch come a second time, in VDEP mode, as number + n
     rank: int = 0
     ranks: int = 1
     start: int = 0                      # the step to begin at
+    vdep_samples: int = 0               # so many samples of an epoch come a second time, in VDEP mode, as number + n
 
     @property
     def steps_per_epoch(self) -> int:

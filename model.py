@@ -190,9 +190,17 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, for an input and weights of any two dtypes. Computes in float32, returns the input's dtype."""
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = F.layer_norm(x.to(exact), self.normalized_shape, self.weight.to(exact), self.bias.to(exact), self.eps)
+        return y.to(x.dtype)
+
+
 def make_norm(c: DecoderConfig) -> nn.Module:
     if c.norm == "layer":
-        return nn.LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
+        return LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
     return RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm_plus_one)
 
 
@@ -289,7 +297,9 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = None if c.parallel else make_norm(c)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None, moca: MoCa | None = None,
+                image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B,T,D) → (B,T,D), calibrated by `moca` at image_mask (B,T) if given, and the attention that is asked for."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -297,7 +307,9 @@ class DecoderLayer(nn.Module):
         else:
             x = x + y
             x = x + self.mlp(self.post_attention_layernorm(x))
-        # Last of all: what activation checkpointing runs again ends before it, for nothing here is needed backward.
+        if moca is not None:
+            x = moca(x, image_mask)
+        # Keep last: it needs no gradient, so recomputation stops before it.
         return x, None if asked is None else attention_to_image(q, k, *asked, self.self_attn.window)
 
 
@@ -343,10 +355,15 @@ class Decoder(nn.Module):
             return x
         return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
 
-    def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
-                positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
+    def forward(self, inputs_embeds: Tensor, **options) -> Tensor:
         """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
+        The options are those of `run_layers`."""
+        return self.model["norm"](self.run_layers(inputs_embeds, **options))
+
+    def run_layers(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
+                   positions: Tensor | None = None, end: int | None = None,
+                   image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
+        """What the last layer makes of inputs_embeds (B,T,D), (B,T,D): hidden states before the final norm.
 
         image_mask (B,T) says where MoCa acts (None: nowhere).
         watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
@@ -368,18 +385,18 @@ class Decoder(nn.Module):
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         rows = torch.arange(len(h), device=h.device) if rows is None else rows
+        calibrated = c.moca and image_mask is not None
         for i, layer in enumerate(self.model["layers"]):
+            # MoCa goes into the layer: what its backward needs is recomputed, not kept.
             args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end),
-                    asked if i < watched else None)
+                    asked if i < watched else None, self.moca[i] if calibrated else None, image_mask)
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
-            if c.moca and image_mask is not None:
-                h = self.moca[i](h, image_mask)
             if i < watched:
                 watch(i + 1, h.detach(), attention)
-        return self.model["norm"](h)
+        return h
 
 
 # ------------------------------------------------------------------------------------------------ the whole
@@ -387,6 +404,8 @@ class Output(NamedTuple):
     hidden_states: Tensor      # (B,T,D) after the final norm
     image_embeds: Tensor       # (B,N,D) what the projector made
     text_embeds: Tensor        # (B,T,D) embed_tokens(input_ids); placeholders hold the embedding of their id
+    before_norm: Tensor        # (B,T,D) what the last layer made, which the final norm made hidden_states of
+    patches: Tensor            # (B,N,Dv) what the projector made image_embeds of
 
 
 class Llava(nn.Module):
@@ -397,12 +416,16 @@ class Llava(nn.Module):
         self.language_model = language_model
         self.vision_layer = vision_layer
 
-    def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(B,3,H,W) → (B,N,D). A frozen vision tower builds no graph."""
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
-        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return patches.to(self.multi_modal_projector.linear_1.weight.dtype)
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → (B,N,D)."""
+        return self.multi_modal_projector(self.encode_images(pixel_values))
 
     def merge(self, text_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
         """text_embeds (B,T,D) with image_embeds (B,N,D) at the positions of image_mask (B,T). The j-th marked position
@@ -416,14 +439,15 @@ class Llava(nn.Module):
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
         watch, attention_from (B,T) bool, the query rows whose attention is wanted, and watched, how many layers: see
         Decoder.forward."""
-        image_embeds = self.embed_images(batch.pixel_values)
+        patches = self.encode_images(batch.pixel_values)                                              # (B,N,Dv)
+        image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
         asked = None
         if attention_from is not None:
             asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
-        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
-                                image_mask=batch.image_mask, watched=watched)
-        return Output(h, image_embeds, text_embeds)
+        h = self.language_model.run_layers(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
+                                           image_mask=batch.image_mask, watched=watched)
+        return Output(self.language_model.model["norm"](h), image_embeds, text_embeds, h, patches)
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor, max_new_tokens: int = 64,
@@ -457,3 +481,9 @@ def marked(mask: Tensor, width: int | None = None) -> Tensor:
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
     order = order.masked_fill(~mask.gather(1, order), -1)
     return F.pad(order, (0, width - order.shape[1]), value=-1)
+
+
+def at_image(h: Tensor, image_mask: Tensor, n: int) -> Tensor:
+    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined: do not use them."""
+    positions = marked(image_mask, n).clamp(min=0)                                          # (B,n)
+    return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))

@@ -48,7 +48,7 @@ from model import Llava
 from toy import world
 from training.folder import Log, check_out, clear, load_optimizer, make_folder, newest, note_bad_images, save
 from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
-from training.setup import build, check_folders, load_data, mir_pairs, parameter_groups
+from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
 LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
 
@@ -144,10 +144,10 @@ def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Orde
     second time, in VDEP mode."""
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
     vdep_samples = 0
-    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0:
+    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
         vdep_samples = round(cfg.vdep_ratio * len(data))
-    return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, vdep_samples, ranks.rank, ranks.count,
-                 step)
+    return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step,
+                 vdep_samples)
 
 
 def global_counts(loss: str, micro: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
@@ -304,6 +304,8 @@ def main() -> None:
     plans = [settings(cfg, stage, rank_count()) for stage in stages]
     check_out(cfg, out)
     check_folders(cfg)
+    for plan in plans:
+        check_objective(plan)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     device, dtype = choose_device(cfg.device, cfg.dtype)
@@ -315,7 +317,7 @@ def main() -> None:
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
     if cfg.data is None and ranks.first:
-        from toy.report import report                     # imports the benchmarks, which training does not need
+        from toy.report import report  # imports the benchmarks, which training does not need
         report(out, stages, cfg.device, cfg.dtype)
         print(f"{time.perf_counter() - began:.0f} s in all")
     finish(ranks)

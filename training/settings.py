@@ -84,7 +84,12 @@ class TrainConfig:
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
-    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
+    vdep_joint: bool = option(False, "every sample in both modes at once, in place of hybrid batches")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option(
+        "l2", "between prediction and target; inverse, sigmoid: d / (1 + d) and 2σ(d) − 1, which saturate (the paper's "
+        "1 / d pushes both apart)")
+    vdep_reduce: Literal["mean", "sum"] = option("mean", "of the distance over the width; sum: the paper's appendix D")
+    vdep_shift: Literal["1", "0"] = option("1", "what an image position predicts: the next token, or itself")
 
     vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), the weight of a text token", "VISTA")
     vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
@@ -160,6 +165,8 @@ def check_numbers(cfg: TrainConfig) -> None:
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
             raise UserError(f"{flag(f.name)} is a setting of --loss {loss}; this is --loss {cfg.loss}")
+    if cfg.vdep_joint and cfg.vdep_ratio != 1:
+        raise UserError("--vdep-ratio belongs to hybrid batches: leave it out with --vdep-joint")
     toy = cfg.data is None
     if (cfg.mir_data and not cfg.mir_every) or (cfg.mir_every and not cfg.mir_data and not toy):
         raise UserError("--mir-every N and --mir-data FILE go together: MIR is measured on pairs outside the training "

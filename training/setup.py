@@ -11,16 +11,17 @@ from torch import nn
 from common.files import read_json
 from common.flags import UserError
 from common.parallel import Ranks, shard
-from data import Batch, Format, ImageProcessor, Samples, eos_id
+from data import IGNORE, Batch, Format, ImageProcessor, Samples, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
 from hub.configs import decoder_config, vision_config
 from hub.released import load_llm, load_moca, load_projector, load_vision
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
+from losses import LOSSES, Objective
 from methods.lora import lora_start
 from mir import held_out
-from model import Llava, Projector, VisionConfig
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from training.settings import RANDOM, TrainConfig, stores_all
 
 
@@ -55,6 +56,22 @@ def start_folder(cfg: TrainConfig) -> Path:
     if stage != "pretrain":
         raise UserError(f"{path} is a {stage} checkpoint; --projector takes a pretrain checkpoint")
     return path
+
+
+def check_objective(cfg: TrainConfig) -> None:
+    """Try the objective on a tiny model. Raises UserError if it returns a term that the registry has no count for."""
+    layers = decoder_config(cfg.llm).num_hidden_layers
+    with torch.random.fork_rng(devices=[]):
+        model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8), Decoder(DecoderConfig(8, 8, 8, layers, 1)))
+    ids = torch.tensor([[1, 0, 0, 0, 0, 2, 3]])           # four image tokens, then two words
+    image, yes = ids == 0, torch.ones(1, dtype=torch.bool)
+    batch = Batch(ids, ids.masked_fill(image, IGNORE), image, ids >= 0, torch.zeros(1, 3, 4, 4), yes, yes)
+    with torch.no_grad():
+        names = [term.name for term in Objective(model, cfg)(batch)]
+    missing = [name for name in names if name not in LOSSES[cfg.loss].counts]
+    if missing:
+        raise UserError(f"losses.LOSSES[{cfg.loss!r}] has no count for {', '.join(missing)}: say there what this term "
+                        "is divided by")
 
 
 # ------------------------------------------------------------------------------------------------ the model
@@ -177,7 +194,7 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
                         f"config.json wants {vision.image_size}: they belong to two models")
     text = Format(cfg.template, vision.image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
-    data = Samples(samples, images or ".", tokenizer, processor, text)
+    data = Samples(samples, images or ".", tokenizer, processor, text, cfg.vdep_joint)
 
     # Every image is opened once before the first step.
     found = ranks.gather(image_problems(samples, images or ".") if ranks.first else None)[0]
