@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from common.positions import at_image, true_positions
 from data import IGNORE, Batch
 from methods.basic import direction_loss, layer_weights, semantic_loss, supervision_degree
 from methods.ce import next_token_loss
 from methods.vdep import reconstruction_loss
 from methods.vista import alignment_loss
-from model import Llava, Output, at_image, marked
+from model import Llava, Output
 
 
 class Term(NamedTuple):
@@ -66,7 +67,7 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
     lm, n, equal = model.language_model, model.vision_tower.config.image_tokens, cfg.basic_degree == "equal"
     k = cfg.basic_k or max(1, lm.config.num_hidden_layers // 2)
     w, text, E = layer_weights(k, cfg.basic_weights).tolist(), batch.text_after_image(), lm.model["embed_tokens"].weight
-    rows, exact = marked(text) >= 0, torch.promote_types(E.dtype, torch.float32)            # (B,M)
+    rows, exact = true_positions(text) >= 0, torch.promote_types(E.dtype, torch.float32)            # (B,M)
     v_hat = torch.zeros(len(text), n, E.shape[1], dtype=exact, device=E.device)             # (B,N,D)
     attention = torch.full((*rows.shape, n), float(equal), device=E.device)                 # (B,M,N) from text rows
 
@@ -74,7 +75,7 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
         v_hat.add_(w[i - 1] * at_image(h, batch.image_mask, n).to(exact))                   # eq. (4)
         if layer_attention is not None:
             attention.add_(layer_attention)
-    out = model(batch, watch, None if equal else text, k)
+    out = model(batch, watch, attention_from=None if equal else text, watch_layers=k)
     degree, terms = supervision_degree(attention, rows), [next_token(model, batch, out)]    # (B,N)
     # Both losses train the projector's parameters alone: with --unlock-vision their gradient stops at its input.
     v = model.multi_modal_projector(out.patches.detach()) if out.patches.requires_grad else out.image_embeds

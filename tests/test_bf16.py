@@ -9,7 +9,7 @@ import torch
 from data import Batch
 from losses import LOSSES, Objective
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from train import Config
+from training.settings import TrainConfig
 
 WIDTH, N = 256, 16                                          # N image tokens
 FAMILIES = {
@@ -55,7 +55,7 @@ def make_batch() -> Batch:
                  torch.tensor([False, False, False, True]))
 
 
-def term_gradients(model: Llava, cfg: Config, autocast: bool) -> dict:
+def term_gradients(model: Llava, cfg: TrainConfig, autocast: bool) -> dict:
     """Term → its gradient by all trained parameters, as one float64 vector."""
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -69,7 +69,7 @@ def term_gradients(model: Llava, cfg: Config, autocast: bool) -> dict:
 
 @pytest.mark.parametrize("loss, stage, moca, family", CASES)
 def test_every_terms_gradient_under_autocast_is_that_of_float32(loss, stage, moca, family):
-    cfg = Config(loss=loss, stage=stage, moca=moca)
+    cfg = TrainConfig(loss=loss, stage=stage, moca=moca)
     model = make_model(stage, moca, family)
     low = term_gradients(model, cfg, autocast=True)
     exact = term_gradients(model.float(), cfg, autocast=False)
