@@ -74,20 +74,20 @@ def test_counts_are_those_of_the_methods_and_known_before_any_forward(loss, func
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_term_without_a_count_fails_at_start_with_the_registrys_name(loss, monkeypatch):
-    check_objective(cfg(loss), layers=3)
+    check_objective(cfg(loss))
     function, counts = LOSSES[loss]
 
     def forgetful(*a):
         return [*function(*a), Term("mine", torch.zeros(()), 1.0)]
     monkeypatch.setitem(LOSSES, loss, Loss(forgetful, counts))
     with pytest.raises(UserError, match=rf"LOSSES\['{loss}'\] has no count for mine"):
-        check_objective(cfg(loss), layers=3)
+        check_objective(cfg(loss))
 
 
 def test_that_check_leaves_the_random_numbers_as_they_were():
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    check_objective(cfg("basic"), layers=3)
+    check_objective(cfg("basic"))
     assert torch.equal(torch.get_rng_state(), before)
 
 
