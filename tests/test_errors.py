@@ -136,14 +136,15 @@ def test_one_look_before_a_run_counts_what_it_could_not_use(data):
 def test_a_look_at_what_is_not_there_is_one_line(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
-    for arguments, says in [([], "say with --check FILE"), (["--check", folder / "x.json"], "x.json cannot be read"),
-                            (["--check", folder / "data.json"], "names images: say with --images"),
-                            (["--check", folder / "data.json", "--images", folder / "x"], "x is not a folder"),
-                            (["--check", folder / "data.json", "--images", folder, "--out", folder / "x" / "y"],
-                             "cannot be written: No such file"),
-                            (["--check", folder / "data.json", "--images", folder, "--llm", ROOT / "toy" / "llm",
-                              "--template", "gemma"], "which template gemma needs")]:
-        refuses(call("data.py", *arguments), says)
+    good = [folder / "data.json", "--images", folder]
+    for arguments, says in [([], "say python -m hub check FILE"), ([folder / "x.json"], "x.json cannot be read"),
+                            (["--images", folder, folder / "data.json"], "unrecognized arguments"),
+                            (good[:1], "names images: say with --images"),
+                            ([*good[:2], folder / "x"], "x is not a folder"),
+                            ([*good, "--out", folder / "x" / "y"], "cannot be written: No such file"),
+                            ([*good, "--llm", ROOT / "toy" / "llm", "--template", "gemma"],
+                             "which template gemma needs")]:
+        refuses(call("hub", "check", *arguments), says)
 
 
 def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):

@@ -1,4 +1,4 @@
-"""weights.py inspect and export: what is in a folder is said in a few lines; an export is the same to transformers.
+"""python -m hub inspect and export: a report says what is in a folder; an export is the same model to transformers.
 
 The tests with transformers run where it is installed; nothing else needs it.
 """
@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from hub.export import chat_template, export
 from hub.inspect import inspect
 from hub.released import PARTS
 from hub.samples import read_questions
+from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
@@ -119,7 +121,7 @@ def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run
 
 
 def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("hub.export.SHARD", 300_000)
+    monkeypatch.setattr("hub.export.save_tensors", partial(save_tensors, limit=300_000))
     out = tmp_path / "new" / "out"
     export(run, out)
     shards = sorted(out.glob("model-*-of-*.safetensors"))
@@ -180,8 +182,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     out = tmp_path / "out"
     refuses(call("hub", "export", run, tmp_path / "taken"), "exists and is not an empty folder")
     refuses(call("hub", "export", run, tmp_path / "file"), "exists and is not an empty folder")
-    refuses(call("hub", "export", run), "python weights.py export CKPT OUT")
-    refuses(call("hub"), "python weights.py inspect DIR")
+    refuses(call("hub", "export", run), "say python -m hub export CKPT OUT")
+    refuses(call("hub"), "say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT")
+    refuses(call("hub", "exprot", run, out), "say python -m hub inspect DIR")
     refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
     refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
     refuses(call("hub", "export", exported, out), "is not a checkpoint of a run")
@@ -298,7 +301,7 @@ def test_inspect_says_what_is_wrong_and_goes_on(run, tmp_path):
 def test_inspect_refuses_what_is_no_model(tmp_path):
     refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
     refuses(call("hub", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
-    for content, says in [("{", "is not JSON"), ("[]", "has model_type None"),
+    for content, says in [("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "has model_type None"),
                           ('{"model_type": "qwen2"}', "has model_type 'qwen2'; known are clip")]:
         (tmp_path / "config.json").write_text(content)
         refuses(call("hub", "inspect", tmp_path), says)

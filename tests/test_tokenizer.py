@@ -5,7 +5,6 @@ import json
 import shutil
 import struct
 import time
-from dataclasses import fields
 
 import make_tokenizer_fixtures as fixtures
 import numpy as np
@@ -14,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from common.flags import UserError
 from data import encode_text
-from hub.tokenizer import load_tokenizer
+from hub.tokenizer import load_tokenizer, read_message
 
 
 @pytest.mark.parametrize("text, ids", [
@@ -54,7 +53,7 @@ def test_missing_and_broken_tokenizers_are_named(tmp_path):
 def pieces_of(name: str) -> list[str]:
     """The pieces of a model of the fixtures that stand for text."""
     data = (fixtures.FOLDER / name / "tokenizer.model").read_bytes()
-    pieces = [{3: 1, **dict(fields(value))} for number, value in fields(data) if number == 1]
+    pieces = [{3: 1, **dict(read_message(value))} for number, value in read_message(data) if number == 1]
     return [p[1].decode() for p in pieces if p[3] in (1, 4)]
 
 
@@ -244,7 +243,7 @@ BREAKS = {                                                 # what happens to the
     "a field of no known kind": (lambda b: b[:2 + b[1]] + b"\x0f" + b[2 + b[1]:], "is not a SentencePiece model"),
     "cut by one byte": (lambda b: b[:-1], "is cut off"),
     "lfs": (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n", "git lfs pull"),
-    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>", "is not a SentencePiece model; it"),
+    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>", "is a web page or an error message, not a tok"),
     "empty": (lambda b: b"", "is not a SentencePiece model"),
     "tiktoken": (lambda b: b"IQ== 0\nIg== 1\n", "is not a SentencePiece model"),
     "zeros": (lambda b: bytes(1000), "is not a SentencePiece model"),
@@ -272,5 +271,5 @@ def test_every_cut_of_a_model_is_refused(tmp_path):
 
 def test_a_pointer_in_place_of_tokenizer_json_is_named(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1842\n")
-    with pytest.raises(UserError, match="tokenizer.json is a git-lfs pointer, not a tokenizer: run git lfs pull"):
+    with pytest.raises(UserError, match=r"tokenizer.json is a git-lfs pointer \(\d+ bytes\), not a tokenizer: run git"):
         load_tokenizer(tmp_path)

@@ -129,7 +129,7 @@ def cut(n):
 @pytest.mark.parametrize("damage, says", [
     (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2110000000\n"),
      r"git-lfs pointer \(\d+ bytes\), not the weights \(2.11 GB\): run git lfs pull"),
-    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not weights"),
+    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not the weights"),
     (cut(0), "cut off: it has 0 bytes"), (cut(5), "cut off"), (cut(100), "cut off in its header"),
     (cut(-100), r"cut off: \d+ bytes, but its header says \d+"),
     (lambda p: p.write_bytes(p.read_bytes() + b"more"), "too long"),
