@@ -38,21 +38,16 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
     c, found = read_config(folder), find_tensors(folder)
-    whole = holds_llm(found)
-    if whole:
-        vision, llm = folder, folder
+    if is_whole(folder, found):
+        vit, decoder = (load(folder, dtype, device, found=found) for load in (load_vision, load_llm))
     else:
         vision, llm = vision or c["vision"], llm or c["llm"]
         for flag, base in [("--vision", vision), ("--llm", llm)]:
             if not Path(base).is_dir():
                 raise UserError(f"{folder} was trained on {base}, which is not there now: say where it is with {flag}")
-
-    inside = found if whole else None
-    vit = load_vision(vision, dtype, device, found=inside)
-    decoder = load_llm(llm, dtype, device, found=inside)
-    projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
-    if not whole:
+        vit, decoder = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
         load_moca(folder, decoder, dtype, device, found)
+    projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
     return Llava(vit, projector, decoder, c["vision_layer"])
 
 
@@ -67,10 +62,9 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     c, found = read_config(folder), find_tensors(folder)
     stored = any(name.startswith("vision_tower.") for name in found)
     described = "vision_config" in c
-    if not vision and not stored:
-        raise UserError(f"{folder} has no vision tower: give the folder of its CLIP too (--vision)")
-    if not vision and not described:
-        raise UserError(f"{folder} has a vision tower, but not its config: give the folder of its CLIP too (--vision)")
+    if not vision and not (stored and described):
+        what = "does not say of what shape its vision tower is" if stored else "has no vision tower"
+        raise UserError(f"{folder} {what}: give the folder of its CLIP too (--vision)")
 
     config = vision_config(folder if described else vision)
     siglip = not config.class_token
@@ -85,8 +79,10 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
     config = replace(config, drop_first_patch=siglip and patches_only)
     # A tower stored inside was trained further: it wins over the folder it once came from.
-    tower = dict(folder=folder, found=found) if stored else dict(folder=vision)
-    vit = load_vision(dtype=dtype, device=device, config=config, **tower)
+    if stored:
+        vit = load_vision(folder, dtype, device, config, found=found)
+    else:
+        vit = load_vision(vision, dtype, device, config)
     llm = load_llm(folder, dtype, device, found=found)
     projector = load_projector(folder, vit.config.hidden_size, llm.config.hidden_size, dtype, device, found)
     return Llava(vit, projector, llm, layer)
@@ -121,19 +117,12 @@ def checkpoint_problem(folder: Path) -> str | None:
     except UserError as e:
         return str(e)
     state = folder / "state.pt"
-    if state.is_file() and zipfile.is_zipfile(state):
-        return None
-    return f"{state} is missing or cut off"
+    return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
 
 
-def holds_llm(found) -> bool:
-    """True if a checkpoint stores the whole model, from its list of tensors (find_tensors)."""
-    return any(name.startswith("language_model.model.") for name in found)
-
-
-def is_whole(folder: Path) -> bool:
+def is_whole(folder: Path, found=None) -> bool:
     """True if a checkpoint stores the whole model. Stage 1 stores the projector alone, unless more was trained."""
-    return holds_llm(find_tensors(folder))
+    return any(name.startswith("language_model.model.") for name in found or find_tensors(folder))
 
 
 def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state, write: bool = True) -> None:

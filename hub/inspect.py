@@ -1,15 +1,15 @@
 """python -m hub inspect DIR: what a folder of weights holds, and what is wrong with it."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from common.flags import UserError
 from data import FAMILY_TEMPLATE, ImageProcessor, bos_ids, eos_id
-from hub.checkpoint import checkpoints, holds_llm, load_model
+from hub.checkpoint import checkpoints, is_whole, load_model
 from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, read_config
 from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
 from hub.tensors import open_tensors, weight_files
 from hub.tokenizer import load_tokenizer
-from model import Decoder, ViT
+from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
 KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3": "Phi-3", "gemma": "Gemma",
@@ -19,21 +19,15 @@ KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3
 
 @dataclass
 class InspectFlags:
-    """Print in about ten lines what a folder holds (weights of a model, a checkpoint or a run) and what is wrong with it.
-    Only headers of the weights are read."""
+    """Print what DIR holds (weights of a model, a checkpoint or a run), in about ten lines, and what is wrong with it."""
 
 
 @dataclass
-class Report:
-    """Lines to print, and the problems met on the way."""
-    lines: list[tuple[str, str]] = field(default_factory=list)      # (heading, text)
-    problems: list[str] = field(default_factory=list)
+class Attempts:
+    """attempt(f, …) is f(…), or None after an error of any kind: the rest of a folder can still be reported."""
+    problems: list[str]
 
-    def add(self, heading: str, text: str) -> None:
-        self.lines.append((heading, text))
-
-    def attempt(self, f, *args, **options):
-        """Return f(…), or None after an error of any kind: the rest of the folder can still be reported."""
+    def __call__(self, f, *args, **options):
         try:
             return f(*args, **options)
         except Exception as e:
@@ -42,114 +36,104 @@ class Report:
 
 
 def inspect(folder: str | Path) -> str:
-    """Return the report on a folder. Raises UserError if it holds no model of a known kind."""
-    folder = Path(folder)
+    """Return the report on a folder. Of weights only headers are read. Raises UserError for an unknown kind of model."""
+    folder, attempt = Path(folder), Attempts([])
     if not (folder / "config.json").is_file() and checkpoints(folder):
         folder = checkpoints(folder)[-1]                            # of a run, its newest checkpoint
     c = read_config(folder)
     kind = c.get("model_type")
     if kind not in KINDS:
         raise UserError(f"{folder}/config.json has model_type {kind!r}; known are {', '.join(KINDS)}")
-    report = Report()
-    report_kind(report, c)
-    files = report.attempt(weight_files, folder) or []
-    found = report.attempt(find_tensors, folder) if files else None
-    vit, llm = load_parts(report, folder, kind, found or {})
-    report_parts(report, vit, llm)
+    lines = describe_kind(c)
+    files = attempt(weight_files, folder) or []
+    found = files and attempt(find_tensors, folder)
+    vit, llm = load_parts(attempt, folder, kind, found) if found else (None, None)
+    if vit:
+        lines.append(("vision", describe_vision(vit.config)))
+    if llm:
+        lines.append(("language", describe_text(llm.config)))
     if found:
-        report.attempt(report_stored, report, found)
+        lines += attempt(describe_stored, found) or []
     if files:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} …"
-        report.add("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB")
+        lines.append(("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"))
     if kind not in TOWERS:
-        report_text(report, folder, c, llm)
+        lines += describe_tokenizer(attempt, folder, c, llm)
     if vit or (folder / "preprocessor_config.json").is_file():
-        report_images(report, folder)
-    for problem in dict.fromkeys(report.problems):
-        report.add("problem", problem)
-    if not report.problems:
-        report.add("problems", "none")
-    return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in report.lines])
+        processor = attempt(ImageProcessor.from_folder, folder)
+        if processor:
+            lines.append(("images", describe_images(processor)))
+    lines += [("problem", text) for text in dict.fromkeys(attempt.problems)] or [("problems", "none")]
+    return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in lines])
 
 
-def report_kind(report: Report, c: dict) -> None:
+def load_parts(attempt: Attempts, folder: Path, kind: str, found) -> tuple[ViT | None, Decoder | None]:
+    """Load what a folder holds onto the meta device: that checks every name and shape, and reads no weights."""
+    if kind in TOWERS:
+        return attempt(load_vision, folder, device="meta", found=found), None
+    if kind not in DECODERS:
+        whole = attempt(load_model, folder, device="meta")
+        if whole:
+            return whole.vision_tower, whole.language_model
+        if not is_whole(folder, found):
+            return None, None
+    return None, attempt(load_llm, folder, device="meta", found=found)      # alone, or in a LLaVA without its tower
+
+
+# The lines of the report: (heading, text).
+def describe_kind(c: dict) -> list[tuple[str, str]]:
     text = KINDS[c["model_type"]]
     if c["model_type"] == OURS:
         text += f": stage {c.get('stage')}, step {c.get('step')} of {c.get('steps')}, loss {c.get('loss')}"
-    if c.get("use_moca"):
-        text += ", with MoCa"
-    report.add("kind", text)
-    if c["model_type"] == OURS:
-        report.add("built on", f"{c.get('vision')}, {c.get('llm')}")
+        return [("kind", text), ("built on", f"{c.get('vision')}, {c.get('llm')}")]
+    return [("kind", f"{text}, with MoCa" if c.get("use_moca") else text)]
 
 
-def load_parts(report: Report, folder: Path, kind: str, found: dict[str, Place]) -> tuple[ViT | None, Decoder | None]:
-    """Load the parts that a folder holds onto the meta device: that checks every name and shape."""
-    if not found:
-        return None, None
-    if kind in TOWERS:
-        return report.attempt(load_vision, folder, device="meta", found=found), None
-    if kind in DECODERS:
-        return None, report.attempt(load_llm, folder, device="meta", found=found)
-    whole = report.attempt(load_model, folder, device="meta")
-    if whole:
-        return whole.vision_tower, whole.language_model
-    if holds_llm(found):                                            # a LLaVA without its tower, say
-        return None, report.attempt(load_llm, folder, device="meta", found=found)
-    return None, None
+def describe_vision(v: VisionConfig) -> str:
+    return (f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, {v.image_size} px in "
+            f"patches of {v.patch_size}: {v.image_tokens} image tokens")
 
 
-def report_parts(report: Report, vit: ViT | None, llm: Decoder | None) -> None:
-    if vit:
-        v = vit.config
-        report.add("vision", f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
-                             f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens")
-    if llm:
-        t = llm.config
-        heads = f"{t.num_attention_heads} heads"
-        if t.num_key_value_heads != t.num_attention_heads:
-            heads += f" ({t.num_key_value_heads} of keys)"
-        text = (f"{t.num_hidden_layers} layers, width {t.hidden_size}, {heads}, vocabulary {t.vocab_size}, "
-                f"{t.max_position_embeddings} positions")
-        if t.sliding_window:
-            text += f", window {t.sliding_window}"
-        if t.moca:
-            text += ", MoCa"
-        report.add("language", text)
+def describe_text(t: DecoderConfig) -> str:
+    heads = f"{t.num_attention_heads} heads"
+    if t.num_key_value_heads != t.num_attention_heads:
+        heads += f" ({t.num_key_value_heads} of keys)"
+    text = f"{t.num_hidden_layers} layers, width {t.hidden_size}, {heads}, vocabulary {t.vocab_size}, "
+    text += f"{t.max_position_embeddings} positions"
+    if t.sliding_window:
+        text += f", window {t.sliding_window}"
+    return f"{text}, MoCa" if t.moca else text
 
 
-def report_stored(report: Report, found: dict[str, Place]) -> None:
-    """Add a line for each part: how many parameters of which dtypes are stored. The data stays on the disk."""
+def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
+    """A line for each part: the number of its parameters, and their dtypes as stored."""
     counts, dtypes = dict.fromkeys(PARTS, 0), {part: set() for part in PARTS}
     for path in {place.path for place in found.values()}:
         with open_tensors(path) as f:
             for name, place in found.items():
                 if place.path == path:
-                    tensor, part = f.get_tensor(place.key), name.split(".")[0]
+                    tensor, part = f.get_tensor(place.key), name.split(".")[0]      # mapped, not read
                     counts[part] += tensor.numel()
                     dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
-    for part, what in PARTS.items():
-        if counts[part]:
-            report.add("stored", f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
+    return [("stored", f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
+            for part, what in PARTS.items() if counts[part]]
 
 
-def report_text(report: Report, folder: Path, c: dict, llm: Decoder | None) -> None:
-    tokenizer = report.attempt(load_tokenizer, folder)
-    template = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
-    if tokenizer:
-        size = tokenizer.get_vocab_size()
-        first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
-        report.add("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}")
-        if llm and size > llm.config.vocab_size:
-            report.problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: they are not of "
-                                   "one model")
-        report.attempt(eos_id, tokenizer, template)
-    report.add("template", template if c["model_type"] == OURS else f"{template}, unless --template picks another")
+def describe_tokenizer(attempt: Attempts, folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
+    name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
+    template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
+    tokenizer = attempt(load_tokenizer, folder)
+    if not tokenizer:
+        return [template]
+    attempt(eos_id, tokenizer, name)
+    size = tokenizer.get_vocab_size()
+    if llm and size > llm.config.vocab_size:
+        attempt.problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
+    first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
+    return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]
 
 
-def report_images(report: Report, folder: Path) -> None:
-    p = report.attempt(ImageProcessor.from_folder, folder)
-    if p and p.stretch:
-        report.add("images", f"stretched to {p.crop_size} × {p.crop_size}")
-    elif p:
-        report.add("images", f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first")
+def describe_images(p: ImageProcessor) -> str:
+    if p.stretch:
+        return f"stretched to {p.crop_size} × {p.crop_size}"
+    return f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"

@@ -42,8 +42,7 @@ OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "g
 
 
 # ------------------------------------------------------------------------------------------------ names
-class Place(NamedTuple):
-    """Where a tensor is stored."""
+class Place(NamedTuple):                            # where a tensor is stored
     path: Path
     key: str                                        # its name in that file
     rows: tuple[int, int, int] | None = None        # first, end, and how many the stored tensor must have; None: all
@@ -57,8 +56,8 @@ def rename(key: str) -> str:
 
 
 def find_tensors(folder: str | Path) -> dict[str, Place]:
-    """List the tensors of a folder, by their name in `Llava`. Opens every file once and reads no tensor: to load several
-    parts of a folder, list it once and pass the result on as `found`. Raises UserError for names of no part."""
+    """List the tensors of a folder, by their name in `Llava`. Opens every file once: to load several parts of a folder,
+    list it once and pass the result on as `found`. Raises UserError for names of no part."""
     found = {}
     for path in weight_files(Path(folder)):
         with open_tensors(path) as f:
@@ -70,10 +69,9 @@ def find_tensors(folder: str | Path) -> dict[str, Place]:
                     found[name] = Place(path, key)
     unknown = [n for n in found if n.split(".")[0] not in PARTS]
     if unknown:
-        message = f"{folder}: {len(unknown)} tensors belong to no part of the model, such as {unknown[0]}"
-        if any(n.startswith(OTHER_LAYOUTS) for n in unknown):
-            message += ": these are names of another layout; get the Hugging Face form of this model"
-        raise UserError(message)
+        known = any(n.startswith(OTHER_LAYOUTS) for n in unknown)
+        hint = ": these are names of another layout; get the Hugging Face form of this model" if known else ""
+        raise UserError(f"{folder}: {len(unknown)} tensors belong to no part of the model, such as {unknown[0]}{hint}")
     return found
 
 
@@ -84,8 +82,8 @@ def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
              "gate_up_proj": [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]}
     out = {}
     for name, place in here.items():
-        part = next((p for p in fused if f".{p}." in name), None)
-        if part is None:
+        part = name.split(".")[-2:][0]
+        if part not in fused:
             out[name] = place
             continue
         start, total = 0, sum(rows for _, rows in fused[part])
@@ -97,10 +95,8 @@ def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
 
 # ------------------------------------------------------------------------------------------------ tensors
 def read_tensors(places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, stored tensor), file by file. Of a fused tensor: all its rows.
-
-    What was read of a mapped file counts as memory in use until the file is closed, so a file is opened anew for every
-    8 tensors. A tensor must not be kept: it may be a view of the file."""
+    """Yield (name, stored tensor), file by file. Do not keep a tensor: it may be a view of the file, and what was read
+    of a mapped file counts as memory in use until the file is closed. So a file is opened anew for every 8 tensors."""
     by_file = {}
     for name, place in places.items():
         by_file.setdefault(place.path, []).append(name)
@@ -116,17 +112,15 @@ def check_names(wanted, here, what: str, source) -> None:
     """Raise UserError unless the names in `wanted` and `here` are the same."""
     for problem, names in [("are missing", wanted - here), ("are left over", here - wanted)]:
         if names:
-            listed = ", ".join(sorted(names)[:3])
-            if len(names) > 3:
-                listed += ", …"
+            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
             raise UserError(f"{source}: {len(names)} tensors of the {what} {problem} ({listed}); its config.json "
                             "describes another model")
 
 
 def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=None, device="cpu",
          new=lambda name, shape: None) -> None:
-    """Load the tensors under `prefix` into a module built on the meta device, each copied and cast on its way (a mapped
-    file may change or vanish later). Of a parameter sharded over ranks only this rank's rows are copied.
+    """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
+    vanish later) and cast. Of a parameter sharded over ranks only this rank's rows are copied.
 
     dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape): makes a tensor that
     no file holds yet (LoRA's), or returns None. Raises UserError on any difference in names or shapes."""
@@ -135,9 +129,9 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
     here = {name[len(prefix) + 1:]: place for name, place in found.items() if name.startswith(prefix + ".")}
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
-    tied = isinstance(module, Decoder) and module.config.tie_word_embeddings
+    tied = False
     if isinstance(module, Decoder):
-        here = unfuse(here, module.config)
+        here, tied = unfuse(here, module.config), module.config.tie_word_embeddings
     if tied:
         here.pop("lm_head.weight", None)            # some files repeat the embedding table under this name
     made = {name: new(name, p.shape) for name, p in wanted.items() if name not in here}
@@ -169,7 +163,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
 # ------------------------------------------------------------------------------------------------ parts
 # dtype None: as stored. config None: the folder's. found: what find_tensors(folder) returned; None: list it now.
 def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConfig | None = None,
-                prepare=lambda module: None, found: dict[str, Place] | None = None) -> ViT:
+                prepare=lambda module: None, found=None) -> ViT:
     """Load the vision encoder of a CLIP, SigLIP or LLaVA folder, or of a checkpoint. prepare: see load_llm."""
     with torch.device("meta"):
         vit = ViT(config or vision_config(folder))
@@ -179,10 +173,9 @@ def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConf
 
 
 def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig | None = None,
-             prepare=lambda module: None, new=lambda name, shape: None,
-             found: dict[str, Place] | None = None) -> Decoder:
-    """Load the decoder with its head. prepare(decoder) is called on the meta device, before the weights are read: there
-    it can be sharded over ranks at no cost. new: see fill."""
+             prepare=lambda module: None, new=lambda name, shape: None, found=None) -> Decoder:
+    """Load the decoder with its head. prepare(decoder) is called before it is filled: on the meta device it can be
+    sharded over ranks at no cost. new: see fill."""
     with torch.device("meta"):
         llm = Decoder(config or decoder_config(folder))
     prepare(llm)
@@ -191,7 +184,7 @@ def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig
 
 
 def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype=None, device="cpu",
-                   found: dict[str, Place] | None = None) -> Projector:
+                   found=None) -> Projector:
     """Load the projector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin alone."""
     with torch.device("meta"):
         projector = Projector(vision_size, hidden_size)
@@ -199,8 +192,7 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
     return projector
 
 
-def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu",
-              found: dict[str, Place] | None = None) -> None:
+def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu", found=None) -> None:
     """Add to `llm` the MoCa layers that a stage-1 checkpoint stores beside its projector, if it stores any."""
     found = found or find_tensors(folder)
     if any(name.startswith("language_model.moca.") for name in found):
