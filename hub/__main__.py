@@ -1,11 +1,7 @@
-"""Files as the world publishes them:
-
-    python -m hub inspect DIR                    what a folder of weights holds, and what is wrong with it
-    python -m hub check FILE --images DIR        which samples of a file cannot be used, before a run finds out
-    python -m hub export CKPT OUT                a checkpoint in llava-hf's layout, for transformers
-
---help after a command lists its flags.
-"""
+"""python -m hub inspect DIR                 what a folder of weights holds, and what is wrong with it
+python -m hub check FILE --images DIR     which samples of a file cannot be used, before a run finds out
+python -m hub export CKPT OUT             a checkpoint in llava-hf's layout, for transformers
+(--help after a command lists its flags)"""
 import sys
 from itertools import takewhile
 

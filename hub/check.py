@@ -26,7 +26,6 @@ class CheckFlags:
     max_length: int = option(2048, "positions a sample may have")
 
 
-# ------------------------------------------------------------------------------------------------ images
 def image_problem(path: Path) -> str | None:
     """Return why an image cannot be used, or None. Reads the file's two ends, and decodes it only if those look wrong:
     half a million images take seconds, not hours. Damage in between shows when training decodes the image."""
@@ -61,14 +60,6 @@ def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
     return found
 
 
-def image_kind(problem: str) -> str:
-    """Sort a problem of image_problem: missing, unreadable (an error of the disk) or corrupt (an error of Pillow)."""
-    if problem == "missing":
-        return "missing"
-    return "unreadable" if problem.startswith("[Errno") else "corrupt"
-
-
-# ------------------------------------------------------------------------------------------------ the command
 def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, str]]:
     """Return (what → how many samples, number of a sample → why it cannot be used)."""
     samples = SampleFile(path)
@@ -85,26 +76,24 @@ def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, 
         found = image_problems(samples, cfg.images)
         for i in np.flatnonzero(samples.with_image(list(found))).tolist():
             name = samples[i]["image"]
-            rows[f"image {image_kind(found[name])}"] += 1
+            if found[name] == "missing":
+                rows["image missing"] += 1
+            elif found[name].startswith("[Errno"):
+                rows["image unreadable"] += 1                   # an error of the disk
+            else:
+                rows["image corrupt"] += 1                      # an error of Pillow
             why[i] = f"has image {name}: {found[name]}"
     if cfg.llm:
-        row = f"no answer within {cfg.max_length} positions"
-        cut = samples_cut_off(samples, np.flatnonzero(answered).tolist(), cfg)
-        rows[row] = len(cut)
-        why |= dict.fromkeys(cut, f"has {row}")
+        tokenizer, row = load_tokenizer(cfg.llm), f"no answer within {cfg.max_length} positions"
+        eos_id(tokenizer, cfg.template)                         # raises if the template is another family's
+        rows[row] = 0
+        for i in tqdm(np.flatnonzero(answered).tolist(), desc="text", delay=2, leave=False):
+            turns = samples[i]["conversations"]
+            _, labels, _ = encode(turns, tokenizer, cfg.template, cfg.image_tokens, cfg.max_length)
+            if (labels == IGNORE).all():
+                rows[row] += 1
+                why[i] = f"has {row}"
     return rows | {"usable": len(samples) - len(why)}, why
-
-
-def samples_cut_off(samples: SampleFile, numbers: list[int], cfg: CheckFlags) -> list[int]:
-    """Return those of the samples `numbers` of which --max-length leaves nothing supervised."""
-    tokenizer = load_tokenizer(cfg.llm)
-    eos_id(tokenizer, cfg.template)                             # raises if the template is another family's
-    cut = []
-    for i in tqdm(numbers, desc="text", delay=2, leave=False):
-        _, labels, _ = encode(samples[i]["conversations"], tokenizer, cfg.template, cfg.image_tokens, cfg.max_length)
-        if (labels == IGNORE).all():
-            cut.append(i)
-    return cut
 
 
 def print_check(path: str, cfg: CheckFlags) -> None:

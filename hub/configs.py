@@ -29,7 +29,6 @@ OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-# ------------------------------------------------------------------------------------------------ reading
 def refuse_hub_id(folder: str | Path) -> None:
     """Raise UserError if `folder` is no folder but reads like a Hugging Face id (organization/name)."""
     name = str(folder)
@@ -64,7 +63,6 @@ def from_fields(cls, defaults: dict, c: dict, fixed=()):
     return cls(**defaults | given)
 
 
-# ------------------------------------------------------------------------------------------------ configs
 def vision_config(folder: str | Path) -> VisionConfig:
     """Return the config of a vision encoder. Reads folders of CLIP or SigLIP (both towers, or the vision tower alone),
     llava-hf, TinyLLaVA, and our checkpoints. Raises UserError for any other."""

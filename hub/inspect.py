@@ -80,7 +80,6 @@ def load_parts(attempt: Attempts, folder: Path, kind: str, found) -> tuple[ViT |
     return None, attempt(load_llm, folder, device="meta", found=found)      # alone, or in a LLaVA without its tower
 
 
-# The lines of the report: (heading, text).
 def describe_kind(c: dict) -> list[tuple[str, str]]:
     text = KINDS[c["model_type"]]
     if c["model_type"] == OURS:

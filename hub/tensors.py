@@ -21,33 +21,26 @@ from common.parallel import whole
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 
 
-# ------------------------------------------------------------------------------------------------ checks
-def check_download(path: Path, what: str = "the weights") -> None:
-    """Raise UserError for what a failed download leaves in place of a file: a git-lfs pointer, or a web page."""
+def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
+    size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(400)
     if head.startswith(b"version https://git-lfs"):
-        size = re.search(rb"size (\d{8,})", head)
-        real = f" ({int(size[1]) / 1e9:.2f} GB)" if size else ""
-        raise UserError(f"{path} is a git-lfs pointer ({path.stat().st_size} bytes), not {what}{real}: run git lfs "
-                        "pull")
+        real = re.search(rb"size (\d{8,})", head)
+        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
     if re.match(rb"\s*<(!doctype|html)|Access to model|Entry not found|\s*\{\"error", head, re.I):
         start = " ".join(head[:60].decode(errors="replace").split())
         raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
                         "repositories need an accepted licence and a token")
-
-
-def check_size(path: Path) -> None:
-    """Raise UserError for a failed download, or for a file too short to be weights."""
-    check_download(path)
-    size = path.stat().st_size
-    if size < 8:
+    if size < least:
         raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
 
 def check_safetensors(path: Path) -> None:
     """Raise UserError unless the file is as long as its header says. (The library's own messages name no cause.)"""
-    check_size(path)
+    check_download(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
         length = struct.unpack("<Q", f.read(8))[0]                      # of the header, which follows
@@ -64,7 +57,6 @@ def check_safetensors(path: Path) -> None:
         raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
 
 
-# ------------------------------------------------------------------------------------------------ reading
 def is_mapped(path: Path) -> bool:
     """True if tensors are read from the file on access. A .bin from before PyTorch 1.6 is no zip: it is read whole."""
     with open(path, "rb") as f:
@@ -72,9 +64,9 @@ def is_mapped(path: Path) -> bool:
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where its format allows. Objects that could run code are
-    refused. Raises UserError if the file does not hold a dict of tensors."""
-    check_size(path)
+    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but a
+    dict of tensors; no code in the file is run."""
+    check_download(path)
     zipped = is_mapped(path)
     if zipped and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
@@ -88,10 +80,9 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
     for key, t in value.items():
-        if isinstance(t, dict):
-            raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a dict (save what is under that key)")
         if not isinstance(t, torch.Tensor):
-            raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}")
+            hint = " (save what is under that key)" if isinstance(t, dict) else ""
+            raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}{hint}")
     return value
 
 
@@ -109,8 +100,7 @@ def open_tensors(path: Path) -> Iterator:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold a folder's weights; safetensors win over .bin. Raises UserError if there are none.
-
-    Never matches `*.bin`: optimizer states and training arguments end in .bin too."""
+    Never matches *.bin: optimizer states end in .bin too."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
@@ -125,7 +115,6 @@ def weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "
                                 f"{', '.join(absent[:3])}; download them too")
             return [folder / s for s in shards]
-
     # TinyLLaVA Factory keeps each part in a folder of its own; LLaVA's stage 1 saves the projector alone.
     names = [f"{part}/pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
     parts = [folder / name for name in [*names, "mm_projector.bin"] if (folder / name).is_file()]
@@ -135,14 +124,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors, pytorch_model.bin or index of shards; it holds {holds}")
 
 
-# ------------------------------------------------------------------------------------------------ writing
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, write: bool = True,
                  limit: float = 5e9) -> None:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
 
-    dtype: cast to it; None: as they are. One shard at a time is in this process's memory. Tensors that are sharded over
-    ranks are gathered one by one: every rank must call, with write=False on all but the one that writes."""
-    # Which tensors go into which file.
+    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are gathered
+    one by one: every rank must call, with write=False on all but the one that writes."""
     shards, size, total = [[]], 0, 0
     for name, t in tensors.items():
         bytes_ = t.numel() * (dtype or t.dtype).itemsize
@@ -152,7 +139,6 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
         shards[-1].append(name)
         size += bytes_
         total += bytes_
-
     places = {}
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
@@ -166,5 +152,4 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
             os.chmod(folder / file, 0o644)                # the library makes it readable for its owner alone
         places |= dict.fromkeys(names, file)
     if write and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})

@@ -27,24 +27,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"))
     for path in (model, fast, vocab, merges):
         if path.is_file():
-            check_download(path, "a tokenizer")
-    c = {"model_type": "llama"}
-    if (folder / "config.json").is_file():
-        c = read_json(folder / "config.json")
+            check_download(path, "a tokenizer", least=0)
+    c = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"model_type": "llama"}
     family = (c.get("text_config") or c).get("model_type") or c.get("model_type") or ""
     llama = family.startswith(("llama", "mistral", "llava", "nanoalign"))
     if model.is_file() and (llama or not fast.is_file()):
         tokenizer = read_sentencepiece(model)
         add_extra_tokens(tokenizer, folder)
     elif fast.is_file():
-        tokenizer = read_library(str(fast), lambda: Tokenizer.from_file(str(fast)))
+        try:
+            tokenizer = Tokenizer.from_file(str(fast))
+        except Exception as e:                                  # the library raises bare Exception
+            raise UserError(f"{fast} is not a tokenizer ({e}): download it again") from None
     elif vocab.is_file() and merges.is_file():
-        tokenizer = read_library(f"{vocab} with merges.txt", lambda: Tokenizer(
-            models.BPE.from_file(str(vocab), str(merges))))
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        if tokenizer.token_to_id("<|endoftext|>") is not None:
-            tokenizer.add_special_tokens(["<|endoftext|>"])     # in vocab.json, never part of a text
+        tokenizer = read_gpt2(vocab, merges)
         add_extra_tokens(tokenizer, folder)
     else:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
@@ -54,22 +50,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def read_library(what: str, read) -> Tokenizer:
-    """Return read(). Raises UserError for the bare Exception that the library raises."""
+def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
+    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError if they do not fit."""
     try:
-        return read()
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:
-        raise UserError(f"{what} is not a tokenizer ({e}): download it again") from None
+        raise UserError(f"{vocab} with merges.txt is not a tokenizer ({e}): download it again") from None
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if tokenizer.token_to_id("<|endoftext|>") is not None:
+        tokenizer.add_special_tokens(["<|endoftext|>"])         # in vocab.json, never part of a text
+    return tokenizer
 
 
 def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary, in
     order of their ids. They are found in a text before it is normalized, as in transformers."""
-    plain, config = {}, {}
-    if (folder / "added_tokens.json").is_file():
-        plain = read_json(folder / "added_tokens.json")
-    if (folder / "tokenizer_config.json").is_file():
-        config = read_json(folder / "tokenizer_config.json")
+    plain, config = (read_json(path) if path.is_file() else {}
+                     for path in (folder / "added_tokens.json", folder / "tokenizer_config.json"))
     extra = {i: AddedToken(token, normalized=False) for token, i in plain.items()}
     for i, t in config.get("added_tokens_decoder", {}).items():
         flags = {k: t.get(k, False) for k in ("lstrip", "rstrip", "single_word", "special")}
