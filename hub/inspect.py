@@ -22,22 +22,18 @@ class InspectFlags:
     """Print what DIR holds (weights of a model, a checkpoint or a run), in about ten lines, and what is wrong with it."""
 
 
-@dataclass
-class Attempts:
-    """attempt(f, …) is f(…), or None after an error of any kind: the rest of a folder can still be reported."""
-    problems: list[str]
-
-    def __call__(self, f, *args, **options):
-        try:
-            return f(*args, **options)
-        except Exception as e:
-            text = str(e) if isinstance(e, UserError) else f"{f.__name__} stops with {type(e).__name__}: {e}"
-            self.problems.append(" ".join(text.split()))
+def attempt(problems: list[str], f, *args, **options):
+    """Return f(…), or None after an error of any kind, which is noted: the rest of a folder can still be reported."""
+    try:
+        return f(*args, **options)
+    except Exception as e:
+        text = str(e) if isinstance(e, UserError) else f"{f.__name__} stops with {type(e).__name__}: {e}"
+        problems.append(" ".join(text.split()))
 
 
 def inspect(folder: str | Path) -> str:
     """Return the report on a folder. Of weights only headers are read. Raises UserError for an unknown kind of model."""
-    folder, attempt = Path(folder), Attempts([])
+    folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
         folder = checkpoints(folder)[-1]                            # of a run, its newest checkpoint
     c = read_config(folder)
@@ -45,39 +41,40 @@ def inspect(folder: str | Path) -> str:
     if kind not in KINDS:
         raise UserError(f"{folder}/config.json has model_type {kind!r}; known are {', '.join(KINDS)}")
     lines = describe_kind(c)
-    files = attempt(weight_files, folder) or []
-    found = files and attempt(find_tensors, folder)
-    vit, llm = load_parts(attempt, folder, kind, found) if found else (None, None)
-    if vit:
-        lines.append(("vision", describe_vision(vit.config)))
-    if llm:
-        lines.append(("language", describe_text(llm.config)))
+    files = attempt(problems, weight_files, folder) or []
+    found = files and attempt(problems, find_tensors, folder)
+    vit, llm = load_parts(problems, folder, kind, found) if found else (None, None)
+    lines += describe_parts(vit and vit.config, llm and llm.config)
     if found:
-        lines += attempt(describe_stored, found) or []
+        lines += attempt(problems, describe_stored, found) or []
     if files:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} …"
         lines.append(("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"))
     if kind not in TOWERS:
-        lines += describe_tokenizer(attempt, folder, c, llm)
+        lines += describe_tokenizer(problems, folder, c, llm)
     if vit or (folder / "preprocessor_config.json").is_file():
-        processor = attempt(ImageProcessor.from_folder, folder)
-        if processor:
-            lines.append(("images", describe_images(processor)))
-    lines += [("problem", text) for text in dict.fromkeys(attempt.problems)] or [("problems", "none")]
+        p = attempt(problems, ImageProcessor.from_folder, folder)
+        if p and p.stretch:
+            lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}"))
+        elif p:
+            text = f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"
+            lines.append(("images", text))
+    lines += [("problem", text) for text in dict.fromkeys(problems)] or [("problems", "none")]
     return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in lines])
 
 
-def load_parts(attempt: Attempts, folder: Path, kind: str, found) -> tuple[ViT | None, Decoder | None]:
+def load_parts(problems: list[str], folder: Path, kind: str, found) -> tuple[ViT | None, Decoder | None]:
     """Load what a folder holds onto the meta device: that checks every name and shape, and reads no weights."""
     if kind in TOWERS:
-        return attempt(load_vision, folder, device="meta", found=found), None
+        return attempt(problems, load_vision, folder, device="meta", found=found), None
     if kind not in DECODERS:
-        whole = attempt(load_model, folder, device="meta")
+        whole = attempt(problems, load_model, folder, device="meta")
         if whole:
             return whole.vision_tower, whole.language_model
         if not is_whole(folder, found):
             return None, None
-    return None, attempt(load_llm, folder, device="meta", found=found)      # alone, or in a LLaVA without its tower
+    llm = attempt(problems, load_llm, folder, device="meta", found=found)   # alone, or in a LLaVA without its tower
+    return None, llm
 
 
 def describe_kind(c: dict) -> list[tuple[str, str]]:
@@ -88,20 +85,19 @@ def describe_kind(c: dict) -> list[tuple[str, str]]:
     return [("kind", f"{text}, with MoCa" if c.get("use_moca") else text)]
 
 
-def describe_vision(v: VisionConfig) -> str:
-    return (f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, {v.image_size} px in "
-            f"patches of {v.patch_size}: {v.image_tokens} image tokens")
-
-
-def describe_text(t: DecoderConfig) -> str:
-    heads = f"{t.num_attention_heads} heads"
-    if t.num_key_value_heads != t.num_attention_heads:
-        heads += f" ({t.num_key_value_heads} of keys)"
-    text = f"{t.num_hidden_layers} layers, width {t.hidden_size}, {heads}, vocabulary {t.vocab_size}, "
-    text += f"{t.max_position_embeddings} positions"
-    if t.sliding_window:
-        text += f", window {t.sliding_window}"
-    return f"{text}, MoCa" if t.moca else text
+def describe_parts(v: VisionConfig | None, t: DecoderConfig | None) -> list[tuple[str, str]]:
+    lines = []
+    if v:
+        lines.append(("vision", f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
+                                f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens"))
+    if t:
+        keys = f" ({t.num_key_value_heads} of keys)" if t.num_key_value_heads != t.num_attention_heads else ""
+        text = (f"{t.num_hidden_layers} layers, width {t.hidden_size}, {t.num_attention_heads} heads{keys}, "
+                f"vocabulary {t.vocab_size}, {t.max_position_embeddings} positions")
+        if t.sliding_window:
+            text += f", window {t.sliding_window}"
+        lines.append(("language", f"{text}, MoCa" if t.moca else text))
+    return lines
 
 
 def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
@@ -118,21 +114,15 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
             for part, what in PARTS.items() if counts[part]]
 
 
-def describe_tokenizer(attempt: Attempts, folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
+def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
     name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
     template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
-    tokenizer = attempt(load_tokenizer, folder)
+    tokenizer = attempt(problems, load_tokenizer, folder)
     if not tokenizer:
         return [template]
-    attempt(eos_id, tokenizer, name)
+    attempt(problems, eos_id, tokenizer, name)
     size = tokenizer.get_vocab_size()
     if llm and size > llm.config.vocab_size:
-        attempt.problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
+        problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
     first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
     return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]
-
-
-def describe_images(p: ImageProcessor) -> str:
-    if p.stretch:
-        return f"stretched to {p.crop_size} × {p.crop_size}"
-    return f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"

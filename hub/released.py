@@ -108,15 +108,6 @@ def read_tensors(places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:
                     yield name, f.get_tensor(places[name].key)
 
 
-def check_names(wanted, here, what: str, source) -> None:
-    """Raise UserError unless the names in `wanted` and `here` are the same."""
-    for problem, names in [("are missing", wanted - here), ("are left over", here - wanted)]:
-        if names:
-            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
-            raise UserError(f"{source}: {len(names)} tensors of the {what} {problem} ({listed}); its config.json "
-                            "describes another model")
-
-
 def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=None, device="cpu",
          new=lambda name, shape: None) -> None:
     """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
@@ -136,7 +127,12 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
         here.pop("lm_head.weight", None)            # some files repeat the embedding table under this name
     made = {name: new(name, p.shape) for name, p in wanted.items() if name not in here}
     made = {name: tensor for name, tensor in made.items() if tensor is not None}
-    check_names(wanted.keys(), here.keys() | made.keys(), what, source)
+    there = here.keys() | made.keys()
+    for problem, names in [("are missing", wanted.keys() - there), ("are left over", there - wanted.keys())]:
+        if names:
+            listed = ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+            raise UserError(f"{source}: {len(names)} tensors of the {what} {problem} ({listed}); its config.json "
+                            "describes another model")
 
     def put(name: str, tensor: Tensor) -> None:
         to = dtype(name) if callable(dtype) else dtype or tensor.dtype

@@ -2,10 +2,9 @@
 
     data.json ─ elements (.jsonl: lines) ─→ samples ─ entry ─→ .data.json.index ─ mapped ─→ SampleFile
 
-The index is made once, by reading the file from end to end, and is valid for one size and
-modification time of it. It holds what a run needs to know of all samples at its start: lengths,
-images, which are malformed. Every process of a machine maps the same pages of the index, and reads
-a sample from the file when it is used.
+The index is made once, by reading the file from end to end, and is valid for one size and modification
+time of it. It holds what a run needs of all samples at its start: lengths, images, which are malformed.
+Every process of a machine maps the same pages of it, and reads a sample from the file when it is used.
 """
 import codecs
 import hashlib
@@ -57,10 +56,9 @@ def sample_problem(s) -> str | None:
     count = sum(t["value"].count(IMAGE) for t in turns)
     if count > 1:
         return f"has {count} {IMAGE} marks: one image a sample is supported"
-    if count and image is None:
-        return f"has no file in image but an {IMAGE} mark in its text"
-    if image is not None and not count:
-        return f"has a file in image but no {IMAGE} mark in its text"
+    if count != (image is not None):
+        has = "no file in image but an" if count else "a file in image but no"
+        return f"has {has} {IMAGE} mark in its text"
     try:
         "".join([image or "", *(t["value"] for t in turns)]).encode()
     except UnicodeEncodeError:
@@ -137,9 +135,7 @@ class Window:
 
 
 def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
-    """Yield (first byte, bytes, value) of each element of a JSON list.
-
-    Raises UserError with the byte that is not JSON."""
+    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError with an invalid byte."""
     window = Window(file, block)
     try:
         if window.peek() != "[":

@@ -84,9 +84,7 @@ def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 # ---------------------------------------------------------------------------------- SentencePiece
 def read_message(data: bytes) -> Iterator[tuple]:
-    """Yield (number, value) of each field of a protobuf message; a value is an int, or bytes.
-
-    Raises IndexError where the message is cut off."""
+    """Yield (number, int or bytes) of each field of a protobuf message. Raises IndexError if it is cut off."""
     at = 0
 
     def varint() -> int:
@@ -111,8 +109,7 @@ def read_message(data: bytes) -> Iterator[tuple]:
 
 
 def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return a SentencePiece model: pieces (text, score, type), and the fields of its trainer and
-    its normalizer. Raises UserError for a damaged file."""
+    """Return pieces (text, score, type), and the fields of trainer and normalizer. Raises UserError."""
     data = path.read_bytes()
     pieces, trainer, normalizer = [], {}, {}
     try:
@@ -136,8 +133,7 @@ def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
-    """Convert a SentencePiece BPE model into a Tokenizer that gives the same ids. Raises UserError
-    for a model that it cannot convert."""
+    """Convert a SentencePiece BPE model to a Tokenizer of the same ids. Raises UserError if it cannot."""
     pieces, trainer, normalizer = read_model(path)
     special = [p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
     user = [p for p, _, kind in pieces if kind == USER_DEFINED]
@@ -165,7 +161,6 @@ def read_sentencepiece(path: Path) -> Tokenizer:
                 ranked.append((-score, -len(left), -len(right), left, right))
     ranked.sort(key=lambda m: m[:3])
     merges = [m[3:] for m in ranked]
-
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
                                      byte_fallback=bool(trainer.get(35))))
     normalize = [normalizers.Replace(" ", SPACE)]
