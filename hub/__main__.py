@@ -20,7 +20,7 @@ def main() -> None:
         print(__doc__)
         return
     if not words or words[0] not in COMMANDS:
-        raise UserError("say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT; --help explains them")
+        raise UserError("say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT; see --help")
     operands, config = COMMANDS[words[0]]
     usage = f"python -m hub {words[0]} {operands}"
     cfg = parse(config, flags, usage)                           # --help ends here

@@ -96,7 +96,7 @@ def checkpoints(run: str | Path, stage: str = "*") -> list[Path]:
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """Return `path` if it is a checkpoint, or the newest checkpoint if it is a run. Raises UserError if it is neither."""
+    """Return `path` if it is a checkpoint, the newest one in it if it is a run. Raises UserError if it is neither."""
     path = Path(path)
     if not path.is_dir():
         refuse_hub_id(path)
@@ -149,8 +149,8 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
                 raise                                             # not from torch.save: a rank was lost
             reason = "writing failed"
         free = shutil.disk_usage(folder.parent).free / 1e9
-        raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). Earlier checkpoints are "
-                        "intact: make room, then --resume") from None
+        raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). Earlier checkpoints "
+                        "are intact: make room, then --resume") from None
 
 
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state) -> None:

@@ -84,8 +84,8 @@ def vision_config(folder: str | Path) -> VisionConfig:
 
 
 def decoder_config(folder: str | Path) -> DecoderConfig:
-    """Return the config of a language model. Reads folders of LLaMA, Mistral, Phi-2, Phi-3, Gemma, LLaVA in all its
-    layouts, and our checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
+    """Return the config of a language model. Reads folders of LLaMA, Mistral, Phi-2, Phi-3, Gemma, LLaVA, and our
+    checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
     path, top = Path(folder) / "config.json", read_config(folder)
     if top.get("model_type") == OURS:
         return DecoderConfig(**top["text_config"])

@@ -206,5 +206,5 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
     save_tensors(temporary, tensors, dtype)
     os.replace(temporary, out)
     size = sum(t.numel() for t in tensors.values()) * dtype.itemsize / 1e9
-    return (f"{out}: {size:.2f} GB in {str(dtype).removeprefix('torch.')}; the vocabulary grew from {old} to {rows} rows, "
-            f"{IMAGE} is {image}, {PAD} is {pad}")
+    return (f"{out}: {size:.2f} GB in {str(dtype).removeprefix('torch.')}; the vocabulary grew from {old} to {rows} "
+            f"rows, {IMAGE} is {image}, {PAD} is {pad}")

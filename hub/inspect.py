@@ -19,7 +19,7 @@ KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3
 
 @dataclass
 class InspectFlags:
-    """Print what DIR holds (weights of a model, a checkpoint or a run), in about ten lines, and what is wrong with it."""
+    """Print in about ten lines what DIR (weights, a checkpoint or a run) holds, and what is wrong with it."""
 
 
 def attempt(problems: list[str], f, *args, **options):
@@ -32,7 +32,7 @@ def attempt(problems: list[str], f, *args, **options):
 
 
 def inspect(folder: str | Path) -> str:
-    """Return the report on a folder. Of weights only headers are read. Raises UserError for an unknown kind of model."""
+    """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
         folder = checkpoints(folder)[-1]                            # of a run, its newest checkpoint

@@ -113,8 +113,8 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
     """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
     vanish later) and cast. Of a parameter sharded over ranks only this rank's rows are copied.
 
-    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape): makes a tensor that
-    no file holds yet (LoRA's), or returns None. Raises UserError on any difference in names or shapes."""
+    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape): makes a tensor
+    that no file holds yet (LoRA's), or returns None. Raises UserError on any difference in names or shapes."""
     what = PARTS.get(prefix, prefix)
     wanted = dict(module.named_parameters())
     here = {name[len(prefix) + 1:]: place for name, place in found.items() if name.startswith(prefix + ".")}

@@ -64,8 +64,8 @@ def is_mapped(path: Path) -> bool:
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but a
-    dict of tensors; no code in the file is run."""
+    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but
+    a dict of tensors; no code in the file is run."""
     check_download(path)
     zipped = is_mapped(path)
     if zipped and not zipfile.is_zipfile(path):
@@ -128,8 +128,8 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
                  limit: float = 5e9) -> None:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
 
-    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are gathered
-    one by one: every rank must call, with write=False on all but the one that writes."""
+    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are
+    gathered one by one: every rank must call, with write=False on all but the one that writes."""
     shards, size, total = [[]], 0, 0
     for name, t in tensors.items():
         bytes_ = t.numel() * (dtype or t.dtype).itemsize

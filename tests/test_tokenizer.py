@@ -243,7 +243,7 @@ BREAKS = {                                                 # what happens to the
     "a field of no known kind": (lambda b: b[:2 + b[1]] + b"\x0f" + b[2 + b[1]:], "is not a SentencePiece model"),
     "cut by one byte": (lambda b: b[:-1], "is cut off"),
     "lfs": (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n", "git lfs pull"),
-    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>", "is a web page or an error message, not a tok"),
+    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>", "is a web page .*, not a tok"),
     "empty": (lambda b: b"", "is not a SentencePiece model"),
     "tiktoken": (lambda b: b"IQ== 0\nIg== 1\n", "is not a SentencePiece model"),
     "zeros": (lambda b: bytes(1000), "is not a SentencePiece model"),
