@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common.flags import UserError, option, parse, run
-from data import Order, epoch_order
+from data import Order
 from hub.samples import read_samples
 
 BYTES = 1500                    # a sample, about: LLaVA's 665k mix has 1.0 GB
@@ -72,7 +72,7 @@ def sort(path: Path) -> None:
     """Ten epochs' orders."""
     samples, _ = read_samples(path)
     for epoch in range(10):
-        epoch_order(len(samples), 128, 1, epoch, samples.lengths())
+        Order(len(samples), 128, 1, 1, samples.lengths()).epoch(epoch)
 
 
 def load(path: Path) -> None:

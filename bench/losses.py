@@ -108,7 +108,7 @@ class Stepper:
     """One objective's step() on a model of its own."""
     def __init__(self, loss: str, moca: bool, stage: str, model: Llava):
         self.cfg = TrainConfig(loss=loss.removesuffix("-naive"), moca=moca, stage=stage)
-        self.terms = naive_basic if loss == "basic-naive" else losses.LOSSES[loss]
+        self.terms = naive_basic if loss == "basic-naive" else losses.LOSSES[loss].function
         self.model, self.batch = model, make_batch(stage, loss)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)

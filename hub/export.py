@@ -1,6 +1,6 @@
 """python -m hub export CKPT OUT: a checkpoint → a folder in the layout of llava-hf's repositories, for transformers.
 
-Rounds after the first differ in one point. transformers encodes "</s>USER" by the `legacy` rule of data.encode_text;
+Rounds after the first differ in one point. transformers encodes "</s>USER" by the `legacy` rule of common/text.py;
 LLaVA-1.5 was trained without that space. The first round, which is all that benchmarks ask, has the same ids.
 """
 import json

@@ -1,4 +1,4 @@
-"""BASIC: what the shallow layers make of an image token supervises the projector that made it.
+"""BASIC: the outputs of the shallow layers at the image positions supervise the projector.
 
 Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025, arXiv 2508.06895.
 
@@ -9,8 +9,8 @@ Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), IC
     L = L_lm + λ₁ L_das + λ₂ L_sds,  λ₁ = 1, λ₂ = 0.01                                                (8)
 
     symbol   variable      shape
-    v        v             (B,N,D)  image tokens as the projector makes them: the only thing that is trained here
-    Ṽ_i      h             (B,N,D)  the same positions as they leave layer i
+    v        v             (B,N,D)  the projector's output, the only thing trained here
+    Ṽ_i      h             (B,N,D)  layer i's output at the same positions
     v̂        v_hat         (B,N,D)  refined embeddings, a target
     w        layer_weights (k,)
     a        degree        (B,N)    of supervision
@@ -18,14 +18,20 @@ Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), IC
 
 Both stages. L_lm (its eq. 3) is methods/ce.py.
 
+Gradients, in the words of supplement B: the two losses "only influence the gradients of the vision projector
+parameters". So v̂, a and E are constants, in stage 2 too. (Else the layers would learn to leave their input unchanged.)
+Where --unlock-vision trains the vision tower, losses.py stops the gradient at the projector's input.
+
 Where the paper is silent
-* Gradients reach v alone: v̂, a and E are taken as numbers, in stage 2 too. (Otherwise the layers would be trained to
-  leave their input as it is.)
-* Text rows of eq. (5): every text token after the image; those before it do not see it. Each layer's attention is a
-  softmax over all it sees, text included; only a is normalised.
-* KL: in nats, target first, as written. Never (B,N,V) at once: value and gradient, a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E,
-  are made together, `chunk` patches at a time.
+* Text rows of eq. (5): every text token after the image. Those before it cannot attend to it. Each layer's attention is
+  a softmax over all visible keys, text included; only a is normalised.
+* E: the embeddings as the layers receive them. Gemma multiplies them by √D, and so does losses.py.
+* KL: in nats, target first, as written.
 * Ablations: constant and decreasing w; equal a_i = 1/N; other k; λ = 0 for each loss alone.
+
+Computing eq. (7): the two (B,N,V) distributions never exist. Value and gradient, a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E,
+are computed together, `chunk` patches at a time. The logits are v̂ Eᵀ and v̂ Eᵀ − (v̂ − v) Eᵀ: as v nears v̂, two logits
+rounded on their own would differ by little but their rounding.
 """
 from typing import Literal
 
@@ -46,8 +52,8 @@ def layer_weights(k: int, scheme: Literal["increasing", "constant", "decreasing"
 def supervision_degree(attention: Tensor, text_mask: Tensor) -> Tensor:
     """a (B,N) of eq. (5): sums to 1 over a sample's image tokens, all 0 for a sample without text or image.
 
-    attention (B,M,N) from text rows to image tokens, summed or averaged over layers and heads; text_mask (B,M) bool
-    says which rows count."""
+    attention (B,M,N) from text rows to image tokens, summed or averaged over layers and heads; text_mask (B,M) bool:
+    the rows that are text, not padding."""
     a = attention.masked_fill(~text_mask[..., None], 0).sum(1)                                  # (B,N)
     return a / a.sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)                      # eq. (5)
 
@@ -63,22 +69,28 @@ def direction_loss(v: Tensor, v_hat: Tensor, degree: Tensor) -> tuple[Tensor, Te
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)), its gradient by v made with the value."""
+    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)) of patches v, v_hat (P,D), a (P,); its gradient by v is computed
+    with the value. The products with `embedding` (V,D) are in its dtype, all else in that of a."""
 
     @staticmethod
     def forward(ctx, v: Tensor, v_hat: Tensor, a: Tensor, embedding: Tensor, chunk: int) -> Tensor:
-        exact = a.dtype
+        exact, low = a.dtype, embedding.dtype
         total = a.new_zeros(())
         grad = torch.empty_like(v) if ctx.needs_input_grad[0] else None
-        for part in (slice(i, i + chunk) for i in range(0, len(v), chunk)):
-            z, z_hat = ((x[part] @ embedding.T).to(exact) for x in (v, v_hat))                  # (chunk,V) logits
-            log_z, log_z_hat = (x.logsumexp(-1, keepdim=True) for x in (z, z_hat))              # (chunk,1)
-            p = (z_hat - log_z_hat).exp_()                                                      # of v̂, the target
-            kl = torch.linalg.vecdot(p, z_hat.sub_(z)) + (log_z - log_z_hat)[:, 0]              # (chunk,)
+        for start in range(0, len(v), chunk):
+            part = slice(start, start + chunk)
+            delta = (v_hat[part].to(exact) - v[part].to(exact)).to(low)                         # (chunk,D)
+            z_hat = (v_hat[part].to(low) @ embedding.T).to(exact)                               # (chunk,V) logits of v̂
+            z = z_hat - (delta @ embedding.T).to(exact)                                         # (chunk,V) logits of v
+            log_p, log_q = z_hat.log_softmax(-1), z.log_softmax(-1)                             # p of v̂, the target
+            del z_hat, z                                                                        # large: chunk rows of V
+            p = log_p.exp()
+            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))                                      # (chunk,)
+            difference = log_q.exp_().sub_(p)                                                   # (chunk,V) q − p
+            kl += difference.sum(-1)        # Σ q − Σ p: removes from kl what rounding left of 1 − Σ p and 1 − Σ q
             total += a[part] @ kl                                                               # eq. (7)
             if grad is not None:
-                q = z.sub_(log_z).exp_()
-                grad[part] = (q.sub_(p).to(v.dtype) @ embedding) * a[part, None].to(v.dtype)    # (chunk,D)
+                grad[part] = ((difference.to(low) @ embedding) * a[part, None]).to(v.dtype)              # (chunk,D)
         ctx.save_for_backward(grad)
         return total
 
@@ -92,13 +104,13 @@ def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, c
                   ) -> tuple[Tensor, Tensor]:
     """(total, count): L_sds of eq. (7), in nats, summed over samples, and the samples that have a degree.
 
-    v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Peak memory: three times `chunk` rows
-    of V. Patches of degree 0 are left out, not computed."""
+    v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Under autocast the products with the
+    embedding are in its dtype, the rest in float32. Peak memory: four times `chunk` rows of V. Patches of degree 0 are
+    left out, not computed."""
+    device = v.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
     seen = degree.detach() > 0                                                                  # (B,N)
-    patches = v[seen]                                                                           # (P,D)
-    if torch.is_autocast_enabled(v.device.type):
-        patches = patches.to(torch.get_autocast_dtype(v.device.type))
-    a = degree.detach()[seen].to(torch.promote_types(patches.dtype, torch.float32))             # (P,)
-    total = _ChunkedDivergence.apply(patches, v_hat.detach()[seen].to(patches.dtype), a,
-                                     embedding.detach().to(patches.dtype), chunk)
+    a = degree.detach()[seen].to(torch.promote_types(v.dtype, torch.float32))                   # (P,)
+    with torch.autocast(device, enabled=False):
+        total = _ChunkedDivergence.apply(v[seen], v_hat.detach()[seen], a, embedding.detach().to(low), chunk)
     return total, seen.any(1).sum()

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 from common.flags import UserError
-from data import encode_text
+from common.text import encode_text
 from hub.tokenizer import load_tokenizer, read_message
 
 
