@@ -106,7 +106,7 @@ def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
     assert done.returncode == 0 and "1.png" in (folder / "2" / "bad_images.txt").read_text()
 
 
-def test_one_look_before_a_run_counts_what_it_could_not_use(data):
+def test_check_counts_the_samples_that_a_run_cannot_use(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
     done = call("hub", "check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
@@ -130,10 +130,10 @@ def test_one_look_before_a_run_counts_what_it_could_not_use(data):
     assert [int(line.split()[1]) for line in listed] == [3, 4, 5, 6, 8, 9, 10, 11]
     assert listed[4] == "sample 8 lacks conversations, a list of {from, value} turns"
     (folder / "no.png").write_bytes((folder / "0.png").read_bytes())
-    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are looked at again each time
+    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are checked anew each time
 
 
-def test_a_look_at_what_is_not_there_is_one_line(data):
+def test_a_wrong_command_line_of_check_is_one_line(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
     good = [folder / "data.json", "--images", folder]

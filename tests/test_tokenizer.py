@@ -1,4 +1,4 @@
-"""tokenizer.py: ids as sentencepiece's own, spaces after special tokens, offsets, which file is read, what is refused.
+"""Tokenizers: the ids of sentencepiece, spaces after special tokens, offsets, which file is read, what is refused.
 
 make_tokenizer_fixtures.py made the models and the expected ids in fixtures/tokenizers with sentencepiece itself."""
 import json
@@ -51,7 +51,7 @@ def test_missing_and_broken_tokenizers_are_named(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ SentencePiece
 def pieces_of(name: str) -> list[str]:
-    """The pieces of a model of the fixtures that stand for text."""
+    """Return the pieces of a fixture's model that stand for text."""
     data = (fixtures.FOLDER / name / "tokenizer.model").read_bytes()
     pieces = [{3: 1, **dict(read_message(value))} for number, value in read_message(data) if number == 1]
     return [p[1].decode() for p in pieces if p[3] in (1, 4)]
@@ -127,14 +127,14 @@ def test_a_token_behind_the_vocabulary_keeps_its_id_under_each_rule(tmp_path):
 
 
 def field(number: int, value: bytes) -> bytes:
-    """A protobuf field of bytes."""
+    """Return a protobuf field of bytes."""
     size = len(value)
     return bytes([8 * number + 2]) + (bytes([size]) if size < 128 else bytes([size % 128 + 128, size // 128])) + value
 
 
 def small_model(texts: list[str], normalizer: bytes = b"\x18\x01\x20\0") -> bytes:
-    """A BPE model of <unk> and these pieces, the first the best, without bytes. `normalizer`: a space in front, and no
-    space taken away."""
+    """Return a BPE model of <unk> and these pieces, best first, without byte pieces. The default normalizer puts a
+    space in front and removes none."""
     pieces = [b"\x0a\x05<unk>\x15\0\0\0\0\x18\x02"] + [
         fixtures.message(1, t.encode()) + b"\x15" + struct.pack("<f", -i) for i, t in enumerate(texts)]
     return b"".join(field(1, p) for p in pieces) + field(2, b"\x18\x02") + field(3, normalizer)
@@ -202,7 +202,7 @@ def test_what_is_loaded_can_be_saved_as_tokenizer_json(tmp_path):
 
 
 def gpt2_folder(folder):
-    """A small tokenizer in GPT-2's files: "Ġ" stands for a space."""
+    """Write a small tokenizer in GPT-2's files: "Ġ" stands for a space."""
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "hell"), ("Ġ", "Ġ")]
     pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}), encoding="utf-8")
