@@ -26,11 +26,11 @@ VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
 
 
 def refuse_hub_id(folder: str | Path) -> None:
-    """Raise UserError if `folder` is no folder but reads like a Hugging Face id (organization/name)."""
+    """Raise UserError if `folder` is no folder but reads like a Hugging Face id."""
     name = str(folder)
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
         raise UserError(f"there is no folder {name}, and nothing is downloaded here: if that is a Hugging Face id, run "

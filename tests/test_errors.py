@@ -206,3 +206,12 @@ def test_help_lists_every_flag_with_its_meaning():
 
 def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
     refuses(launch("train.py", "--loss", "vosta"), "'vosta'")
+
+
+@pytest.mark.parametrize("command, flag", [("inspect DIR", "--help"), ("check FILE", "--max-length"),
+                                           ("export CKPT OUT", "--vision")])
+def test_every_command_of_hub_explains_itself(command, flag):
+    done = call("hub", command.split()[0], "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert f"python -m hub {command} [flags]" in done.stdout and flag in done.stdout
+    assert f"python -m hub {command.split()[0]}" in call("hub", "--help").stdout

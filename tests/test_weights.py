@@ -211,8 +211,8 @@ def test_a_hugging_face_id_in_place_of_a_folder_is_told_how_to_download_it(load,
 
 def test_an_absent_folder_beside_others_is_not_taken_for_a_hugging_face_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "weights").mkdir()
-    for name in ("weights/clip", "absent", "/a/b", "./weights/clip", "weights/a/b"):
+    (tmp_path / "mine").mkdir()
+    for name in ("weights/clip", "absent", "/a/b", "./weights/clip", "weights/a/b", "out/toy", "toy/clip", "mine/clip"):
         with pytest.raises(UserError, match="there is no folder") as e:
             load_vision(name)
         assert "downloaded" not in str(e.value)
