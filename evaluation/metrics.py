@@ -2,7 +2,7 @@
 
     rule  functions              benchmarks                          reference scorer
     R1    vqa_norm, vqa_acc      VQAv2, OK-VQA, TextVQA, VizWiz      M4C (= EvalAI); m4c=False: lmms-eval's VQAv2
-    R2    exact, accuracy        GQA; the toy                        lmms-eval's exact_match
+    R2    exact                  GQA, own questions                  lmms-eval's exact_match
     R3    pope_parse, pope       POPE                                the authors', as LLaVA runs it
     R4    mme_parse, mme         MME                                 lmms-eval; the authors' on real answers
     R5    circular               MMBench                             VLMEvalKit's circular evaluation
@@ -13,8 +13,8 @@
     R10   ptb_tokenize, cider    RefCOCO, RefCOCO+, RefCOCOg         pycocoevalcap
     R11   realworldqa            RealWorldQA                         lmms-eval 0.7
 
-One answer's score is a bool or in 0..1. Ratios (`pope`, `circular`) are in 0..1, 0/0 being 0; `accuracy`, `mme` and
-`cider` have scales of their own. The references of one question are a list; a single string is a list of one.
+One answer's score is a bool or in 0..1. Ratios (`pope`, `circular`) are in 0..1, 0/0 being 0; `mme` and `cider`
+have scales of their own. The references of one question are a list; a single string is a list of one.
 ValueError: rows that the rule cannot score.
 """
 import ast
@@ -83,15 +83,6 @@ def exact(prediction: str, reference: str) -> bool:
     """R2: equal after strip, lower case and deletion of ASCII punctuation, on both sides."""
     a, b = (s.strip().lower().translate(NO_PUNCTUATION) for s in (prediction, reference))
     return a == b
-
-
-def accuracy(rows: list[tuple[str, str, str]]) -> dict[str, float]:
-    """Percent of exact matches per category, and their mean: rows of (category, prediction, reference)."""
-    hits = {}
-    for category, prediction, reference in rows:
-        hits.setdefault(category, []).append(exact(prediction, reference))
-    result = {category: 100 * sum(h) / len(h) for category, h in hits.items()}
-    return {**result, "mean": sum(result.values()) / len(result)} if result else {}
 
 
 def pope_parse(text: str) -> str:

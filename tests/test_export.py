@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces
-from evaluate import Assistant, predict
+from evaluate import Assistant
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from hub.export import chat_template, export
@@ -114,7 +114,8 @@ def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run
                      processor=ImageProcessor.from_folder(exported))
     assert theirs.processor == ours.processor
     rows = read_questions(small_world / "test.jsonl", small_world / "images")
-    answers = [predict(a, rows, small_world / "images", 16, 12) for a in (ours, theirs)]
+    questions = [(r["text"], small_world / "images" / r["image"]) for r in rows]
+    answers = [a.answer(questions, 12) for a in (ours, theirs)]
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
@@ -391,7 +392,7 @@ def test_transformers_answers_token_by_token_as_we_do(hf, small_world, run, expo
     ours = Assistant.from_checkpoint(run, device="cpu")
     rows = [r for r in read_questions(small_world / "test.jsonl", small_world / "images") if r["image"]][:20]
     assert len(rows) == 20
-    answers = predict(ours, rows, small_world / "images", 20, 12)
+    answers = ours.answer([(r["text"], small_world / "images" / r["image"]) for r in rows], 12)
     for row, answer in zip(rows, answers):
         messages = [{"role": "user", "content": IMAGE + "\n" + row["text"]}]
         text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

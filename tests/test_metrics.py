@@ -10,7 +10,6 @@ import pytest
 from evaluation import metrics
 from evaluation.metrics import (
     CONTRACTIONS,
-    accuracy,
     anls,
     cider,
     circular,
@@ -113,12 +112,6 @@ def test_R1_an_empty_answer_matches_what_normalises_to_nothing():
     ("red .", "red", False), ("it’s", "its", False)])
 def test_R2_exact_match_ignores_case_ascii_punctuation_and_outer_space_and_nothing_else(prediction, reference, hit):
     assert exact(prediction, reference) is hit
-
-
-def test_R2_the_mean_is_over_categories_not_over_questions():
-    rows = [("count", "two", "two")] * 3 + [("count", "one", "two")] + [("colour", "red", "blue")]
-    assert accuracy(rows) == {"count": 75.0, "colour": 0.0, "mean": 37.5}
-    assert accuracy([]) == {}
 
 
 # R3
