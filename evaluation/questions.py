@@ -1,4 +1,5 @@
 """Rows → samples: what is asked about which image, and the reference answer."""
+import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -298,3 +299,14 @@ def check_images_exist(samples: list[Sample]) -> None:
     if lost:
         raise UserError(f"{len(lost)} of {len(files)} images are not there, such as {lost[0]}: is --images the folder "
                         "that the names are relative to?")
+
+
+def shuffle_images(samples: list[Sample]) -> list[Sample]:
+    """Give each question another one's image, by a fixed permutation: the score of a model that ignores the image."""
+    images = [(s.image, s.region) for s in samples if s.image is not None]
+    images = iter(random.Random(0).sample(images, len(images)))
+    shuffled = []
+    for s in samples:
+        image, region = next(images) if s.image is not None else (None, None)
+        shuffled.append(replace(s, image=image, region=region))
+    return shuffled

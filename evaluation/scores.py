@@ -3,56 +3,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import read_json, read_lines
+from common.files import read_json
 from common.flags import UserError
 from evaluation import metrics
 from evaluation.benchmarks import LETTERS, Benchmark
-from evaluation.questions import Sample, bare, match_text
-
-
-# ------------------------------------------------------------------------------------------------ answers
-def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict) -> dict[str, str]:
-    """Read predictions by id from a file of answers: ours, or LLaVA's {question_id, text, prompt}. Adds to `counts`.
-
-    repeats: ids repeat (MME, TextVQA), so the prompt decides which question is meant. Raises UserError, also for two
-    different answers to one question."""
-    if not path.is_file():
-        raise UserError(f"--score-only {path} does not exist")
-    by_id = {}
-    for s in samples:
-        for key in {s.id, str(s.record["id"])}:
-            by_id.setdefault(key, []).append(s)
-    lines, last = read_lines(path)
-    if last is not None:
-        lines.append(last)
-    found, unknown, answered = {}, 0, 0
-    for n, line in enumerate(lines, 1):
-        if "settings" in line:                  # the header of our own files
-            continue
-        number, text = line.get("id", line.get("question_id")), line.get("prediction", line.get("text"))
-        if "prediction" not in line and "text" not in line:
-            raise UserError(f"{path} line {n} has neither text nor prediction: it has {', '.join(line)}")
-        if number is None or not (text is None or isinstance(text, str)):
-            raise UserError(f"{path} line {n} has no question_id, or an invalid text: it has {', '.join(line)}")
-        matches = by_id.get(str(number), [])
-        if "id" in line:
-            matches = [s for s in matches if s.id == line["id"]] or matches
-        elif repeats and "prompt" in line:
-            prompt = match_text(bare(str(line["prompt"])))
-            matches = [s for s in matches if match_text(bare(s.prompt)) == prompt]
-        if len(matches) > 1:
-            raise UserError(f"{path} line {n}: {len(matches)} questions have the id {number}, and no prompt says which")
-        if not matches:
-            unknown += 1
-        elif text is not None:
-            answered += 1
-            if found.setdefault(matches[0].id, text) != text:
-                raise UserError(f"{path} line {n}: a second, different answer to question {number}")
-    counts["answers to questions that are not asked"] = unknown
-    counts["answers given twice"] = answered - len(found)
-    if not found:
-        raise UserError(f"{path} answers none of the {len(samples)} questions: is it of another benchmark or split?")
-    return found
+from evaluation.questions import Sample
 
 
 # ------------------------------------------------------------------------------------------------ one answer

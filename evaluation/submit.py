@@ -57,31 +57,33 @@ SUBMISSIONS = {   # name → (file ending, pairs of (sample, row of `score`) →
 }
 
 
-def can_write(benchmark: Benchmark, samples: list[Sample]) -> bool:
-    """True if the submission file can be written. Call before answering: raises UserError if a package is missing and
-    the file is all that there will be, because no answer is public."""
-    if benchmark.submission is None:
-        return False
-    if SUBMISSIONS[benchmark.submission][0] != "xlsx" or find_spec("openpyxl"):
-        return True
-    if all(s.answer is None for s in samples):
+def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
+    """Raise UserError if the spreadsheet is all that there will be, because no answer is public, and openpyxl, which
+    writes it, is missing. Call before answering."""
+    private = all(s.answer is None for s in samples)
+    if benchmark.submission == "mmbench" and private and not find_spec("openpyxl"):
         raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: pip install openpyxl")
-    return False
 
 
-def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path, out: Path) -> Path:
-    """Write submission.json, .jsonl or .xlsx to `out`. rows: those of `score`."""
+def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
+                     out: Path) -> Path | None:
+    """Write submission.json, .jsonl or .xlsx to `out`. Returns None if there is none, or openpyxl is missing.
+
+    rows: those of `score`; data: the folder of the questions."""
+    if benchmark.submission is None:
+        return None
     ending, make = SUBMISSIONS[benchmark.submission]
-    value = make(list(zip(samples, rows)))
+    path, value = out / f"submission.{ending}", make(list(zip(samples, rows)))
     if benchmark.submission == "vqav2":
-        value = fill_test2015(value, data if data.is_dir() else data.parent)
-    path = out / f"submission.{ending}"
-    if ending == "xlsx":
-        write_xlsx(path, value)
+        value = fill_test2015(value, data)
+    if ending == "json":
+        write_json(path, value, indent=None)
     elif ending == "jsonl":
         write_jsonl(path, value)
+    elif find_spec("openpyxl"):
+        write_xlsx(path, value)
     else:
-        write_json(path, value, indent=None)
+        return None
     return path
 
 

@@ -12,6 +12,7 @@ from make_benchmarks import LETTER, LLAVA, LMMS, SHORT, jsonl, picture, whole
 
 import evaluate
 from common.flags import UserError
+from evaluation.answers import checkpoint_digest
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.files import picture as decoded
 from evaluation.questions import Reading, Sample, load_benchmark
@@ -501,7 +502,7 @@ def test_weights_are_told_apart_by_blocks_all_over_their_file(tmp_path):
             data[at:at + 200_000] = bytes([n]) * len(data[at:at + 200_000])
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "model.safetensors").write_bytes(data)
-    assert len({evaluate.fingerprint(tmp_path / str(n)) for n in range(4)}) == 4
+    assert len({checkpoint_digest(tmp_path / str(n)) for n in range(4)}) == 4
 
 
 def test_two_ranks_resume_what_one_process_left_print_once_and_equal_it(world, ckpt):

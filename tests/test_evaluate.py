@@ -6,8 +6,8 @@ import pytest
 from conftest import call
 
 from common.flags import UserError
-from evaluate import Assistant, shuffle_images
-from evaluation.questions import Reading, Sample, load_benchmark
+from evaluate import Assistant
+from evaluation.questions import Reading, Sample, load_benchmark, shuffle_images
 from evaluation.scores import Scored, summary_own
 from hub.samples import read_questions
 
@@ -34,7 +34,7 @@ def lines(path):
 
 def test_answers_do_not_depend_on_the_batch(run, samples):
     assistant = Assistant.from_checkpoint(run)
-    answers = [[a for batch in assistant.answer_batches(samples, size, 8) for a in batch] for size in (1, 7, 64)]
+    answers = [[a for _, batch in assistant.answer_batches(samples, size, 8) for a in batch] for size in (1, 7, 64)]
     assert answers[0] == answers[1] == answers[2] and len(answers[0]) == len(samples)
 
 
