@@ -32,11 +32,11 @@ from common.files import read_json, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import Ranks, choose_device, finish, start
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
-from evaluation.answers import check_same, checkpoint_digest, questions_digest, read_answers, read_predictions
-from evaluation.benchmarks import BENCHMARKS, Benchmark
+from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
+from evaluation.benchmarks import BENCHMARKS
 from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
-from evaluation.questions import Loaded, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
+from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
 from evaluation.scores import compare, score, summary
 from evaluation.submit import check_packages, write_submission
 from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
@@ -45,7 +45,6 @@ from hub.tokenizer import load_tokenizer
 from model import Llava
 
 
-# ------------------------------------------------------------------------------------------------ asking a model
 @dataclass
 class Assistant:
     """A model and what is needed to ask it."""
@@ -118,26 +117,12 @@ class Assistant:
 
 
 # ------------------------------------------------------------------------------------------------ which questions
-@dataclass
-class Questions:
-    """One set of questions, and where its results go."""
-    name: str                   # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
-    bench: str                  # key of BENCHMARKS
-    benchmark: Benchmark
-    loaded: Loaded
-    samples: list[Sample]       # the first --limit of loaded.samples, their images shuffled or not
-    settings: dict              # what the results depend on
-    out: Path
-
-
 def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) -> list[Questions]:
     """Read the questions that the flags ask for: a benchmark's, own ones, or the toy's. Raises UserError.
 
     source: settings of the checkpoint or the file that the answers come from."""
     bench = cfg.bench or "own"
-    benchmark = BENCHMARKS[bench]
-    if cfg.metric:
-        benchmark = replace(benchmark, score=cfg.metric)
+    benchmark = replace(BENCHMARKS[bench], score=cfg.metric or BENCHMARKS[bench].score)
     files = [(cfg.data, cfg.images)]
     if cfg.data is None:
         files = [question_file(folder, None, None, name) for name in ("test.jsonl", "composition.jsonl")]
@@ -177,12 +162,11 @@ def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
 # ------------------------------------------------------------------------------------------------ asking and scoring
 def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
-    if cfg.score_only:
-        folder, source = None, {"answers": cfg.score_only}
-        out = Path(cfg.score_only).with_suffix(".scored")
-    else:
+    folder, source = None, {"answers": cfg.score_only}
+    if not cfg.score_only:
         folder = checkpoint_folder(cfg.ckpt)
-        source, out = checkpoint_settings(cfg, folder, ranks), folder.parent / "eval" / folder.name
+        source = checkpoint_settings(cfg, folder, ranks)
+    out = folder.parent / "eval" / folder.name if folder else Path(cfg.score_only).with_suffix(".scored")
     sets = load_questions(cfg, folder, Path(cfg.out) if cfg.out else out, source)
 
     # Everything that can go wrong does so before the first question is asked.
@@ -194,15 +178,12 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
             for path in [*q.out.glob("pred.rank*.jsonl"), q.out / "results.json"]:
                 path.unlink(missing_ok=True)
     ranks.wait()
-    for q in sets:
-        if (q.out / "results.json").exists():
-            check_same(q.out / "results.json", read_json(q.out / "results.json")["settings"], q.settings)
-        q.out.mkdir(parents=True, exist_ok=True)
+    done = [read_predictions(q.out, q.settings)[0] for q in sets]
 
     # The model is loaded only if there is something to ask.
-    done = [read_predictions(q.out, q.settings)[0] for q in sets]
     assistant = None
     for q, answered in zip(sets, done):
+        q.out.mkdir(parents=True, exist_ok=True)
         if not cfg.score_only and any(s.id not in answered for s in q.samples):
             if assistant is None:
                 assistant = Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, q.settings["template"],
@@ -243,8 +224,7 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
         predictions = read_answers(Path(cfg.score_only), q.samples, q.benchmark.repeats, counts)
     else:
         predictions, settings["batch_size"] = read_predictions(q.out, q.settings)
-    n = len(q.loaded.samples)
-    partial = len(q.samples) < n
+    n, partial = len(q.loaded.samples), len(q.samples) < len(q.loaded.samples)
     rows, results = score(q.benchmark, q.samples, predictions, partial)
     write_jsonl(q.out / "pred.jsonl", rows)
 
@@ -256,7 +236,7 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
     if q.benchmark.submission and not submission:
         warnings.append("no spreadsheet for the benchmark's server: pip install openpyxl")
     report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder), "partial": partial, **results,
-              "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission and str(submission),
+              "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission,
               "warnings": warnings, "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
     write_json(q.out / "results.json", report)
     return report

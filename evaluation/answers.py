@@ -3,7 +3,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.files import read_lines
+from common.files import read_json, read_lines
 from common.flags import UserError
 from evaluation.questions import Sample, bare, match_text
 
@@ -31,23 +31,23 @@ def questions_digest(samples: list[Sample]) -> str:
     return h.hexdigest()[:16]
 
 
-def check_same(path: Path, old: dict, new: dict) -> None:
-    """Raise UserError if `path` was made with other settings."""
-    changed = [k for k in {**new, **old} if old.get(k) != new.get(k) and k not in ("batch_size", "limit")]
-    if changed:
-        raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")
-
-
 def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[int]]:
-    """Return (predictions by id, batch sizes) of all runs so far. Raises UserError if other settings made them."""
-    done, sizes = {}, set()
+    """Return (predictions by id, batch sizes) of all runs so far. Raises UserError if other settings made them, or the
+    results beside them."""
+    done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
             if "settings" in line:
-                check_same(path, line["settings"], settings)
+                headers.append((path, line["settings"]))
                 sizes.add(line["batch_size"])
             else:
                 done[line["id"]] = line["prediction"]
+    if (out / "results.json").exists():
+        headers.append((out / "results.json", read_json(out / "results.json")["settings"]))
+    for path, old in headers:
+        changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
+        if changed:
+            raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")
     return done, sorted(sizes)
 
 

@@ -42,6 +42,18 @@ class Loaded:
     counts: dict[str, int] = field(default_factory=dict)        # what a reader should know → how often
 
 
+@dataclass
+class Questions:
+    """One set of questions to a checkpoint, and where its results go."""
+    name: str                   # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
+    bench: str                  # key of BENCHMARKS
+    benchmark: Benchmark
+    loaded: Loaded
+    samples: list[Sample]       # the first --limit of loaded.samples, their images shuffled or not
+    settings: dict              # what the results depend on
+    out: Path
+
+
 def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loaded:
     """Read a benchmark. data: its file, or the folder that holds it. Raises UserError."""
     benchmark = BENCHMARKS[name]

@@ -66,8 +66,8 @@ def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
 
 
 def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
-                     out: Path) -> Path | None:
-    """Write submission.json, .jsonl or .xlsx to `out`. Returns None if there is none, or openpyxl is missing.
+                     out: Path) -> str | None:
+    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if there is none, or openpyxl is missing.
 
     rows: those of `score`; data: the folder of the questions."""
     if benchmark.submission is None:
@@ -84,7 +84,7 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
         write_xlsx(path, value)
     else:
         return None
-    return path
+    return str(path)
 
 
 def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
