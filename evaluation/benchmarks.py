@@ -13,8 +13,7 @@ LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 YES_OR_NO = " Please answer yes or no."
 OCR = "\nReference OCR token: "
-REASON = ("First please perform reasoning, and think step by step to provide best answer to the following question: "
-          "\n\n")
+REASON = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
 
 
 @dataclass(frozen=True)
@@ -80,6 +79,7 @@ def literal(value):
 
 
 def listing(r: dict, mark: str = ". ") -> str:
+    """One line for each option: "A. a cat"."""
     return "".join(f"\n{letter}{mark}{text}" for letter, text in zip(LETTERS, r["options"]))
 
 
@@ -116,7 +116,7 @@ def subject(name: str) -> str:
 
 
 def ocr_line(r: dict) -> str:
-    return OCR + ", ".join(r["ocr"]) if r.get("ocr") is not None else ""
+    return "" if r.get("ocr") is None else OCR + ", ".join(r["ocr"])
 
 
 def mmbench(lang: str) -> Benchmark:
@@ -151,64 +151,56 @@ def refcoco(*sizes: int) -> Benchmark:
 # ------------------------------------------------------------------------------------------------ the table
 LLAVA = dict(id="question_id", text="text", image="?image", category="?category")
 RAW = dict(id="question_id", question="question", image="?image", answer="?answers")
-KEYED = {**LLAVA, "image_id": "question_id"}                    # TextVQA's question_id is its image's
+ROW = dict(id="_n", question="question", image="image", answer="answer")               # of parquet files
 COCO = {**RAW, "image": "COCO_val2014_{image_id:012d}.jpg", "answer": "?"}
 COCO_LABELS = dict(id="question_id", answer="answers")
-VQA_LABELS = "mscoco_val2014_annotations.json"
 TEXTVQA = {**RAW, "ocr": "ocr_tokens"}
 VIZWIZ = {**RAW, "file": "{question_id}.jpg"}
 DOCVQA = {**RAW, "id": "questionId"}
-FOUR = dict(options=lambda r: [str(r[f"choice_{c}"]) for c in "abcd"])
+POPE = dict(category=pope_category, image="image", question="text", answer="label")
+MME = dict(id="question_id", group="question_id", category="category", question="question", answer="answer", image="image")
+MME_FOLDER = Source(near("MME_Benchmark_release_version"), {**MME, "stem": "stem"}, "test", strict=True)
 PROBLEMS = Source(near("problems.json"), dict(
     id="_key", options="choices", answer=lambda r: LETTERS[r["answer"]], split="?split"))
-MME_FOLDER = Source(near("MME_Benchmark_release_version"), dict(
-    id="question_id", stem="stem", category="category", question="question", answer="answer",
-    image="image", group="question_id"), "test", strict=True)
-SEED_BENCH = Source(near("SEED-Bench.json"), dict(
-    id="question_id", answer="answer", data_type="data_type", category="question_type_id", **FOUR))
-MMSTAR = dict(id="index", question="question", options=mmstar_options, image="image", answer="answer",
-              category="l2_category", area="category")
-MMT = dict(id="index", question="question", options=options, image="image", answer="?answer",
-           category=lambda r: r.get("l2-category", r.get("category")))
+FOUR = dict(options=lambda r: [str(r[f"choice_{c}"]) for c in "abcd"], data_type="data_type", answer="answer")
+SEED_BENCH = Source(near("SEED-Bench.json"), dict(id="question_id", category="question_type_id", **FOUR))
+MMSTAR = {**ROW, "id": "index", "options": mmstar_options, "category": "l2_category", "area": "category"}
+MMT = {**ROW, "id": "index", "options": options, "answer": "?answer",
+       "category": lambda r: r.get("l2-category", r.get("category"))}
 MMMU = dict(id="id", question="question", options=lambda r: literal(r["options"]), image=mmmu_images,
-            question_type="question_type", answer=lambda r: literal(r["answer"]),
-            category=lambda r: subject(r["id"]))
+            question_type="question_type", answer=lambda r: literal(r["answer"]), category=lambda r: subject(r["id"]))
 MMMU_FILES = "data/{split}-*.parquet */{split}-*.parquet {split}-*.parquet"
 
 BENCHMARKS = {
-    # -------------------------------------------------------------------------------- R1: VQA accuracy
+    # ---------------------------------------------------------------- R1: VQA accuracy
     "vqav2": Benchmark((
         Source(near("v2_OpenEnded_mscoco_val2014_questions.json"), COCO, "val",
-               Source(near("v2_" + VQA_LABELS), COCO_LABELS)),
+               Source(near("v2_mscoco_val2014_annotations.json"), COCO_LABELS)),
         Source(near("llava_vqav2_mscoco_test-dev2015.jsonl"), LLAVA, "test-dev"),
-        parquet(RAW, "validation"),
-        parquet(RAW, "testdev")),
+        parquet(RAW, "validation"), parquet(RAW, "testdev")),
         score="vqav2", max_new=16, suffix=SHORT, submission="vqav2", sizes=(214354, 107394, 447793)),
     "okvqa": Benchmark((
         Source(near("OpenEnded_mscoco_val2014_questions.json"), COCO, "val",
-               Source(near(VQA_LABELS), COCO_LABELS)),
+               Source(near("mscoco_val2014_annotations.json"), COCO_LABELS)),
         parquet(RAW, "val2014")),
         score="vqa", max_new=1024, sizes=(5046,),
         suffix=lambda r, style: UNANSWERABLE + SHORT if style == "lmms" else SHORT),
-    "textvqa": Benchmark((
-        Source(near("llava_textvqa_val_v051_ocr.jsonl"), KEYED, "val",
+    "textvqa": Benchmark((                                      # a question_id is its image's: it may repeat
+        Source(near("llava_textvqa_val_v051_ocr.jsonl"), {**LLAVA, "image_id": "question_id"}, "val",
                Source(near("TextVQA_0.5.1_val.json"), dict(image_id="image_id", question="question", answer="answers")),
                ("image_id", "question")),
         Source(near("TextVQA_0.5.1_val.json"), {**RAW, "image": "{image_id}.jpg"}, "val"),
-        parquet(TEXTVQA, "validation"),
-        parquet(TEXTVQA, "test")),
+        parquet(TEXTVQA, "validation"), parquet(TEXTVQA, "test")),
         score="vqa", max_new=1024, suffix=SHORT, submission="textvqa", sizes=(5000, 5734), repeats=True,
         body=lambda r, style: r["question"].capitalize() + ocr_line(r)),
     "vizwiz": Benchmark((
         Source(near("llava_test.jsonl"), LLAVA, "test"),
         Source(near("val.json"), {**RAW, "id": "image"}, "val"),
         Source(near("test.json"), {**RAW, "id": "image"}, "test"),
-        parquet(VIZWIZ, "val"),
-        parquet(VIZWIZ, "test")),
+        parquet(VIZWIZ, "val"), parquet(VIZWIZ, "test")),
         score="vqa", max_new=1024, suffix=UNANSWERABLE + SHORT, submission="vizwiz", sizes=(4319, 8000),
         body=lambda r, style: r["question"].capitalize()),
-
-    # -------------------------------------------------------------------------------- R2: exact match
+    # ---------------------------------------------------------------- R2: exact match
     "gqa": Benchmark((
         Source(near("llava_gqa_testdev_balanced.jsonl"), LLAVA, "testdev",
                Source(near("testdev_balanced_questions.json"), dict(id="_key", answer="answer"))),
@@ -222,61 +214,47 @@ BENCHMARKS = {
         Source("questions.jsonl", dict(
             id=lambda r: r.get("question_id", r["_n"] + 1), prompt="text", image="?image", answer="?answer",
             category="?category", options="?options")),),
-        score="exact", max_new=64, summary="own"),
-
-    # -------------------------------------------------------------------------------- R3, R4: yes or no
+        score="exact", summary="own"),
+    # ---------------------------------------------------------------- R3, R4: yes or no
     "pope": Benchmark((
         Source(near("llava_pope_test.jsonl"), LLAVA, "test",
-               Source(near("coco_pope_*.json"), dict(
-                   category=pope_category, image="image", question="text", answer="label"), strict=True, shards=True),
-               ("category", "image", "question")),
-        Source(near("coco_pope_*.json"), dict(
-            id=lambda r: f"{pope_category(r)}/{r['question_id']}", category=pope_category, question="text",
-            image="image", answer="label"), "test", shards=True),
-        parquet(dict(id="{category}/{question_id}", question="question", image="image", answer="answer",
-                     category="category"), "test")),
+               Source(near("coco_pope_*.json"), POPE, strict=True, shards=True), ("category", "image", "question")),
+        Source(near("coco_pope_*.json"), {**POPE, "id": lambda r: f"{pope_category(r)}/{r['question_id']}"}, "test",
+               shards=True),
+        parquet({**ROW, "id": "{category}/{question_id}", "category": "category"}, "test")),
         score="pope", headline="f1", max_new=128, suffix=SHORT, summary="pope", sizes=(9000, 8910)),
     "mme": Benchmark((
         Source(near("llava_mme.jsonl"), {
             **LLAVA, "group": "question_id", "stem": lambda r: Path(r["question_id"]).stem,
-            "category": lambda r: r["question_id"].split("/")[0]}, "test",
-            MME_FOLDER, ("category", "stem", "question")),
-        MME_FOLDER,
-        parquet(dict(id="question_id", group="question_id", question="question", image="image", answer="answer",
-                     category="category"), "test")),
+            "category": lambda r: r["question_id"].split("/")[0]}, "test", MME_FOLDER, ("category", "stem", "question")),
+        MME_FOLDER, parquet(MME, "test")),
         score="mme", headline="perception", max_new=16, suffix=SHORT, summary="mme", sizes=(2374,), repeats=True,
         body=lambda r, style: r["question"].strip().replace(YES_OR_NO, "")),
-
-    # -------------------------------------------------------------------------------- R5, R6, R7, R11: choices
+    # ---------------------------------------------------------------- R5, R6, R7, R11: choices
     "mmbench_en": mmbench("en"),
     "mmbench_cn": mmbench("cn"),
     "sqa": Benchmark((
         Source(near("llava_test_CQM-A.json"), dict(
             id="id", image="?image",
             text=lambda r: r["conversations"][0]["value"].replace("<image>", "").strip()), "test", PROBLEMS),
-        parquet(dict(id="_n", question="question", options="choices", answer=lambda r: LETTERS[r["answer"]],
-                     hint="?hint", image="image"), "test", "ScienceQA-IMG")),
+        parquet({**ROW, "options": "choices", "answer": lambda r: LETTERS[r["answer"]], "hint": "?hint"}, "test",
+                "ScienceQA-IMG")),
         score="choice", headline="image", max_new=16, suffix=LETTER, summary="sqa", sizes=(2017, 4241),
         body=lambda r, style: (f"Context: {r['hint']}\n" if r["hint"] else "") + ask_options(r, style)),
     "seed": Benchmark((
         Source(near("llava-seed-bench.jsonl"), LLAVA, "test", SEED_BENCH),
-        parquet(dict(id="question_id", question="question", image="image", answer="answer", data_type="data_type",
-                     category="?question_type_id", **FOUR), "test")),
-        score="choice", max_new=1024, suffix=LETTER, body=ask_options, submission="seed",
-        keep=lambda r: r["data_type"] == "image", sizes=(14233,)),
+        parquet({**ROW, "id": "question_id", "category": "?question_type_id", **FOUR}, "test")),
+        score="choice", max_new=1024, suffix=LETTER, body=ask_options, submission="seed", sizes=(14233,),
+        keep=lambda r: r["data_type"] == "image"),
     "mmstar": Benchmark((
-        Source(near("MMStar*.tsv"), MMSTAR, "val"),
-        parquet(MMSTAR, "val")),
+        Source(near("MMStar*.tsv"), MMSTAR, "val"), parquet(MMSTAR, "val")),
         score="choice", headline="average", max_new=1024, suffix=LETTER[:-1], body=ask_mmstar, summary="mmstar",
         sizes=(1500,)),
     "ai2d": Benchmark((
-        parquet(dict(id="_n", question="question", options="options", image="image",
-                     answer=lambda r: LETTERS[int(r["answer"])]), "test"),),
+        parquet({**ROW, "options": "options", "answer": lambda r: LETTERS[int(r["answer"])]}, "test"),),
         score="choice", max_new=16, suffix=LETTER, body=ask_options, sizes=(3088,)),
     "mmt": Benchmark((
-        Source(near("MMT-Bench_VAL.tsv"), MMT, "val"),
-        parquet(MMT, "val"),
-        parquet(MMT, "test")),
+        Source(near("MMT-Bench_VAL.tsv"), MMT, "val"), parquet(MMT, "val"), parquet(MMT, "test")),
         score="choice", max_new=8, submission="mmt", sizes=(3127, 28198),
         suffix="\nAnswer the question using a single character from the given options.",
         body=lambda r, style: f"Question: <image>\n{r['question'].strip()}" + listing(r, ": ")),
@@ -285,36 +263,27 @@ BENCHMARKS = {
             id="id", prompt="prompt", image="?image", question_type="question_type",
             options=lambda r: list((r.get("index2ans") or {}).values()), category=lambda r: subject(r["id"])), "val",
             Source(near("answer_dict_val.json"), dict(id="_key", answer="ground_truth"))),
-        Source(MMMU_FILES, MMMU, "validation", shards=True),
-        Source(MMMU_FILES, MMMU, "test", shards=True)),
+        Source(MMMU_FILES, MMMU, "validation", shards=True), Source(MMMU_FILES, MMMU, "test", shards=True)),
         score="mmmu", max_new=128, submission="mmmu", sizes=(900, 10500),
         suffix=lambda r, style: LETTER if r["question_type"] == "multiple-choice" else SHORT,
         body=lambda r, style: ask_options(r, style) + "\n"),
-    "realworldqa": Benchmark((
-        parquet(dict(id="_n", question="question", image="image", answer="answer"), "test"),),
-        score="realworldqa", max_new=16, sizes=(765,)),
-
-    # -------------------------------------------------------------------------------- R8, R9: text in images
+    "realworldqa": Benchmark((parquet(ROW, "test"),), score="realworldqa", max_new=16, sizes=(765,)),
+    # ---------------------------------------------------------------- R8, R9: text in images
     "ocrbench": Benchmark((
         Source(near("OCRBench.json"), dict(
             id="id", question="question", image="image_path", answer="answers", dataset="dataset_name",
             category="type"), "test"),
-        parquet(dict(id="_n", question="question", image="image", answer="answer", dataset="dataset",
-                     category="question_type"), "test")),
+        parquet({**ROW, "dataset": "dataset", "category": "question_type"}, "test")),
         score="ocrbench", headline="hits", max_new=128, summary="ocrbench", sizes=(1000,)),
     "docvqa": Benchmark((
-        Source(near("val_v1.0*.json"), DOCVQA, "val"),
-        Source(near("test_v1.0*.json"), DOCVQA, "test"),
-        parquet(DOCVQA, "validation", "DocVQA"),
-        parquet(DOCVQA, "test", "DocVQA")),
+        Source(near("val_v1.0*.json"), DOCVQA, "val"), Source(near("test_v1.0*.json"), DOCVQA, "test"),
+        parquet(DOCVQA, "validation", "DocVQA"), parquet(DOCVQA, "test", "DocVQA")),
         score="anls", headline="anls", max_new=32, suffix=SHORT, submission="docvqa", sizes=(5349, 5188)),
-
-    # -------------------------------------------------------------------------------- R10: CIDEr
+    # ---------------------------------------------------------------- R10: CIDEr
     "refcoco": refcoco(8811, 5000, 1975, 1810),
     "refcoco+": refcoco(),
     "refcocog": refcoco(7573),
-
-    # -------------------------------------------------------------------------------- scored elsewhere
+    # ---------------------------------------------------------------- scored elsewhere, by GPT-4
     "mmvet": Benchmark((
         Source(near("llava-mm-vet.jsonl"), LLAVA, "test"),
         parquet(dict(id="question_id", question="question", image="image"), "test")),
