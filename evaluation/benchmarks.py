@@ -158,7 +158,7 @@ TEXTVQA = {**RAW, "ocr": "ocr_tokens"}
 VIZWIZ = {**RAW, "file": "{question_id}.jpg"}
 DOCVQA = {**RAW, "id": "questionId"}
 POPE = dict(category=pope_category, image="image", question="text", answer="label")
-MME = dict(id="question_id", group="question_id", category="category", question="question", answer="answer", image="image")
+MME = {**ROW, "id": "question_id", "group": "question_id", "category": "category"}
 MME_FOLDER = Source(near("MME_Benchmark_release_version"), {**MME, "stem": "stem"}, "test", strict=True)
 PROBLEMS = Source(near("problems.json"), dict(
     id="_key", options="choices", answer=lambda r: LETTERS[r["answer"]], split="?split"))
@@ -226,7 +226,8 @@ BENCHMARKS = {
     "mme": Benchmark((
         Source(near("llava_mme.jsonl"), {
             **LLAVA, "group": "question_id", "stem": lambda r: Path(r["question_id"]).stem,
-            "category": lambda r: r["question_id"].split("/")[0]}, "test", MME_FOLDER, ("category", "stem", "question")),
+            "category": lambda r: r["question_id"].split("/")[0]}, "test",
+            MME_FOLDER, ("category", "stem", "question")),
         MME_FOLDER, parquet(MME, "test")),
         score="mme", headline="perception", max_new=16, suffix=SHORT, summary="mme", sizes=(2374,), repeats=True,
         body=lambda r, style: r["question"].strip().replace(YES_OR_NO, "")),

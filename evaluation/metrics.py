@@ -91,8 +91,8 @@ def pope_parse(text: str) -> str:
 
 
 def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
-    """R3: return acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. labels are
-    "yes" or "no". LLaVA reports the mean f1 of the three categories, one call each."""
+    """R3: return acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. Labels
+    are "yes" or "no". LLaVA reports the mean f1 of the three categories, one call each."""
     if len(preds) != len(labels):
         raise ValueError(f"POPE has {len(labels)} labels, and there are {len(preds)} answers")
     if odd := set(labels) - {"yes", "no"}:
@@ -197,7 +197,7 @@ def pick_choice(pred: str, letters: str, options: list[str] | None = None) -> st
 
 
 def mmmu_values(texts: list[str]) -> list[str | float]:
-    """Return numbers as floats of two decimals, other texts in lower case. A single character gets a space on one side."""
+    """Return numbers as floats of two decimals, other texts in lower case, a single character beside a space."""
     values = []
     for text in texts:
         text = text.strip().lower()

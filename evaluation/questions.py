@@ -85,8 +85,7 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     loaded.samples = make_samples(benchmark, kept, reading, files[0])
     if name == "textvqa":
         lines = sum(OCR in s.prompt for s in loaded.samples)
-        some = f"on for {lines} of {len(kept)}" if lines else "off"
-        loaded.settings["ocr"] = "on" if lines == len(kept) else some
+        loaded.settings["ocr"] = {0: "off", len(kept): "on"}.get(lines, f"on for {lines} of {len(kept)}")
     if name.startswith("refcoco"):
         loaded.settings["region"] = reading.region
     return loaded
@@ -100,8 +99,8 @@ def patterns(source: Source, split: str | None) -> list[str]:
 
 
 def find_files(source: Source, folder: Path, split: str | None) -> list[Path]:
-    """Return the files in a folder (or the folder itself) that match the first pattern that any matches. Raises
-    UserError if several match that are not shards of one file."""
+    """Return the files in a folder that match the first pattern that any matches; or the path itself, if it matches.
+    Raises UserError if several match that are not shards of one file."""
     for pattern in patterns(source, split):
         hits = [folder] if fnmatch(folder.name, pattern) else sorted(folder.glob(pattern))
         if len(hits) > 1 and not source.shards:
@@ -112,40 +111,29 @@ def find_files(source: Source, folder: Path, split: str | None) -> list[Path]:
 
 
 def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, list[Path]]:
-    """Return the first source of a benchmark whose files are there, and the files. Raises UserError with the names that
-    were looked for."""
+    """Return the first source of a benchmark whose files are there, and the files. Raises UserError."""
     if not data.exists():
         raise UserError(f"--data {data} does not exist")
     # A split that no source is named after may be part of a file's name: RefCOCO's testA.
     sources = [s for s in BENCHMARKS[name].sources if split in (None, s.split)]
     sources = sources or [s for s in BENCHMARKS[name].sources if "{split}" in s.files]
     for s in sources:
-        if data.is_dir():
-            files = find_files(s, data, split)
-        else:
-            files = [data] if fits(data, s, split) else []
+        files = find_files(s, data, split)
         if files:
             return s, files
+    asked = f"{name}, split {split}" if split else name
     if data.is_file():
-        # The name tells nothing: refuse the file of another benchmark, then go by the suffix.
+        # The name tells nothing: refuse a file of another benchmark, then go by the suffix.
         for other, benchmark in BENCHMARKS.items():
             for s in benchmark.sources:
-                if name != "own" and ".parquet" not in s.files and fits(data, s, None):
-                    raise UserError(f"{data} is by its name of {other}, split {s.split}, not of {name}"
-                                    + (f", split {split}" if split else ""))
+                if name != "own" and ".parquet" not in s.files and find_files(s, data, None):
+                    raise UserError(f"{data} is by its name of {other}, split {s.split}, not of {asked}")
         for s in sources:
             if Path(s.files.split()[0]).suffix == data.suffix:
                 return s, [data]
-    wanted = dict.fromkeys(p for s in sources for p in patterns(s, split))
+    wanted = ", ".join(dict.fromkeys(p for s in sources for p in patterns(s, split)))
     there = sorted(p.name for p in data.iterdir())[:8] if data.is_dir() else [data.name]
-    what = f"{name}, split {split}" if split else name
-    raise UserError(f"{data} holds no file of {what}: looked for {', '.join(wanted)}; there is "
-                    f"{', '.join(there) or 'nothing'}")
-
-
-def fits(file: Path, source: Source, split: str | None) -> bool:
-    """True if a file's name is one of the source's."""
-    return any(fnmatch(file.name, Path(p).name) for p in patterns(source, split))
+    raise UserError(f"{data} holds no file of {asked}: looked for {wanted}; there is {', '.join(there) or 'nothing'}")
 
 
 # ------------------------------------------------------------------------------------------------ rows and labels
@@ -182,11 +170,12 @@ def value_of(row: dict, column):
 
 def bare(text: str) -> str:
     """Return the question of a text that is written as LLaVA asks it: without OCR tokens and instructions."""
-    lines = []
-    for line in text.split("\n"):
-        if not line.startswith(OCR.strip()) and "\n" + line not in (SHORT, LETTER, UNANSWERABLE):
-            lines.append(line)
+    lines = [line for line in without_ocr(text).split("\n") if "\n" + line not in (SHORT, LETTER, UNANSWERABLE)]
     return "\n".join(lines)
+
+
+def without_ocr(text: str) -> str:
+    return "\n".join(line for line in text.split("\n") if not line.startswith(OCR.strip()))
 
 
 def match_text(text) -> str:
@@ -249,7 +238,7 @@ def set_ocr(name: str, rows: list[dict], reading: Reading, file: Path) -> None:
     for r in rows:
         r["ocr"] = None
         if "text" in r:
-            r["text"] = "\n".join(line for line in r["text"].split("\n") if not line.startswith(OCR.strip()))
+            r["text"] = without_ocr(r["text"])
 
 
 # ------------------------------------------------------------------------------------------------ samples
@@ -299,15 +288,13 @@ def reference(answer) -> str | list[str] | None:
     if isinstance(answer, list):
         answers = [str(a["answer"] if isinstance(a, dict) else a) for a in answer]
         return answers if any(answers) else None
-    if answer is None or answer != answer or answer in ("", "nan", "?"):
-        return None
-    return str(answer)
+    return None if answer is None or answer != answer or answer in ("", "nan", "?") else str(answer)
 
 
 def check_images_exist(samples: list[Sample]) -> None:
     """Raises UserError if image files are missing, with their number and the first of them."""
     files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
-    lost = [f for f in files if not f.is_file()]
+    lost = [file for file in files if not file.is_file()]
     if lost:
         raise UserError(f"{len(lost)} of {len(files)} images are not there, such as {lost[0]}: is --images the folder "
                         "that the names are relative to?")

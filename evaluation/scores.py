@@ -165,9 +165,9 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
           partial: bool = False) -> tuple[list[dict], dict]:
     """Score predictions by id. A sample without a prediction scores 0.
 
-    Returns (rows, results). rows: id, image, prompt, prediction, parsed, answer, score of each sample. results: metrics,
-    headline and the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters found by an option's text),
-    n_no_option (references that are none of the options). partial: MME and MMBench leave incomplete groups out."""
+    Returns (rows, results): of each sample id, image, prompt, prediction, parsed, answer, score; metrics, headline and
+    the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters found by an option's text), n_no_option
+    (references that are none of the options). partial: MME and MMBench leave incomplete groups out."""
     rows = []
     for s in samples:
         p, parsed, value = predictions.get(s.id), None, None
@@ -211,12 +211,8 @@ def table(results: dict[str, dict[str, float]]) -> str:
     width = max(len(name) for name in results) + 2
     lines = [" " * width + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
     for name, r in results.items():
-        line = f"{name:{width}}"
-        for c in columns:
-            value = r.get(c, "")
-            cell = f"{value:.1f}" if isinstance(value, float) else str(value)
-            line += f"{cell:>{max(len(c), 5) + 2}}"
-        lines.append(line)
+        cells = [f"{r[c]:.1f}" if isinstance(r.get(c), float) else str(r.get(c, "")) for c in columns]
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>{max(len(c), 5) + 2}}" for c, cell in zip(columns, cells)))
     return "\n".join(lines)
 
 
@@ -254,20 +250,15 @@ def summary(reports: list[dict]) -> str:
 def metric_rows(m: dict) -> dict[str, dict]:
     """Return the rows of a benchmark's table: all, then a row for each category."""
     rows = {"all": {k: v for k, v in m.items() if not isinstance(v, dict)}}
-    for name, group in m.items():
-        if isinstance(group, dict):
-            for k, v in group.items():
-                if isinstance(v, dict):                     # POPE's categories have several numbers
-                    rows[k] = v
-                elif name == "pooled":
-                    rows.setdefault(name, {})[k] = v
-                else:
-                    rows[k] = {"by category": v}
-    return {k: r for k, r in rows.items() if r}
+    if "pooled" in m:
+        rows["pooled"] = m["pooled"]
+    for k, v in {**m.get("category", {}), **m.get("detail", {})}.items():
+        rows[k] = v if isinstance(v, dict) else {"by category": v}          # POPE's categories have several numbers
+    return rows
 
 
 def compare(folders: list[str]) -> str:
-    """Headline numbers of the results.json files in folders, a row each, and a warning for each setting that differs."""
+    """Headline numbers of the results.json files in folders, a row each, and a warning for settings that differ."""
     rows, values = {}, {}
     for folder in map(Path, folders):
         reports = [read_json(p) for p in sorted(folder.glob("**/results.json"))]

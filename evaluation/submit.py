@@ -10,12 +10,9 @@ from evaluation.files import write_jsonl
 from evaluation.questions import Sample
 
 
-def as_number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text
-
-
 def vqa_rows(pairs):
-    return [{"question_id": as_number(s.id), "answer": metrics.vqa_norm(r["prediction"] or "")} for s, r in pairs]
+    return [{"question_id": int(s.id) if s.id.isdigit() else s.id, "answer": metrics.vqa_norm(r["prediction"] or "")}
+            for s, r in pairs]
 
 
 def vizwiz_rows(pairs):
