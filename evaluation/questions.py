@@ -85,7 +85,9 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     loaded.samples = make_samples(benchmark, kept, reading, files[0])
     if name == "textvqa":
         lines = sum(OCR in s.prompt for s in loaded.samples)
-        loaded.settings["ocr"] = {0: "off", len(kept): "on"}.get(lines, f"on for {lines} of {len(kept)}")
+        loaded.settings["ocr"] = f"on for {lines} of {len(kept)}"
+        if lines in (0, len(kept)):
+            loaded.settings["ocr"] = "on" if lines else "off"
     if name.startswith("refcoco"):
         loaded.settings["region"] = reading.region
     return loaded
