@@ -4,10 +4,11 @@
     python -m bench.evaluate --ckpt DIR   a checkpoint trained on the toy, asked yes/no questions about its pictures
 
 The checkpoint is exported to llava-hf's layout, which transformers loads (only this bench needs transformers). Both
-sides get the same ids and pixels, in float32, greedily, on as many threads; each answers a few questions first. The
-random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's in LLaVA's v1 template: 35 before the
-image and 22 to 28 after it, of which the last 17 are the same; its answers are 4 tokens long. Its weights are larger
-than at the start of training, so that the answers differ.
+sides get the same ids and pixels, in float32, greedily, on as many threads; each answers a few questions first.
+
+The random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's prompts in LLaVA's v1 template:
+35 before the image and 22 to 28 after it, of which the last 17 are the same. Its answers are 4 tokens long. Its weights
+are larger than at the start of training, so that the answers differ.
 """
 import json
 import random

@@ -46,7 +46,8 @@ def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Imag
     if region is None:
         return decoded
     decoded = decoded.convert("RGB")
-    pen, (kind, xy) = ImageDraw.Draw(decoded), region
+    pen = ImageDraw.Draw(decoded)
+    kind, xy = region
     if kind == "bbox":
         x, y, w, h = xy
         pen.rectangle([x, y, x + w, y + h], outline="red")
@@ -195,9 +196,9 @@ def read_mme(folder: Path) -> list[dict]:
     rows = []
     for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/questions_answers_YN/*.txt")]):
         category = folder / path.relative_to(folder).parts[0]
-        image = category / f"{path.stem}.jpg"   # if no file is found
-        for place in (category / "images", category, path.parent):
-            for file in sorted(place.glob(f"{path.stem}.*"), reverse=True):
+        image = category / f"{path.stem}.jpg"   # unless another file is there
+        for place in (category / "images", category):
+            for file in sorted(place.glob(f"{path.stem}.*")):
                 if file.suffix.lower() in (".jpg", ".jpeg", ".png"):
                     image = file
         for line in path.read_text(encoding="utf-8").splitlines():

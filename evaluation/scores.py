@@ -202,9 +202,6 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
 
 
 # ------------------------------------------------------------------------------------------------ tables
-HIDDEN = "checkpoint", "questions", "code_version"         # settings that a summary does not show
-
-
 def table(results: dict[str, dict[str, float]]) -> str:
     """Rows of numbers by name, as aligned text."""
     columns = list(dict.fromkeys(c for r in results.values() for c in r))
@@ -235,8 +232,9 @@ def summary(reports: list[dict]) -> str:
             if r["partial"] or r["n_scored"] < r["n"] or r["n_missing"] or r["n_unparsed"]:
                 lines.append("  ".join([name, *counts]))
         else:
-            settings = {k: v for k, v in r["settings"].items() if k not in HIDDEN and v is not None}
-            lines += [name, "  ".join(f"{k} {v}" for k, v in settings.items())]
+            shown = [f"{k} {v}" for k, v in r["settings"].items()
+                     if v is not None and k not in ("checkpoint", "questions", "code_version")]
+            lines += [name, "  ".join(shown)]
             lines.append(table(metric_rows(r["metrics"])) if "metrics" in r else
                          "no public reference answers: nothing to score")
             headline = [f"{k} {v:.2f}" for k, v in r.get("headline", {}).items()]

@@ -29,7 +29,7 @@ def run(case, root, *flags, out="out"):
 
 
 def answer(case, root, answers=None, name="answers.jsonl"):
-    """A file of answers as LLaVA's scripts write it."""
+    """Write a file of answers as LLaVA's scripts do."""
     ids = case.ids or range(1, len(case.prompts) + 1)
     jsonl(root / name, [{"question_id": i, "prompt": p, "text": a, "answer_id": "x", "model_id": "m", "metadata": {}}
                         for i, p, a in zip(ids, case.prompts, answers or case.answers)])
@@ -95,7 +95,7 @@ def test_the_table_has_all_benchmarks_and_only_scores_that_exist():
         assert b.submission is None or b.submission in SUBMISSIONS, name
 
 
-def test_answers_that_cannot_be_parsed_or_are_matched_by_text_are_counted(tmp_path):
+def test_unparsed_answers_and_those_found_by_an_options_text_are_counted(tmp_path):
     case = make_benchmarks.mmstar(tmp_path)
     run(case, tmp_path, "--score-only", answer(case, tmp_path, ["A", "maybe", "no, nothing", "(D)"]))
     results = result(tmp_path)
@@ -111,10 +111,10 @@ def test_references_that_are_no_option_are_counted(tmp_path):
     assert "warning: 1 references that are none of the options" in done.stdout and result(tmp_path)["n_no_option"] == 1
 
 
-def test_a_missing_answer_is_a_wrong_one_also_where_an_empty_one_would_be_a_yes(tmp_path):
+def test_a_missing_answer_is_wrong_even_if_an_empty_one_would_be_a_yes(tmp_path):
     case = make_benchmarks.pope(tmp_path)
     path = answer(case, tmp_path, ["No", "Yes", "yes", "no", "yes", "no"])
-    shutil.rmtree(tmp_path / "images")                # which scoring does not look at
+    shutil.rmtree(tmp_path / "images")                # scoring opens no image
     full = run(case, tmp_path, "--score-only", path)
     assert full.returncode == 0 and result(tmp_path)["headline"]["f1"] == 100.0
     lines = path.read_text().splitlines(keepends=True)
@@ -157,13 +157,13 @@ def test_without_openpyxl_one_line_says_so_before_any_question_is_asked(tmp_path
 def test_a_tables_image_cell_may_name_another_row(tmp_path):
     make_benchmarks.mmbench_en(tmp_path)
     samples = load_benchmark("mmbench_en", tmp_path).samples
-    assert len(samples[0].image) > 131072, "longer than what csv reads if it is not told to"
-    assert samples[1].image is samples[2].image is samples[0].image, "rotations share one image, once in memory"
+    assert len(samples[0].image) > 131072, "longer than the limit that csv has by default"
+    assert samples[1].image is samples[2].image is samples[0].image, "rotations share one copy of an image in memory"
     assert samples[3].image == samples[4].image != samples[0].image
     assert decoded(samples[0].image).size == (21, 16)
 
 
-def test_parquet_images_are_read_late_and_told_apart_by_their_bytes(tmp_path):
+def test_parquet_images_are_read_late_and_compared_by_their_bytes(tmp_path):
     pytest.importorskip("pyarrow")
     make_benchmarks.mmstar_lmms(tmp_path)
     samples = load_benchmark("mmstar", tmp_path).samples
@@ -173,7 +173,7 @@ def test_parquet_images_are_read_late_and_told_apart_by_their_bytes(tmp_path):
     assert len({s.image for s in load_benchmark("pope", tmp_path / "pope").samples}) == 1
 
 
-def test_of_several_images_the_first_that_is_named_is_shown_and_the_rest_counted(tmp_path):
+def test_of_several_images_the_first_named_one_is_shown_and_such_questions_are_counted(tmp_path):
     pytest.importorskip("pyarrow")
     case = make_benchmarks.mmmu_lmms(tmp_path)
     loaded = load_benchmark("mmmu", tmp_path)
@@ -194,7 +194,7 @@ def test_a_region_is_drawn_in_a_line_of_one_pixel(tmp_path, region, at, colour):
     assert drawn.getpixel((6, 5 if region == "bbox" else 4)) == plain.convert("RGB").getpixel((6, 5)), "it was filled"
 
 
-def test_without_pyarrow_one_line_says_how_to_go_on(tmp_path, monkeypatch):
+def test_without_pyarrow_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test-00000-of-00001.parquet").write_bytes(b"PAR1")
@@ -305,11 +305,12 @@ def test_a_file_of_another_benchmark_or_split_is_refused_by_its_name_or_its_spli
             "holds split dev, not test: --split dev?")
 
 
-def test_of_two_releases_in_one_folder_one_must_be_named(tmp_path):
+def test_of_two_releases_in_one_folder_the_user_must_choose(tmp_path):
     case = make_benchmarks.mmbench_en(tmp_path)
     shutil.copy(tmp_path / "mmbench_dev_20230712.tsv", tmp_path / "mmbench_dev_20231003.tsv")
     path = answer(case, tmp_path)
-    refuses(run(case, tmp_path, "--score-only", path), "holds mmbench_dev_20230712.tsv, mmbench_dev_20231003.tsv: choose")
+    refuses(run(case, tmp_path, "--score-only", path),
+            "holds mmbench_dev_20230712.tsv, mmbench_dev_20231003.tsv: choose")
     done = call("evaluate.py", "--bench", case.bench, "--data", tmp_path / "mmbench_dev_20231003.tsv", "--score-only",
                 path)
     assert done.returncode == 0, done.stderr
@@ -336,12 +337,12 @@ def test_answers_that_do_not_belong_to_the_questions_end_in_one_line(tmp_path, l
     refuses(run(case, tmp_path, "--score-only", tmp_path / "answers.jsonl"), says)
 
 
-def test_a_cut_off_last_line_strangers_and_repeats_are_counted(tmp_path):
+def test_a_cut_off_last_line_unknown_ids_and_repeats_are_counted(tmp_path):
     case = make_benchmarks.pope(tmp_path)
     path = answer(case, tmp_path)
     first, *rest = path.read_text().splitlines(keepends=True)
-    stranger = json.dumps({"question_id": 99, "text": "No"}) + "\n"
-    path.write_text("".join([first, first, stranger, *rest])[:-20])
+    unknown = json.dumps({"question_id": 99, "text": "No"}) + "\n"
+    path.write_text("".join([first, first, unknown, *rest])[:-20])
     done = run(case, tmp_path, "--score-only", path)
     assert done.returncode == 0, done.stderr
     results = result(tmp_path)
@@ -383,7 +384,7 @@ def test_ocr_and_style_must_be_possible(tmp_path):
     assert "respond with 'Unanswerable'.\nAnswer the question" in row["prompt"]
 
 
-def test_results_side_by_side_say_where_they_cannot_be_compared(tmp_path):
+def test_results_side_by_side_warn_of_settings_that_differ(tmp_path):
     case = make_benchmarks.textvqa(tmp_path / "a")
     path = answer(case, tmp_path / "a")
     run(case, tmp_path / "a", "--score-only", path, out="one/textvqa")
@@ -397,7 +398,7 @@ def test_results_side_by_side_say_where_they_cannot_be_compared(tmp_path):
 # ------------------------------------------------------------------------------------------------ with a model
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
-    """A whole checkpoint of the toy's backbones with a projector that was never trained: it says something."""
+    """A whole checkpoint: the toy's backbones and an untrained projector. It answers something."""
     torch.manual_seed(0)
     clip, llm = ROOT / "toy/clip", ROOT / "toy/llm"
     vision, decoder = load_vision(clip, torch.float32), load_llm(llm, torch.float32)
@@ -414,7 +415,7 @@ ASK = "Is there a circle?", "What colour is the circle?", "How many objects are 
 
 @pytest.fixture
 def world(tmp_path):
-    """Questions of different lengths about three images and about none, so that those of an image are not together."""
+    """Questions of different lengths about three images or none, those about one image not in a row."""
     rows = []
     for n in range(14):
         image = {} if n % 5 == 4 else {"image": f"{n % 3}.png"}
@@ -434,7 +435,7 @@ def predictions(root, out="out/mine"):
     return [json.loads(line)["prediction"] for line in (root / out / "pred.jsonl").open()]
 
 
-def test_answers_do_not_depend_on_batches_and_each_image_is_encoded_once_a_batch(world, ckpt, monkeypatch):
+def test_answers_do_not_depend_on_batches_and_a_batch_encodes_each_image_once(world, ckpt, monkeypatch):
     encoded, embed = [], Llava.embed_images
     monkeypatch.setattr(Llava, "embed_images", lambda self, x: encoded.append(len(x)) or embed(self, x))
     assert ask(world, ckpt, "--batch-size", 1).returncode == 0
@@ -443,20 +444,24 @@ def test_answers_do_not_depend_on_batches_and_each_image_is_encoded_once_a_batch
     done = ask(world, ckpt, "--overwrite", "--batch-size", 64)
     assert done.returncode == 0, done.stderr
     assert predictions(world) == one and len(set(one)) > 1
-    assert encoded in ([3], [4]), "three images in a batch of fourteen questions (and the place of none)"
+    assert encoded in ([3], [4]), "three images in a batch of fourteen questions, and a zero image for text alone"
     assert result(world, "out/mine")["settings"]["batch_size"] == [64]
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was_with_any_number_of_ranks(world, ckpt, monkeypatch):
+def test_a_stopped_evaluation_resumes_whatever_the_number_of_ranks(world, ckpt, monkeypatch):
     assert ask(world, ckpt).returncode == 0
     whole_run, folder = predictions(world), world / "out/mine"
     lines = (folder / "pred.rank0of1.jsonl").read_text().splitlines(keepends=True)
     (folder / "pred.rank0of1.jsonl").unlink()
-    # As three ranks leave it when they are killed: two have answered a part, one was writing a line.
+    # What three killed ranks leave: two have answered a part, one was writing a line.
     (folder / "pred.rank0of3.jsonl").write_text("".join(lines[:4]))
     (folder / "pred.rank2of3.jsonl").write_text("".join([lines[0], *lines[6:9]]) + lines[9][:-9])
     asked, prepare = [], evaluate.Assistant.prepare
-    monkeypatch.setattr(evaluate.Assistant, "prepare", lambda self, q: asked.extend(q) or prepare(self, q))
+
+    def count(self, samples):
+        asked.extend(samples)
+        return prepare(self, samples)
+    monkeypatch.setattr(evaluate.Assistant, "prepare", count)
     done = ask(world, ckpt, "--batch-size", 2)
     assert done.returncode == 0, done.stderr
     assert len(asked) == 14 - 3 - 3 and predictions(world) == whole_run
@@ -465,7 +470,7 @@ def test_a_stopped_evaluation_goes_on_where_it_was_with_any_number_of_ranks(worl
     assert ask(world, ckpt).returncode == 0 and not asked and predictions(world) == whole_run
 
 
-def test_a_line_that_was_cut_off_is_mended_before_more_is_appended(world, ckpt):
+def test_a_line_that_was_cut_off_is_removed_before_more_is_appended(world, ckpt):
     assert ask(world, ckpt).returncode == 0
     path, before = world / "out/mine/pred.rank0of1.jsonl", predictions(world)
     text = path.read_text()
@@ -495,7 +500,7 @@ def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(wo
     assert ask(world, other, *flags, "--overwrite").returncode == 0
 
 
-def test_weights_are_told_apart_by_blocks_all_over_their_file(tmp_path):
+def test_the_digest_of_weights_reads_blocks_all_over_the_file(tmp_path):
     data = bytearray(8 << 20)
     for n, at in enumerate((None, 0, 4 << 20, len(data) - 1)):
         if at is not None:
@@ -559,7 +564,7 @@ def test_the_image_comes_first_unless_the_prompt_says_where(ckpt, tmp_path):
     assert "<image>" not in text("Is <image> it?", None)[1]
 
 
-def test_a_checkpoint_that_has_only_learned_captions_is_not_asked_by_accident(ckpt, world, tmp_path):
+def test_a_checkpoint_that_has_learned_captions_alone_is_refused(ckpt, world, tmp_path):
     other = shutil.copytree(ckpt, tmp_path / "other/pretrain-1")
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "template": "plain"}))
@@ -572,7 +577,7 @@ def test_a_checkpoint_that_has_only_learned_captions_is_not_asked_by_accident(ck
 
 @pytest.mark.parametrize("metric, by_hand", [("exact", [100, 0]), ("contains", [100, 100]), ("choice", [0, 0]),
                                              ("anls", [100, 0]), ("vqa", [0, 0]), ("none", None)])
-def test_own_questions_are_scored_by_the_metric_that_is_asked_for(tmp_path, metric, by_hand):
+def test_own_questions_are_scored_by_the_metric(tmp_path, metric, by_hand):
     jsonl(tmp_path / "mine.jsonl", [{"text": "a?", "answer": "B"}, {"text": "b?", "answer": ["C", "D"]}])
     jsonl(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "b" if metric != "choice" else "so so"},
                                        {"question_id": 2, "text": "abcde and f"}])
