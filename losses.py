@@ -1,40 +1,34 @@
-"""The objectives side by side: how each wires the model's output to the pure functions of methods/.
+"""The objectives side by side: how each connects the model's output to the functions of methods/.
 
-A loss takes (model, batch, cfg) and returns Terms; cfg are the flags of train.py. A term is a sum and what it is to be
-divided by; training divides by that count over the whole global batch (`counts`, known from the batch alone, before any
-forward), so
-    1 rank × 8 accumulation steps = 8 ranks × 1.
-A weight of 0 switches a term off: it is not computed.
+An objective takes (model, batch, cfg), cfg being train.py's flags, and returns Terms. Training divides each total by
+its term's count over the whole global batch; counts follow from the batch, before any forward. So 1 rank × 8
+accumulation steps = 8 ranks × 1. A weight of 0 switches a term off: it is not computed. LOSSES is the one registry.
 """
+from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from common.positions import at_image, true_positions
 from data import IGNORE, Batch
 from methods.basic import direction_loss, layer_weights, semantic_loss, supervision_degree
 from methods.ce import next_token_loss
 from methods.vdep import reconstruction_loss
 from methods.vista import alignment_loss
-from model import Llava, Output, marked
+from model import Llava, Output
 
 
 class Term(NamedTuple):
     name: str
     total: Tensor       # summed over this batch
-    count: Tensor       # what of: tokens, or samples
     weight: float       # in the loss
 
 
 def next_token(model: Llava, batch: Batch, out: Output) -> Term:
     """Cross-entropy over the supervised tokens, a term of every objective."""
     head = model.language_model.lm_head
-    return Term("ce", *next_token_loss(out.hidden_states, batch.labels, head.weight, head.bias), 1.0)
-
-
-def at_image(h: Tensor, batch: Batch, n: int) -> Tensor:
-    """(B,T,D) → (B,N,D) at the image positions. The rows of samples without an image hold what nobody should use."""
-    positions = marked(batch.image_mask, n).clamp(min=0)                                    # (B,N)
-    return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
+    return Term("ce", next_token_loss(out.hidden_states, batch.labels, head.weight, head.bias)[0], 1.0)
 
 
 def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
@@ -43,65 +37,78 @@ def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
 
 
 def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """VDEP eq. (11). Samples in VDEP mode (batch.reconstruct) have no labels, the others no reconstruction."""
+    """VDEP eq. (11). batch.reconstruct: samples in VDEP mode. In hybrid batches they have no labels."""
     out = model(batch)
     terms = [next_token(model, batch, out)]
     if cfg.stage == "pretrain" and cfg.vdep_alpha:
-        h = at_image(out.hidden_states, batch, out.image_embeds.shape[1])[batch.reconstruct]
-        terms.append(Term("vdep", *reconstruction_loss(h, out.image_embeds[batch.reconstruct], cfg.vdep_distance),
-                          cfg.vdep_alpha))
+        h, x = at_image(out.hidden_states, batch.image_mask, out.image_embeds.shape[1]), out.image_embeds   # (B,N,D)
+        options = cfg.vdep_distance, cfg.vdep_reduce, int(cfg.vdep_shift)
+        total, _ = reconstruction_loss(h[batch.reconstruct], x[batch.reconstruct], *options)        # (b,N,D) each
+        terms.append(Term("vdep", total, cfg.vdep_alpha))
     return terms
 
 
 def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """VISTA eq. (9): supervised tokens of samples with an image, against the state at its last token."""
+    """VISTA eq. (9): the answers' word embeddings against the state at the last image token."""
     out = model(batch)
-    state = at_image(out.hidden_states, batch, out.image_embeds.shape[1])[:, -1]            # (B,D)
-    text = (batch.labels != IGNORE) & batch.has_image[:, None]
-    return [next_token(model, batch, out),
-            Term("vista", *alignment_loss(out.text_embeds, text, state, cfg.vista_weighting, cfg.vista_distance,
-                                          cfg.vista_reduce), 1.0)]
+    # S_n through the final norm in float32: the gradient by S_n is almost parallel to S_n, and the norm's backward
+    # removes that part. Of what remains, half would be bfloat16's rounding error.
+    last = at_image(out.before_norm, batch.image_mask, out.image_embeds.shape[1])[:, -1]    # (B,D)
+    state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
+    total, _ = alignment_loss(out.text_embeds, batch.answer_tokens(), state, cfg.vista_weighting, cfg.vista_distance,
+                              cfg.vista_reduce)
+    return [next_token(model, batch, out), Term("vista", total, 1.0)]
 
 
 def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """BASIC eq. (8): layers 1..k are watched; what they make of the image and where text looks become the targets."""
-    lm, n = model.language_model, model.vision_tower.config.image_tokens
+    """BASIC eq. (8): outputs and attention of the layers 1..k become targets of the projector's output."""
     if not (cfg.basic_das or cfg.basic_sds):
         return ce(model, batch, cfg)
+    lm, n, equal = model.language_model, model.vision_tower.config.image_tokens, cfg.basic_degree == "equal"
     k = cfg.basic_k or max(1, lm.config.num_hidden_layers // 2)
-    w = layer_weights(k, cfg.basic_weights).tolist()
-    text = batch.text_after_image()
-    refined, looks = [], []                               # running sums of eq. (4) and (5)
+    w, text, E = layer_weights(k, cfg.basic_weights).tolist(), batch.text_after_image(), lm.model["embed_tokens"].weight
+    rows, exact = true_positions(text) >= 0, torch.promote_types(E.dtype, torch.float32)            # (B,M)
+    v_hat = torch.zeros(len(text), n, E.shape[1], dtype=exact, device=E.device)             # (B,N,D)
+    attention = torch.full((*rows.shape, n), float(equal), device=E.device)                 # (B,M,N) from text rows
 
-    def watch(i: int, h: Tensor, attention: Tensor | None) -> None:
-        refined[:] = [sum(refined) + w[i - 1] * at_image(h, batch, n).float()]              # eq. (4)
-        if attention is not None:
-            looks[:] = [sum(looks) + attention]
-    attended = cfg.basic_degree == "attention"
-    out = model(batch, watch, text if attended else None, k)
-    if attended:
-        rows = marked(text) >= 0                                                            # (B,M)
-        degree = supervision_degree(looks[0], rows)
-    else:
-        degree = (batch.has_image & text.any(1)).float()[:, None].expand(-1, n) / n         # (B,N)
-    terms = [next_token(model, batch, out)]
+    def watch(i: int, h: Tensor, layer_attention: Tensor | None) -> None:
+        v_hat.add_(w[i - 1] * at_image(h, batch.image_mask, n).to(exact))                   # eq. (4)
+        if layer_attention is not None:
+            attention.add_(layer_attention)
+    out = model(batch, watch, attention_from=None if equal else text, watch_layers=k)
+    degree, terms = supervision_degree(attention, rows), [next_token(model, batch, out)]    # (B,N)
+    # Both losses train the projector's parameters alone: with --unlock-vision their gradient stops at its input.
+    v = model.multi_modal_projector(out.patches.detach()) if out.patches.requires_grad else out.image_embeds
     if cfg.basic_das:
-        terms.append(Term("das", *direction_loss(out.image_embeds, refined[0], degree), cfg.basic_das))     # eq. (8)
+        terms.append(Term("das", direction_loss(v, v_hat, degree)[0], cfg.basic_das))       # eq. (8)
     if cfg.basic_sds:
-        E = lm.model["embed_tokens"].weight
-        terms.append(Term("sds", *semantic_loss(out.image_embeds, refined[0], degree, E), cfg.basic_sds))
+        s = lm.config.embed_scale               # Gemma's layers receive s E as words; (s E) v = E (s v)
+        terms.append(Term("sds", semantic_loss(v.to(exact) * s, v_hat * s, degree, E)[0], cfg.basic_sds))
     return terms
 
 
-LOSSES = {"ce": ce, "vdep": vdep, "vista": vista, "basic": basic}
+class Loss(NamedTuple):
+    function: Callable[..., list[Term]]                 # (model, batch, cfg) → terms
+    counts: dict[str, Callable[[Batch], Tensor]]        # term → what its total is divided by, from the batch
 
 
-def counts(batch: Batch) -> dict[str, Tensor]:
-    """The denominators of every term, by its name."""
-    supervised = batch.labels[:, 1:] != IGNORE                                              # (B,T-1)
-    seen = batch.has_image & batch.text_after_image().any(1)                                # (B,)
-    return {"ce": supervised.sum(), "vdep": batch.reconstruct.sum(), "das": seen.sum(), "sds": seen.sum(),
-            "vista": (batch.has_image & (batch.labels != IGNORE).any(1)).sum()}
+def tokens(batch: Batch) -> Tensor:
+    return (batch.labels[:, 1:] != IGNORE).sum()
+
+
+def described(batch: Batch) -> Tensor:
+    return batch.text_after_image().any(1).sum()
+
+
+LOSSES = {"ce": Loss(ce, {"ce": tokens}),
+          "vdep": Loss(vdep, {"ce": tokens, "vdep": lambda batch: batch.reconstruct.sum()}),
+          "vista": Loss(vista, {"ce": tokens, "vista": lambda batch: batch.answer_tokens().any(1).sum()}),
+          "basic": Loss(basic, {"ce": tokens, "das": described, "sds": described})}
+
+
+def count_terms(loss: str, batch: Batch) -> dict[str, Tensor]:
+    """Term of an objective → its denominator in this batch."""
+    return {name: count(batch) for name, count in LOSSES[loss].counts.items()}
 
 
 class Objective(nn.Module):
@@ -111,4 +118,4 @@ class Objective(nn.Module):
         self.model, self.cfg = model, cfg
 
     def forward(self, batch: Batch) -> list[Term]:
-        return LOSSES[self.cfg.loss](self.model, batch, self.cfg)
+        return LOSSES[self.cfg.loss].function(self.model, batch, self.cfg)

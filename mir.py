@@ -31,7 +31,7 @@ import json
 import math
 import os
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -43,7 +43,7 @@ from tqdm import tqdm
 from common.files import read_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device
-from data import TEMPLATES, Batch, ImageProcessor, Samples
+from data import TEMPLATES, Batch, Format, ImageProcessor, Samples
 from hub.checkpoint import checkpoint_folder, is_released, load_model
 from hub.configs import vision_config
 from hub.samples import question_file
@@ -389,16 +389,15 @@ def batches_of(folder: Path, samples: list[dict], images: Path, template: str, b
     """Samples as a checkpoint reads them. vision: the folder of its vision encoder, where it has none inside."""
     c, vision = read_json(folder / "config.json"), vision or folder
     processor = ImageProcessor.from_folder(vision)
-    return Batches(Samples(samples, images, load_tokenizer(folder), processor, template,
-                           vision_config(vision).image_tokens, c.get("max_length", 2048), True,
-                           c.get("after_special", "4.31")), batch_size)
+    text = Format(template, vision_config(vision).image_tokens, c.get("max_length", 2048), True,
+                  c.get("after_special", "4.31"))
+    return Batches(Samples(samples, images, load_tokenizer(folder), processor, text), batch_size)
 
 
 def held_out(data: Samples, path: Path, images: Path, n: int = 100) -> list[Batch]:
     """The first n pairs of a file, as `data` of a training run is read (in v1 where that is plain), for --mir-every."""
-    template, *rest = data.text
-    samples = Samples(read_pairs(path, images, n), images, data.tokenizer, data.processor,
-                      "v1" if template == "plain" else template, *rest[:2], True, rest[2])
+    text = replace(data.format, template="v1" if data.format.template == "plain" else data.format.template, pad=True)
+    samples = Samples(read_pairs(path, images, n), images, data.tokenizer, data.processor, text)
     return list(Batches(samples, 20))
 
 

@@ -3,12 +3,12 @@
     pixel_values (B,3,H,W) ─ ViT ─→ (B,N,Dv) ─ Projector ─→ image_embeds (B,N,D) ┐
     input_ids    (B,T)     ─ embed_tokens ─────────────────→ (B,T,D) ────────────┴→ Decoder → hidden_states (B,T,D)
 
-Modules carry the parameter names of the released Hugging Face checkpoints, so that loading and saving need no
-translation. Only what is trained or read is computed: no logits (methods/ce.py makes those it needs), no attention
-maps unless somebody asks, no layer of the vision encoder beyond the one that is used.
+Modules have the parameter names of released Hugging Face checkpoints, so that loading and saving need no translation.
+Only what is used is computed: no logits (methods/ce.py makes those it needs), no attention maps unless they are asked
+for, no layer of the vision encoder beyond the one that is read.
 
 Shape letters: B samples · T sequence positions · N image tokens · D decoder width · Dv vision width · H heads ·
-K key/value heads · d head width · S cached positions · M marked query rows.
+K key/value heads · d head width · S cached positions · M query rows whose attention is asked for.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common.positions import attention_to_image, true_positions, visible
 from methods.lora import linear
 from methods.moca import MoCa
 
@@ -33,7 +34,7 @@ class VisionConfig:
     patch_size: int = 32
     layer_norm_eps: float = 1e-5
     hidden_act: str = "quick_gelu"
-    class_token: bool = True                     # CLIP: and a norm in front. SigLIP: neither, but a bias on patches
+    class_token: bool = True                     # CLIP has one, and a norm in front; SigLIP has a bias on patches
     drop_first_patch: bool = False               # TinyLLaVA drops SigLIP's first patch as if it were a class token
 
     @property
@@ -63,14 +64,14 @@ class DecoderConfig:
     norm_plus_one: bool = False                  # Gemma multiplies by 1 + weight
     hidden_act: str = "silu"
     gated: bool = True                           # the MLP; not in Phi-2
-    bias: bool = False                           # of every linear map in a layer: Phi-2
+    bias: bool = False                           # on every linear map of a layer: Phi-2
     head_bias: bool = False
-    parallel: bool = False                       # attention and MLP side by side, under one norm: Phi-2
+    parallel: bool = False                       # attention and MLP side by side after one norm: Phi-2
     partial_rotary_factor: float = 1.0           # the share of a head's width that is rotated
-    sliding_window: int | None = None            # a token sees itself and the window − 1 before it
-    embed_scale: float = 1.0                     # of word embeddings: sqrt(hidden_size) in Gemma
+    sliding_window: int | None = None            # a token sees itself and the window − 1 tokens before it
+    embed_scale: float = 1.0                     # factor on word embeddings: sqrt(hidden_size) in Gemma
     moca: bool = False                           # an affine map of the image tokens after every layer: methods/moca.py
-    lora_rank: int = 0                           # of an update beside every linear map in a layer: lora.py. 0: none
+    lora_rank: int = 0                           # of an update beside every linear map of a layer: methods/lora.py
     lora_alpha: float = 0.0                      # the update is scaled by alpha / rank
 
     def __post_init__(self):
@@ -148,8 +149,8 @@ class ViT(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # unused here; saved back
 
     def hidden_state(self, pixel_values: Tensor, layer: int) -> Tensor:
-        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output; (B,1+N,Dv) with the
-        class token, (B,N,Dv) where there is none."""
+        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output. (B,1+N,Dv) with a
+        class token, (B,N,Dv) without."""
         x = self.embeddings(pixel_values)
         if self.config.class_token:
             x = self.pre_layrnorm(x)
@@ -159,7 +160,7 @@ class ViT(nn.Module):
         return x
 
     def forward(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
-        """Patch features (B,N,Dv) of LLaVA: the last layer but one, class token dropped."""
+        """Patch features (B,N,Dv). LLaVA reads the last layer but one and drops the class token."""
         return self.hidden_state(pixel_values, layer)[:, int(self.config.class_token or self.config.drop_first_patch):]
 
 
@@ -190,14 +191,22 @@ class RMSNorm(nn.Module):
         return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
+class LayerNorm(nn.LayerNorm):
+    """PyTorch's, for an input and weights of any two dtypes. Computes in float32, returns the input's dtype."""
+    def forward(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        y = F.layer_norm(x.to(exact), self.normalized_shape, self.weight.to(exact), self.bias.to(exact), self.eps)
+        return y.to(x.dtype)
+
+
 def make_norm(c: DecoderConfig) -> nn.Module:
     if c.norm == "layer":
-        return nn.LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
+        return LayerNorm(c.hidden_size, eps=c.rms_norm_eps)
     return RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm_plus_one)
 
 
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, (…,T,d), computed in float32; not buffers, so nothing can be left behind on the meta device."""
+    """cos and sin of the rotation angles, (…,T,d), computed in float32."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions[..., None].float() * (1.0 / theta ** exponents)                     # (…,T,d/2)
     angles = torch.cat([angles, angles], dim=-1)
@@ -205,40 +214,11 @@ def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of Hugging Face weights
-    (Meta's own pair 2i with 2i + 1)."""
+    """Rotate the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of Hugging Face weights.
+    (Meta's own weights pair 2i with 2i + 1.)"""
     x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([x * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
-
-
-@torch.no_grad()
-def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, image_columns: Tensor, window: int | None = None,
-                       chunk: int = 64) -> Tensor:
-    """Attention probabilities from marked rows to the image positions, averaged over heads.
-
-    q (B,H,T,d) and k (B,K,T,d) after rotation; rows (B,M) positions of the marked queries, image_columns (B,N)
-    positions of the image tokens, -1 where there is none (those entries of the result are 0). Softmax over all
-    visible keys; returns (B,M,N) float32. Fused attention returns no probabilities, so they are computed here for
-    the marked rows alone, `chunk` rows at a time: the (B,H,T,T) tensor never exists."""
-    B, H, T, d = q.shape
-    k = k.repeat_interleave(H // k.shape[1], dim=1)
-    columns = torch.arange(T, device=q.device)
-    out = []
-    for r in rows.split(chunk, dim=1):                                                      # (B,m)
-        q_rows = q.gather(2, r.clamp(min=0)[:, None, :, None].expand(B, H, -1, d))          # (B,H,m,d)
-        scores = (q_rows @ k.transpose(2, 3)).float() * d ** -0.5                           # (B,H,m,T)
-        distance = r.clamp(min=0)[:, None, :, None] - columns                               # (B,1,m,T)
-        scores = scores.masked_fill(~visible(distance, window), -torch.inf)
-        p = scores.softmax(-1).mean(1)                                                      # (B,m,T)
-        p = p.gather(2, image_columns.clamp(min=0)[:, None].expand(-1, r.shape[1], -1))     # (B,m,N)
-        out.append(p * (r >= 0)[:, :, None] * (image_columns >= 0)[:, None])
-    return torch.cat(out, dim=1)
-
-
-def visible(distance: Tensor, window: int | None) -> Tensor:
-    """May a query see a key that lies `distance` tokens before it?"""
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
 
 
 class Attention(nn.Module):
@@ -251,7 +231,7 @@ class Attention(nn.Module):
         self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size, c)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,T,D) → what attention adds (B,T,D), and rotated queries (B,H,T,d) and keys (B,K,T,d)."""
+        """(B,T,D) → what attention adds (B,T,D), and the rotated queries (B,H,T,d) and keys (B,K,T,d)."""
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
@@ -289,7 +269,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = None if c.parallel else make_norm(c)
         self.mlp = MLP(c)
 
-    def forward(self, x: Tensor, rope, mask=None, cache=None, asked=None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rope, mask=None, cache=None, attend=None, moca: MoCa | None = None,
+                image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """(B,T,D) → (B,T,D), and attention to the image if `attend` = (rows, columns) asks for it (common/positions.py).
+        moca calibrates the output at image_mask (B,T)."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -297,8 +280,13 @@ class DecoderLayer(nn.Module):
         else:
             x = x + y
             x = x + self.mlp(self.post_attention_layernorm(x))
-        # Last of all: what activation checkpointing runs again ends before it, for nothing here is needed backward.
-        return x, None if asked is None else attention_to_image(q, k, *asked, self.self_attn.window)
+        if moca is not None:
+            x = moca(x, image_mask)
+        # Keep last: it needs no gradient, so recomputation stops before it.
+        attention = None
+        if attend is not None:
+            attention = attention_to_image(q, k, *attend, self.self_attn.window)
+        return x, attention
 
 
 class KVCache:
@@ -307,12 +295,6 @@ class KVCache:
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def copy(self, row: int, to: list[int], length: int) -> None:
-        """The first `length` slots of a row, into other rows."""
-        for t in (self.keys, self.values):
-            t[:, to, :, :length] = t[:, row:row + 1, :, :length]
-
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
@@ -330,63 +312,76 @@ class Decoder(nn.Module):
         self.gradient_checkpointing = False
 
     def add_moca(self) -> None:
-        """MoCa after every layer, the identity at first."""
+        """Add MoCa after every layer, the identity before training."""
         self.config.moca = True
         self.moca = nn.ModuleList(MoCa(self.config.hidden_size) for _ in self.model["layers"])
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Word embeddings (B,T,D), scaled where the family scales them."""
+        """Word embeddings (B,T,D), scaled if the family scales them."""
         x = self.model["embed_tokens"](input_ids)
-        if torch.is_autocast_enabled(x.device.type):      # all that follows, and is kept for the backward, is as small
+        if torch.is_autocast_enabled(x.device.type):      # the residual stream is in the dtype of computing
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.config.embed_scale == 1:
             return x
         return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
 
-    def forward(self, inputs_embeds: Tensor, watch=None, asked=None, cache: KVCache | None = None,
-                positions: Tensor | None = None, end: int | None = None,
-                image_mask: Tensor | None = None, watched: int | None = None, rows: Tensor | None = None) -> Tensor:
-        """Hidden states after the final norm, (B,T,D), of inputs_embeds (B,T,D); `self.lm_head` makes logits of them.
+    def forward(self, inputs_embeds: Tensor, **options) -> Tensor:
+        """inputs_embeds (B,T,D) → hidden states after the final norm, (B,T,D). `lm_head` makes logits of them. The
+        options are those of `run_layers`."""
+        return self.model["norm"](self.run_layers(inputs_embeds, **options))
 
-        image_mask (B,T) says where MoCa acts (None: nowhere).
-        watch(i, h, attention) is called with the index of each layer 1..watched (None: 1..L), its output (detached,
-        before the final norm) and, if asked = (rows, image_columns), its `attention_to_image`. A cache keeps the keys
-        and values of these tokens: the first ones of some of its `rows`, or with `end` those at `positions` (B,T) of
-        all its rows, which see the slots before `end` as well."""
-        h = inputs_embeds
-        c = self.config
-        watched = 0 if watch is None else c.num_hidden_layers if watched is None else watched
+    def run_layers(self, inputs_embeds: Tensor, watch=None, watch_layers: int | None = None, attend=None,
+                   image_mask: Tensor | None = None, cache: KVCache | None = None, rows: Tensor | None = None,
+                   positions: Tensor | None = None, end: int | None = None) -> Tensor:
+        """inputs_embeds (B,T,D) → what the last layer returns, (B,T,D), before the final norm.
+
+        image_mask (B,T): where MoCa acts; None: nowhere.
+        watch(i, h, attention): called after each layer i = 1..watch_layers (None: all) with its output, detached, and
+        with its attention to the image if `attend` = (rows, columns) asks for it.
+        cache: keeps the keys and values of these tokens. A prompt fills the first slots of the cache's `rows` (None:
+        all). A continuation gives `positions` (B,T) and `end`: its tokens see the slots before `end`."""
+        c, h = self.config, inputs_embeds
+        if watch is None:
+            watch_layers = 0
+        elif watch_layers is None:
+            watch_layers = c.num_hidden_layers
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
         if positions.dim() == 2:
             rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
-        mask = None                                       # None: plain causal attention, the fastest kernel
+
+        # No mask is plain causal attention, the fastest kernel. Slot j of a cache is visible from position ≥ j: what a
+        # shorter prompt's padding left there stays hidden until it is overwritten.
+        mask = None
         if end is not None:
-            # Slot j is visible from position ≥ j: what a shorter prompt's padding left stays hidden until overwritten.
             mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
-        rows = torch.arange(len(h), device=h.device) if rows is None else rows
+        if rows is None:
+            rows = torch.arange(len(h), device=h.device)
+
         for i, layer in enumerate(self.model["layers"]):
-            args = (h, rope, mask, cache and (cache.keys[i], cache.values[i], rows, positions, end),
-                    asked if i < watched else None)
+            # MoCa runs inside the layer: with activation checkpointing its activations are recomputed, not kept.
+            moca = self.moca[i] if c.moca and image_mask is not None else None
+            slots = (cache.keys[i], cache.values[i], rows, positions, end) if cache is not None else None
+            args = h, rope, mask, slots, attend if i < watch_layers else None, moca, image_mask
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
-            if c.moca and image_mask is not None:
-                h = self.moca[i](h, image_mask)
-            if i < watched:
+            if i < watch_layers:
                 watch(i + 1, h.detach(), attention)
-        return self.model["norm"](h)
+        return h
 
 
 # ------------------------------------------------------------------------------------------------ the whole
 class Output(NamedTuple):
     hidden_states: Tensor      # (B,T,D) after the final norm
-    image_embeds: Tensor       # (B,N,D) what the projector made
+    image_embeds: Tensor       # (B,N,D) the projector's output
     text_embeds: Tensor        # (B,T,D) embed_tokens(input_ids); placeholders hold the embedding of their id
+    before_norm: Tensor        # (B,T,D) the last layer's output, the final norm's input
+    patches: Tensor            # (B,N,Dv) the projector's input
 
 
 class Llava(nn.Module):
@@ -397,41 +392,48 @@ class Llava(nn.Module):
         self.language_model = language_model
         self.vision_layer = vision_layer
 
-    def embed_images(self, pixel_values: Tensor) -> Tensor:
-        """(B,3,H,W) → (B,N,D). A frozen vision tower builds no graph."""
+    def encode_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
-        return self.multi_modal_projector(patches.to(self.multi_modal_projector.linear_1.weight.dtype))
+        return patches.to(self.multi_modal_projector.linear_1.weight.dtype)
+
+    def embed_images(self, pixel_values: Tensor) -> Tensor:
+        """(B,3,H,W) → (B,N,D)."""
+        return self.multi_modal_projector(self.encode_images(pixel_values))
 
     def merge(self, text_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
-        """text_embeds (B,T,D) with image_embeds (B,N,D) at the positions of image_mask (B,T). The j-th marked position
-        of a row takes its j-th image token. A row without an image reads nothing from its (zero) image, but keeps it in
-        the graph with gradient 0: every rank's graph holds the same parameters, or DDP and FSDP hang."""
+        """Put image_embeds (B,N,D) into text_embeds (B,T,D) where image_mask (B,T) is true: the j-th such position of a
+        row takes its j-th image token. A row without an image keeps its zero image in the graph, with gradient 0: every
+        rank's graph must hold the same parameters, or DDP and FSDP hang."""
         which = (image_mask.cumsum(1) - 1).clamp(min=0)                                     # (B,T)
         image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))
         return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)
 
-    def forward(self, batch, watch=None, attention_from: Tensor | None = None, watched: int | None = None) -> Output:
+    def forward(self, batch, watch=None, attention_from: Tensor | None = None,
+                watch_layers: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
-        watch, attention_from (B,T) bool, the query rows whose attention is wanted, and watched, how many layers: see
-        Decoder.forward."""
-        image_embeds = self.embed_images(batch.pixel_values)
-        text_embeds = self.language_model.embed(batch.input_ids)                            # (B,T,D)
-        asked = None
+
+        watch, watch_layers: see Decoder.run_layers. attention_from (B,T) bool: the query rows whose attention to the
+        image `watch` receives, (B,M,N)."""
+        lm = self.language_model
+        patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
+        image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
+        text_embeds = lm.embed(batch.input_ids)                                             # (B,T,D)
+        attend = None
         if attention_from is not None:
-            asked = marked(attention_from), marked(batch.image_mask, image_embeds.shape[1])
-        h = self.language_model(self.merge(text_embeds, image_embeds, batch.image_mask), watch, asked,
-                                image_mask=batch.image_mask, watched=watched)
-        return Output(h, image_embeds, text_embeds)
+            attend = true_positions(attention_from), true_positions(batch.image_mask, image_embeds.shape[1])
+        inputs_embeds = self.merge(text_embeds, image_embeds, batch.image_mask)
+        h = lm.run_layers(inputs_embeds, watch, watch_layers, attend, batch.image_mask)
+        return Output(lm.model["norm"](h), image_embeds, text_embeds, h, patches)
 
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor, max_new_tokens: int = 64,
                  eos_token_id: int | None = None) -> list[int]:
-        """A greedy answer to one prompt, as ids without the end token. evaluation/generate.py does the same for many
-        prompts at once.
+        """Answer one prompt greedily. Returns ids without the end token. (evaluation/generate.py: many prompts at once.)
 
-        input_ids (T,), image_mask (T,) bool marks the image positions, pixel_values (1,3,H,W) or None."""
+        input_ids (T,); image_mask (T,) bool, the image positions; pixel_values (1,3,H,W) or None."""
         lm, device = self.language_model, input_ids.device
         h, mask = lm.embed(input_ids[None]), image_mask[None]                               # (1,T,D), (1,T)
         if image_mask.any():
@@ -451,9 +453,5 @@ class Llava(nn.Module):
         return answer
 
 
-def marked(mask: Tensor, width: int | None = None) -> Tensor:
-    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1: (B, width or the most)."""
-    width = int(mask.sum(1).max()) if width is None else width
-    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    order = order.masked_fill(~mask.gather(1, order), -1)
-    return F.pad(order, (0, width - order.shape[1]), value=-1)
+if __name__ == "__main__":
+    raise SystemExit("model.py is a library. Train it: python train.py. Ask it: python evaluate.py --ckpt DIR")

@@ -5,13 +5,16 @@
     torchrun --nproc_per_node=8 train.py --stage pretrain --vision CLIP --llm VICUNA --data FILE --images DIR --out O1
     torchrun --nproc_per_node=8 train.py --stage finetune --projector O1 …
 
-A step: the counts of the loss's terms are summed over ranks and accumulation steps, then each micro-batch adds the
-gradient of Σ weight · total / count. The result is the same however the global batch is cut.
+Read `train` first: it is the loop. Its settings come from training/settings.py, its model and samples from
+training/setup.py, its files go through training/folder.py.
+
+Shape letters: B samples of a micro-batch · T sequence positions.
 """
 import contextlib
 import math
 import os
 import resource
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -32,6 +35,7 @@ from common.parallel import (
     finish,
     gathered,
     over,
+    rank_count,
     reduce_once,
     start,
     sync_gradients,
@@ -39,146 +43,211 @@ from common.parallel import (
 )
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
-from hub.configs import decoder_config, vision_config
-from losses import Objective, Term, counts
+from losses import Objective, count_terms
 from model import Llava
-from toy.report import report
-from training.folder import Log, check_out, load_optimizer, make_folder, newest, save, unreadable
-from training.settings import TrainConfig, settings, stores_all
-from training.setup import build, check_projector, groups, load_data, mir_pairs
+from toy import world
+from training.folder import Log, check_out, clear, load_optimizer, make_folder, newest, note_bad_images, save
+from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
+from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over the first 3 % of the steps, then half a cosine towards 0."""
-    warmup = math.ceil(0.03 * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
 
 
+# ------------------------------------------------------------------------------------------------ the loop
 def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks,
           pairs: list[Batch]) -> None:
-    """One stage, from step 0 or from the checkpoint `ckpt` that `model` was built of, to its last step. MIR is measured
-    on `pairs`, if there are any."""
+    """Run one stage from step 0, or from the checkpoint `ckpt` that `model` was built from, to its last step. MIR is
+    measured on `pairs`, if there are any."""
     step = int(ckpt.name.split("-")[1]) if ckpt else 0
-    lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    hybrid = cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0
-    again = round(cfg.vdep_ratio * len(data)) if hybrid else 0
-    order = Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step, again)
+    order = make_order(cfg, data, ranks, step)
     steps = cfg.max_steps or cfg.epochs * order.steps_per_epoch
     accumulation = cfg.global_batch // (ranks.count * cfg.micro_batch)
+    on_gpu = ranks.device.type == "cuda"
+
+    # DDP and FSDP wrap model and loss together: the loss uses weights of the model, its head among them.
     objective = wrap(Objective(model, cfg), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(groups(model, cfg), weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=0.0, fused=True)
     if ckpt:
         load_optimizer(optimizer, ckpt)
-    hold = reduce_once(trained, ranks)
+    once = reduce_once(trained, ranks)
     if ranks.first:
-        print(f"{cfg.stage}: global batch {cfg.global_batch} = {ranks.count} ranks × {accumulation} accumulation × "
-              f"{cfg.micro_batch} micro-batch; {steps} steps, lr {cfg.lr:g}, {cfg.loss}, {ranks.dtype} on "
-              f"{ranks.device}; {sum(p.numel() for p in trained):,} parameters trained"
-              + ", sharded" * (ranks.mesh is not None) + ", gradients after every micro-batch" * (not hold))
+        print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    gpu, shown = ranks.device.type == "cuda", ""
-    with (signals_noted() as stop,
-          tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar):
-        batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
+    with stop_signals() as stop, progress(cfg, step, steps, ranks) as bar:
+        workers = cfg.workers
+        if workers is None:
+            workers = 4 if on_gpu else 0
+        batches = iter(loader(data, order, workers, pin=on_gpu))
         while step < steps:
             began = time.perf_counter()
+
+            # This rank's share of one global batch.
             micro = [next(batches) for _ in range(accumulation)]
-            unreadable(micro, cfg, out)
-            wanted = [counts(b) for b in micro]
-            names = list(wanted[0])
-            count = dict(zip(names, ranks.sum([sum(w[n] for w in wanted) for n in names]).float()))
+            note_bad_images(micro, cfg, out)
 
-            terms = backward(objective, micro, count, ranks, hold)
-            norm = clip_gradients(trained, ranks, 1.0)
-            sums = ranks.sum([*(t.total for t in terms), sum(b.attention_mask.sum() for b in micro), len(stop)])
-            # The one place where a step waits for the device: what is checked and logged is read in one piece.
-            *numbers, gradient = torch.cat([torch.stack([*count.values()]), sums, norm[None]]).tolist()
-            counted, (*totals, tokens, stopping) = dict(zip(names, numbers)), numbers[len(names):]
-            values = {t.name: total / max(counted[t.name], 1) for t, total in zip(terms, totals)}
+            # What each term is divided by, summed over ranks before the first forward: a token weighs the same
+            # whatever it is batched with. So 1 rank × 8 accumulation steps = 8 ranks × 1.
+            counts = global_counts(cfg.loss, micro, ranks)
+
+            # Forward and backward. Gradients are reduced over ranks once, with the last micro-batch.
+            totals = {name: 0.0 for name in counts}
+            for i, batch in enumerate(micro):
+                last = i == accumulation - 1
+                with sync_gradients(objective, when=last or not once):
+                    with autocast(ranks):
+                        terms = objective(batch.to(ranks.device))
+                    loss = sum(t.weight * t.total / counts[t.name].clamp(min=1) for t in terms)
+                    (loss * ranks.count).backward()       # DDP and FSDP average over ranks; our loss is a sum
+                for t in terms:
+                    totals[t.name] += t.total.detach()
+            norm = clip_gradients(trained, ranks, max_norm=1.0)
+
+            # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts.
+            tokens = sum(batch.attention_mask.sum() for batch in micro)
+            summed = ranks.sum([*totals.values(), tokens, len(stop)])
+            numbers = torch.cat([summed, torch.stack(list(counts.values())), norm[None]]).tolist()
+            n = len(totals)
+            total, (tokens, stopping), count, norm = numbers[:n], numbers[n:n + 2], numbers[n + 2:-1], numbers[-1]
+            count = dict(zip(counts, count))
+            values = {name: t / max(count[name], 1) for name, t in zip(totals, total)}
             loss = sum(t.weight * values[t.name] for t in terms)
-            check_finite(loss, gradient, step + 1, terms, micro, ranks)
+            stop_if_not_finite(loss, norm, step + 1, totals, micro, ranks)
 
+            # Weights change here, and nowhere else.
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, group["peak"])
-            lr = learning_rate(step, steps, cfg.lr)
+                group["lr"] = learning_rate(step, steps, group["peak"], cfg.warmup, cfg.schedule)
+            lr = learning_rate(step, steps, cfg.lr, cfg.warmup, cfg.schedule)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
+
             if ranks.first:
                 rate = tokens / (time.perf_counter() - began)
-                named = " ".join(f"{n} {v:.3f}" for n, v in values.items())
-                bar.set_postfix_str(f"{named}{shown} lr {lr:.1e} {rate / 1000:.1f}k tok/s", refresh=False)
-                bar.update()
-                log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=gradient,
-                          tokens_per_s=round(rate), supervised=int(counted["ce"]),
+                log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=norm,
+                          tokens_per_s=round(rate), supervised=int(count["ce"]),
                           peak_gib=round(peak_gib(ranks.device), 3))
+                show(bar, cfg.stage, step, steps, values, rate)
             if pairs and step % cfg.mir_every == 0:
-                m = measure(objective, pairs, step, cfg, ranks)
-                shown = f" MIR {m['mir']:.3f}"
+                measured = measure_mir(objective, pairs, step, cfg, ranks)
                 if ranks.first:
-                    log.write(stage=cfg.stage, step=step, kind="mir", **m)
+                    log.write(stage=cfg.stage, step=step, kind="mir", **measured)
             if step == steps or step % cfg.save_every == 0 or stopping:
                 save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume goes on")
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume continues")
+
+
+def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Order:
+    """Return the order of samples from a step on. Stage 2 groups by modality and length. VDEP's stage 1 shows samples a
+    second time, in VDEP mode."""
+    lengths = data.samples.lengths() if cfg.stage == "finetune" else None
+    vdep_samples = 0
+    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
+        vdep_samples = round(cfg.vdep_ratio * len(data))
+    return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step,
+                 vdep_samples)
+
+
+def global_counts(loss: str, micro: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
+    """Return the denominator of each term of an objective, over the global batch, as float32 scalars on the device."""
+    counts = [count_terms(loss, batch) for batch in micro]
+    sums = ranks.sum([sum(c[name] for c in counts) for name in counts[0]]).float()
+    return dict(zip(counts[0], sums))
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float = 0.03, schedule: str = "cosine") -> float:
+    """Linear warm-up over a share of the steps, then half a cosine or a line towards 0, or constant."""
+    rise = math.ceil(warmup * steps)
+    if step < rise:
+        return peak * (step + 1) / rise
+    done = (step - rise) / max(1, steps - rise)
+    if schedule == "constant":
+        return peak
+    if schedule == "linear":
+        return peak * (1 - done)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def autocast(ranks: Ranks):
+    """Matrix products in bfloat16 if that is the dtype of computing; sums and norms stay float32."""
+    return torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16)
 
 
 @contextlib.contextmanager
-def signals_noted():
-    """SIGTERM and SIGINT only fill the list that this gives: the step is finished and saved, and then the run ends.
-    Processes that prepare batches, begun inside, do not die of them either."""
-    stop = []
-    before = [signal.signal(s, lambda number, frame: stop.append(number)) for s in SIGNALS]
+def stop_signals():
+    """Collect SIGTERM and SIGINT in a list, so that the step is finished and saved before the run ends. Processes that
+    prepare batches, started inside, survive them too."""
+    received = []
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
-        yield stop
+        yield received
     finally:
-        for s, handler in zip(SIGNALS, before):
-            signal.signal(s, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def backward(objective: nn.Module, micro: list[Batch], count: dict[str, Tensor], ranks: Ranks,
-             hold: bool) -> list[Term]:
-    """Adds the gradient of Σ weight · total / count of a step's micro-batches; count is over the global batch. hold:
-    gradients travel once a step. Returns the terms with their totals over this rank's micro-batches."""
-    summed = {}
-    for i, batch in enumerate(micro):
-        with sync_gradients(objective, when=not hold or i == len(micro) - 1):
-            with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
-                terms = objective(batch.to(ranks.device))
-            loss = sum(t.weight * t.total / count[t.name].clamp(min=1) for t in terms)
-            (loss * ranks.count).backward()               # gradients are averaged over ranks; the loss is a sum
-        for t in terms:
-            total = t.total.detach()
-            summed[t.name] = t._replace(total=total + summed[t.name].total if t.name in summed else total)
-    return list(summed.values())
+def stop_if_not_finite(loss: float, norm: float, step: int, totals: dict, micro: list[Batch], ranks: Ranks) -> None:
+    """Stop every rank before a non-finite number reaches the weights. Names the step, the ranks and the samples."""
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    ids = []
+    if not all(total.isfinite() for total in totals.values()):
+        ids = [i for batch in micro for i in batch.ids]
+    places = []
+    for rank, found in enumerate(ranks.gather(ids)):
+        if found:
+            more = ", …" if len(found) > 8 else ""
+            places.append(f"rank {rank}, samples {', '.join(found[:8])}{more}")
+    where = "; ".join(places) or "every loss was finite"
+    raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; {where}. The last checkpoint is unchanged: lower "
+                    "--lr, or look at those samples")
 
 
-def measure(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainConfig, ranks: Ranks) -> dict:
-    """MIR in between two steps, every rank its share; nothing of the training is touched."""
+def measure_mir(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainConfig, ranks: Ranks) -> dict:
+    """Measure MIR between two steps, each rank its share. Training continues as if it had not been measured."""
     try:
-        with (gathered(objective),
-              torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16)):
+        with gathered(objective), autocast(ranks):
             return mir.measure(getattr(objective, "module", objective).model, pairs)
     except ValueError as e:
         raise UserError(f"--mir-every, step {step} of {cfg.stage}: {e}") from None
 
 
-def check_finite(loss: float, gradient: float, step: int, terms: list[Term], micro: list[Batch], ranks: Ranks) -> None:
-    """Stops every rank before a non-finite number reaches the weights, naming step, ranks and samples."""
-    if math.isfinite(loss) and math.isfinite(gradient):
-        return
-    own = all(t.total.isfinite() for t in terms)
-    found = ranks.gather([] if own else [i for b in micro for i in b.ids])
-    where = "; ".join(f"rank {r}, samples {', '.join(ids[:8])}{', …' * (len(ids) > 8)}" for r, ids in enumerate(found)
-                      if ids) or "every loss was finite"
-    raise UserError(f"step {step}: loss {loss}, gradient norm {gradient}; {where}. The last checkpoint is as it was: "
-                    "lower --lr, or look at those samples")
+# ------------------------------------------------------------------------------------------------ what is printed
+def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trained: list[Tensor], once: bool) -> str:
+    factors = []
+    if ranks.count > 1:
+        factors.append(f"{ranks.count} ranks")
+    if accumulation > 1:
+        factors.append(f"{accumulation} accumulation steps")
+    batch = f"{cfg.stage}: global batch {cfg.global_batch}"
+    if factors:
+        batch += f" = {' × '.join(factors)} × micro-batch {cfg.micro_batch}"
+    dtype = str(ranks.dtype).removeprefix("torch.")
+    parts = [batch, f"{steps} steps", f"lr {cfg.lr:g}", cfg.loss, f"{dtype} on {ranks.device}",
+             f"{sum(p.numel() for p in trained):,} parameters trained"]
+    if ranks.mesh is not None:
+        parts.append("sharded")
+    if not once:
+        parts.append("gradients reduced after every micro-batch")
+    return ", ".join(parts)
+
+
+def progress(cfg: TrainConfig, step: int, steps: int, ranks: Ranks) -> tqdm:
+    """A progress bar, of the first rank and only in a terminal."""
+    return tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=None if ranks.first else True)
+
+
+def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float], rate: float) -> None:
+    """Show the terms of a step: in the bar, or every 50 steps as a line where output goes to a file."""
+    terms = " ".join(f"{name} {value:.3f}" for name, value in values.items())
+    bar.set_postfix_str(terms, refresh=False)
+    bar.update()
+    if bar.disable and (step % LINE_EVERY == 0 or step == steps):
+        print(f"{stage} step {step}/{steps}  {terms}  {rate / 1000:.1f}k tokens/s", flush=True)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -187,59 +256,68 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
-def run_stage(cfg: TrainConfig, plan: TrainConfig, out: Path, ranks: Ranks) -> None:
-    """A stage of the run `cfg`, as `plan` says, from where it was left. Returns when its last checkpoint is there."""
-    ckpt = newest(out, plan.stage, ranks)
-    if ckpt and (c := read_json(ckpt / "config.json"))["step"] == c["steps"]:
-        return                                            # --resume: this stage is done
-    if plan.stage == "finetune" and cfg.stage == "both":
-        plan = replace(plan, projector=str(checkpoints(out, "pretrain")[-1]))
-    ranks = over(ranks, cfg.parallel == "fsdp" or cfg.parallel == "auto" and stores_all(plan))
-    # What is wrong with weights or data shows before anything is written. (The toy's data is made here.)
-    model = build(plan, ckpt, ranks)
+# ------------------------------------------------------------------------------------------------ stages
+def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
+    """Draw the toy's data into the run's folder, unless it is there."""
+    make_folder(cfg, out, [], ranks)
+    if ranks.first and not (out / "data").exists():
+        print("making the toy: 12,000 pictures, their captions and conversations", flush=True)
+        temporary = out / ".data.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        world.make(temporary, cfg.seed)
+        os.replace(temporary, out / "data")
+    ranks.wait()
+
+
+def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> None:
+    """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
+    ckpt = newest(out, stage.stage, ranks)
+    if ckpt:
+        saved = read_json(ckpt / "config.json")
+        if saved["step"] == saved["steps"]:
+            return                                        # --resume: this stage is done
+    if stage.stage == "finetune" and cfg.stage == "both":
+        stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
+    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
+    ranks = over(ranks, sharded)
+
+    # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
+    model = build(stage, ckpt, ranks)
     if cfg.data is None:
-        make_folder(cfg, out, [], ranks)
-    data, bad = load_data(plan, out, ranks)
-    pairs = mir_pairs(plan, data, out)
+        make_toy(cfg, out, ranks)
+    data, bad = load_data(stage, out, ranks)
+    pairs = mir_pairs(stage, data, out)
     make_folder(cfg, out, bad, ranks)
-    train(plan, ckpt, model, data, out, ranks, pairs)
+    train(stage, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 
 
 def main() -> None:
     began = time.perf_counter()
     cfg = parse(TrainConfig)
-    ranks_wanted = int(os.environ.get("WORLD_SIZE", 1))
-    toy, out = cfg.data is None, Path(cfg.out)
-    if cfg.stage == "both" and not toy:
-        raise UserError("--data is of one stage: say which with --stage pretrain or --stage finetune")
-    if cfg.stage == "both" and (cfg.lr or cfg.epochs or cfg.unlock_llm or cfg.unlock_vision != "none"):
-        raise UserError("--lr, --epochs and --unlock-… are of one stage: say which with --stage pretrain or finetune")
-    if cfg.projector and not stores_all(cfg):
-        raise UserError("--projector is where --stage finetune starts from; it has no use in --stage " + cfg.stage)
+    cfg = replace(cfg, vision=in_checkout(cfg.vision), llm=in_checkout(cfg.llm))
+    out = Path(cfg.out)
+
+    # Everything that can be wrong in flags and folders, before any long work.
+    check_start(cfg)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
-    plans = [settings(cfg, stage, ranks_wanted) for stage in stages]
+    plans = [settings(cfg, stage, rank_count()) for stage in stages]
     check_out(cfg, out)
-    for folder, check in [(cfg.vision, vision_config), (cfg.llm, decoder_config)]:
-        check(folder)
-    layers = decoder_config(cfg.llm).num_hidden_layers
-    if cfg.basic_k and cfg.basic_k > layers:
-        raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
-    if cfg.projector:
-        check_projector(cfg)
-    if not toy and not Path(cfg.data).is_file():
-        raise UserError(f"--data {cfg.data} does not exist")
-    if cfg.mir_data and not Path(cfg.mir_data).is_file():
-        raise UserError(f"--mir-data {cfg.mir_data} does not exist")
-    if cfg.images and not Path(cfg.images).is_dir():
-        raise UserError(f"--images {cfg.images} is not a folder")
+    check_folders(cfg)
+    for plan in plans:
+        check_objective(plan)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
-    ranks = start(*choose_device(cfg.device, cfg.dtype), cfg.timeout)
+    device, dtype = choose_device(cfg.device, cfg.dtype)
+    ranks = start(device, dtype, cfg.timeout)
     with explain_lost_ranks(ranks):
+        ranks.wait()                                      # every rank has looked at --out
+        if cfg.overwrite and ranks.first:
+            clear(out)
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
-    if toy and ranks.first:
+    if cfg.data is None and ranks.first:
+        from toy.report import report  # imports the benchmarks, which training does not need
         report(out, stages, cfg.device, cfg.dtype)
         print(f"{time.perf_counter() - began:.0f} s in all")
     finish(ranks)

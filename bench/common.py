@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common.flags import UserError
 from data import IGNORE, Batch
-from losses import Term, counts
+from losses import Term, count_terms
 from model import VisionConfig
 
 SPAWN = multiprocessing.get_context("spawn")       # a fresh interpreter: no memory comes along from this one
@@ -92,7 +92,7 @@ def random_batch(samples: int, vision: VisionConfig, vocabulary: int, text: int,
                  torch.ones(samples, dtype=torch.bool), alone)
 
 
-def step_loss(terms: list[Term], batch: Batch) -> Tensor:
-    """Σ weight · total / count of one batch, as train.py computes it for a global batch."""
-    count = counts(batch)
+def step_loss(loss: str, terms: list[Term], batch: Batch) -> Tensor:
+    """Σ weight · total / count of one batch, as train.py computes it for a global batch. loss: the objective's name."""
+    count = count_terms(loss, batch)
     return sum(t.weight * t.total / count[t.name] for t in terms)

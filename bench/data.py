@@ -20,7 +20,7 @@ import numpy as np
 
 from bench.common import in_own_process, sampled_peak
 from common.flags import UserError, option, parse, run
-from data import Order, epoch_order
+from data import Order
 from hub.samples import read_samples
 
 BYTES = 1500                    # a sample, about: LLaVA's 665k mix has 1.0 GB
@@ -75,7 +75,7 @@ def sort(path: Path):
     """Make the orders of ten epochs."""
     samples, _ = read_samples(path)
     for epoch in range(10):
-        epoch_order(len(samples), 128, 1, epoch, samples.lengths())
+        Order(len(samples), 128, 1, 1, samples.lengths()).epoch(epoch)
     return samples
 
 

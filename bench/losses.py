@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from bench.common import in_own_process, memory, random_batch, reset_peak, step_loss
 from common.flags import option, parse, run
+from common.positions import at_image, true_positions
 from data import Batch
-from losses import Objective, Term, at_image, next_token
+from losses import Objective, Term, next_token
 from methods.basic import layer_weights
-from model import Decoder, DecoderConfig, Llava, Output, Projector, VisionConfig, ViT, marked, rotary, rotate
+from model import Decoder, DecoderConfig, Llava, Output, Projector, VisionConfig, ViT, rotary, rotate
 from training.settings import TrainConfig
 
 Stage = Literal["pretrain", "finetune"]
@@ -80,24 +81,25 @@ def naive_layers(model: Llava, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 def naive_basic(model: Llava, batch: Batch) -> list[Term]:
     """BASIC eq. (4) to (8) as one would write them first: every attention map, both distributions (B,N,V) whole."""
-    lm, image = model.language_model, model.embed_images(batch.pixel_values)
-    text = lm.embed(batch.input_ids)
+    lm, text = model.language_model, model.language_model.embed(batch.input_ids)
+    patches = model.encode_images(batch.pixel_values)
+    image = model.multi_modal_projector(patches)                                            # (B,N,D)
     states, maps = naive_layers(model, model.merge(text, image, batch.image_mask))
 
     # What the first k layers make of the image, and where the text looks in them.
     k, n = len(states) // 2, image.shape[1]
     w = layer_weights(k).tolist()
-    v_hat = sum(w[i] * at_image(states[i], batch, n) for i in range(k)).detach()            # (B,N,D)
+    v_hat = sum(w[i] * at_image(states[i], batch.image_mask, n) for i in range(k)).detach()            # (B,N,D)
     rows = batch.text_after_image()                                                         # (B,T)
     attention = torch.stack(maps[:k]).mean((0, 2)).detach() * rows[..., None]               # (B,T,T)
-    degree = attention.sum(1).gather(1, marked(batch.image_mask, n))                        # (B,N)
+    degree = attention.sum(1).gather(1, true_positions(batch.image_mask, n))                        # (B,N)
     degree = degree / degree.sum(1, keepdim=True)
 
     E = lm.model["embed_tokens"].weight.detach()
     p, q = (v_hat @ E.T).log_softmax(-1), (image @ E.T).log_softmax(-1)                     # (B,N,V)
     das = degree * (F.normalize(image, dim=-1) - F.normalize(v_hat, dim=-1)).pow(2).sum(-1)
     sds = degree * (p.exp() * (p - q)).sum(-1)
-    out = Output(lm.model["norm"](states[-1]), image, text)
+    out = Output(lm.model["norm"](states[-1]), image, text, states[-1], patches)
     ce = next_token(model, batch, out)
     return [ce, ce._replace(name="das", total=das.sum()), ce._replace(name="sds", total=sds.sum(), weight=0.01)]
 
@@ -141,11 +143,11 @@ def make_batch(b: Bench, stage: Stage, loss: str) -> Batch:
 class Stepper:
     """Training steps of one objective on a model."""
     def __init__(self, b: Bench, case: Case, stage: Stage, model: Llava):
-        self.b, self.model, self.batch = b, model, make_batch(b, stage, case.loss)
+        self.b, self.loss, self.batch = b, case.loss.removesuffix("-naive"), make_batch(b, stage, case.loss)
         if case == NAIVE:
             self.terms = lambda batch: naive_basic(model, batch)
         else:
-            self.terms = Objective(model, TrainConfig(loss=case.loss, moca=case.moca, stage=stage))
+            self.terms = Objective(model, TrainConfig(loss=self.loss, moca=case.moca, stage=stage))
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5, weight_decay=0.0, fused=True)
 
@@ -155,7 +157,7 @@ class Stepper:
         start = time.perf_counter()
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             terms = self.terms(self.batch)
-        step_loss(terms, self.batch).backward()
+        step_loss(self.loss, terms, self.batch).backward()
         nn.utils.clip_grad_norm_(self.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)

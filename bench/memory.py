@@ -22,7 +22,7 @@ import torch.distributed as dist
 from common.flags import option, parse, run
 from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, wrap
 from data import IGNORE, Batch
-from losses import LOSSES, Objective, counts
+from losses import LOSSES, Objective, count_terms
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from train import backward
 from training.settings import TrainConfig, settings
@@ -173,7 +173,7 @@ def measured(b: Bench) -> None:
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batch = make_batch(*SHAPES[b.shape], micro, text)
-    count, tokens = {n: c.to(device).float() for n, c in counts(batch).items()}, batch.input_ids.numel()
+    count, tokens = {n: c.to(device).float() for n, c in count_terms(b.loss, batch).items()}, batch.input_ids.numel()
     seconds = []
     for step in range(2 + b.steps):
         if step == 2:

@@ -21,7 +21,7 @@ import torch
 from common.flags import UserError, option, parse, run
 from data import IGNORE, Batch
 from hub.checkpoint import load_model
-from losses import Objective, counts
+from losses import Objective, count_terms
 from training.settings import TrainConfig
 
 
@@ -80,7 +80,7 @@ def ours(folder: Path, batch: Batch, stage: str):
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    objective, count = Objective(model, TrainConfig(stage=stage)), counts(batch)
+    objective, count = Objective(model, TrainConfig(stage=stage)), count_terms("ce", batch)
     return model, lambda: sum(t.weight * t.total / count[t.name] for t in objective(batch))
 
 

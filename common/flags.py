@@ -50,7 +50,7 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
     """Return an instance of the dataclass `cls` from the command line. Its docstring is the head of --help.
 
     Raises UserError for an unknown flag, an invalid choice or an invalid number."""
-    parser = argparse.ArgumentParser(program, description=cls.__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(program, usage="%(prog)s [flags]", description=cls.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     group, flags = parser, []
     for field, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):

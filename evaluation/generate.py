@@ -45,7 +45,8 @@ def prefill(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, image_m
         h, mask = embed(firsts, [slice(start[r]) for r in firsts])
         lm(h, cache=cache, image_mask=mask, rows=torch.tensor(firsts, device=device))
         for first, *others in groups.values():
-            cache.copy(first, others, start[first])
+            for t in (cache.keys, cache.values):
+                t[:, others, :, :start[first]] = t[:, first:first + 1, :, :start[first]]
     h, mask = embed(range(B), [slice(s, None) for s in start])                          # (B,rest,D)
     start, length = torch.tensor([start, length], device=device)                        # (B,) each
     positions = start[:, None] + torch.arange(rest, device=device)

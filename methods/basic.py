@@ -63,22 +63,29 @@ def direction_loss(v: Tensor, v_hat: Tensor, degree: Tensor) -> tuple[Tensor, Te
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)), its gradient by v made with the value."""
+    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)) of patches v, v_hat (P,D), a (P,); its gradient by v is made with
+    the value. The products with `embedding` (V,D) are in its dtype, all else in that of a."""
 
     @staticmethod
     def forward(ctx, v: Tensor, v_hat: Tensor, a: Tensor, embedding: Tensor, chunk: int) -> Tensor:
-        exact = a.dtype
+        exact, low = a.dtype, embedding.dtype
         total = a.new_zeros(())
         grad = torch.empty_like(v) if ctx.needs_input_grad[0] else None
-        for part in (slice(i, i + chunk) for i in range(0, len(v), chunk)):
-            z, z_hat = ((x[part] @ embedding.T).to(exact) for x in (v, v_hat))                  # (chunk,V) logits
-            log_z, log_z_hat = (x.logsumexp(-1, keepdim=True) for x in (z, z_hat))              # (chunk,1)
-            p = (z_hat - log_z_hat).exp_()                                                      # of v̂, the target
-            kl = torch.linalg.vecdot(p, z_hat.sub_(z)) + (log_z - log_z_hat)[:, 0]              # (chunk,)
+        for start in range(0, len(v), chunk):
+            part = slice(start, start + chunk)
+            # Near v̂ the rounded logits of v and v̂ hardly differ, so the second product is that of the difference.
+            delta = (v_hat[part].to(exact) - v[part].to(exact)).to(low)                         # (chunk,D)
+            z_hat = (v_hat[part].to(low) @ embedding.T).to(exact)                               # (chunk,V) logits of v̂
+            z = z_hat - (delta @ embedding.T).to(exact)                                         # (chunk,V) logits of v
+            log_p, log_q = z_hat.log_softmax(-1), z.log_softmax(-1)                             # p of v̂, the target
+            del z_hat, z                                                                        # large: chunk rows of V
+            p = log_p.exp()
+            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))                                      # (chunk,)
+            difference = log_q.exp_().sub_(p)                                                   # (chunk,V) q − p
+            kl += difference.sum(-1)        # Σ q − Σ p: removes from kl what rounding left of 1 − Σ p and 1 − Σ q
             total += a[part] @ kl                                                               # eq. (7)
             if grad is not None:
-                q = z.sub_(log_z).exp_()
-                grad[part] = (q.sub_(p).to(v.dtype) @ embedding) * a[part, None].to(v.dtype)    # (chunk,D)
+                grad[part] = ((difference.to(low) @ embedding) * a[part, None]).to(v.dtype)              # (chunk,D)
         ctx.save_for_backward(grad)
         return total
 
@@ -92,13 +99,13 @@ def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, c
                   ) -> tuple[Tensor, Tensor]:
     """(total, count): L_sds of eq. (7), in nats, summed over samples, and the samples that have a degree.
 
-    v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Peak memory: three times `chunk` rows
-    of V. Patches of degree 0 are left out, not computed."""
+    v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Under autocast the products with the
+    embedding are in its dtype, the rest in float32. Peak memory: four times `chunk` rows of V. Patches of degree 0 are
+    left out, not computed."""
+    device = v.device.type
+    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
     seen = degree.detach() > 0                                                                  # (B,N)
-    patches = v[seen]                                                                           # (P,D)
-    if torch.is_autocast_enabled(v.device.type):
-        patches = patches.to(torch.get_autocast_dtype(v.device.type))
-    a = degree.detach()[seen].to(torch.promote_types(patches.dtype, torch.float32))             # (P,)
-    total = _ChunkedDivergence.apply(patches, v_hat.detach()[seen].to(patches.dtype), a,
-                                     embedding.detach().to(patches.dtype), chunk)
+    a = degree.detach()[seen].to(torch.promote_types(v.dtype, torch.float32))                   # (P,)
+    with torch.autocast(device, enabled=False):
+        total = _ChunkedDivergence.apply(v[seen], v_hat.detach()[seen], a, embedding.detach().to(low), chunk)
     return total, seen.any(1).sum()

@@ -103,6 +103,23 @@ def test_the_divergence_is_zero_at_equality_and_positive_elsewhere():
         assert semantic_loss(torch.randn_like(v), v_hat, a, E)[0] > 0
 
 
+@pytest.mark.parametrize("std", [0.02, 0.06, 0.1])
+def test_near_the_target_autocast_costs_no_accuracy(std):
+    """v 2 % away from v̂, word embeddings of this std: rounded logits of the two would hardly differ."""
+    g = torch.Generator().manual_seed(0)
+    v_hat = torch.randn(2, 32, 256, generator=g)
+    v = (v_hat + 0.02 * torch.randn(v_hat.shape, generator=g)).requires_grad_()
+    E = (std * torch.randn(2000, 256, generator=g)).bfloat16()
+    degree = torch.full((2, 32), 1 / 32)
+    exact, _ = semantic_loss(v.double(), v_hat.double(), degree.double(), E.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        low, _ = semantic_loss(v, v_hat, degree, E)
+    assert low.dtype == torch.float32 and low.item() == pytest.approx(exact.item(), rel=3e-4)
+    (got,), (wanted,) = torch.autograd.grad(low, v), torch.autograd.grad(exact, v)
+    cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), wanted.double().flatten(), dim=0)
+    assert cosine >= 0.9998, cosine
+
+
 def test_it_is_the_targets_divergence_from_ours_and_not_the_other_way_round():
     v, v_hat, a, E = example()
     forward, backward = semantic_loss(v, v_hat, a, E)[0], semantic_loss(v_hat, v, a, E)[0]

@@ -12,13 +12,13 @@ from data import (
     LLAMA_2_SYSTEM,
     SYSTEM,
     TEMPLATES,
+    Format,
     ImageProcessor,
     Order,
     Samples,
     collate,
     encode,
     eos_id,
-    epoch_order,
     pieces,
 )
 from hub.check import image_problem
@@ -239,7 +239,7 @@ def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_pat
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
     samples = [{"id": "x", "image": "a.png", "conversations": [human("<image>\nWhy?"), gpt("A cat.")]},
                {"id": "y", "conversations": [human("Why?"), gpt("A cat.")]}]
-    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), "v1", 4, 2048, pad=True)
+    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
     batch = collate([data[0], data[1], data[-1]], 16)
     lengths = [len(data[i][0]) for i in (0, 1, -1)]
     assert batch.attention_mask.sum(1).tolist() == lengths and batch.input_ids.shape == (3, max(lengths))
@@ -253,7 +253,7 @@ def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_pat
 def test_an_image_that_breaks_later_becomes_a_filler_that_is_named(llama_tokenizer, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     samples = [{"id": "x", "image": "a.png", "conversations": [human("<image>\nWhy?"), gpt("A cat.")]}]
-    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), "v1", 4, 2048, pad=True)
+    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
     batch = collate([data[0]], 16)
     assert (batch.labels == -100).all() and batch.ids == ["x"]
     assert len(batch.bad) == 1 and "a.png" in batch.bad[0]
@@ -294,12 +294,12 @@ def test_the_order_can_be_resumed_anywhere():
 
 
 def test_epochs_and_seeds_differ():
-    assert (epoch_order(50, 8, 1, 0) != epoch_order(50, 8, 1, 1)).any()
-    assert (epoch_order(50, 8, 1, 0) != epoch_order(50, 8, 2, 0)).any()
+    assert (Order(50, 8, 1, 1).epoch(0) != Order(50, 8, 1, 1).epoch(1)).any()
+    assert (Order(50, 8, 1, 1).epoch(0) != Order(50, 8, 1, 2).epoch(0)).any()
 
 
 def test_batches_are_of_one_modality_and_sorted_by_length():
-    batches = epoch_order(103, 12, 0, 0, LENGTHS)
+    batches = Order(103, 12, 1, 0, LENGTHS).epoch(0)
     mixed = 0
     for batch in batches:
         sizes = LENGTHS[batch[batch >= 0]]

@@ -134,7 +134,7 @@ def test_attention_of_every_layer_is_that_of_transformers(family):
     llm, g = load(family), golden(family)
     everything = torch.arange(12).expand(2, -1)
     maps = []
-    llm(llm.embed(g["input_ids"]), watch=lambda i, h, attention: maps.append(attention), asked=(everything, everything))
+    llm(llm.embed(g["input_ids"]), watch=lambda i, h, attention: maps.append(attention), attend=(everything, everything))
     assert gap(torch.stack(maps), g["attention"]) < TOLERANCE
 
 

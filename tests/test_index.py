@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from common.flags import UserError
-from data import ImageProcessor, Order, Samples, epoch_order, loader
+from data import Format, ImageProcessor, Order, Samples, loader
 from hub.check import image_problems
 from hub.samples import SampleFile, elements, image_key, read_samples
 
@@ -206,11 +206,11 @@ def test_an_open_file_takes_few_bytes_a_sample(tmp_path):
     path, n = tmp_path / "data.json", 20_000
     path.write_text(json.dumps([sample(i) for i in range(n)]))
     read_samples(path)
-    epoch_order(8, 4, 1, 0, np.ones(8))                          # what NumPy loads at its first use does not count
+    Order(8, 4, 1, 1, np.ones(8)).epoch(0)                          # what NumPy loads at its first use does not count
     tracemalloc.start()
     samples, _ = read_samples(path)
     kept, opening = tracemalloc.get_traced_memory()
-    epoch_order(n, 128, 1, 0, samples.lengths())
+    Order(n, 128, 1, 1, samples.lengths()).epoch(0)
     sampling = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert kept < 8 * n and opening < 32 * n and sampling < 40 * n, [v / n for v in (kept, opening, sampling)]
@@ -227,7 +227,7 @@ def data(tmp_path, llama_tokenizer) -> Samples:
     (tmp_path / "data.json").write_text(json.dumps(samples))
     file, _ = read_samples(tmp_path / "data.json")
     file.keep(np.arange(17) != 4)
-    return Samples(file, tmp_path, llama_tokenizer, ImageProcessor(16, 16), "v1", 4, 2048, pad=True)
+    return Samples(file, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
 
 
 def batches(data, workers, n=12, start=None):
@@ -279,7 +279,7 @@ def test_an_epoch_shows_every_sample_once_also_when_it_goes_on_with_other_ranks(
     n, batch, micro = 2003, 48, 2
     lengths = np.random.default_rng(0).integers(1, 99, n, np.int32) * np.random.default_rng(1).choice([1, -1], n)
     steps = -(-n // batch)
-    assert steps == Order(n, batch, micro, 1, lengths).steps_per_epoch == len(epoch_order(n, batch, 1, 0, lengths))
+    assert steps == Order(n, batch, micro, 1, lengths).steps_per_epoch == len(Order(n, batch, 1, 1, lengths).epoch(0))
     cuts = [steps * k // len(runs) for k in range(len(runs) + 1)]
     seen = []
     for ranks, first, last in zip(runs, cuts, cuts[1:]):

@@ -3,11 +3,13 @@ import pytest
 import torch
 from test_model import N, batch_of, prompts, tiny
 
-import model
+import losses
+from common.flags import UserError
 from data import Batch
-from losses import LOSSES, Objective, counts
-from methods import basic, vdep, vista
+from losses import LOSSES, Loss, Objective, Term, count_terms
+from methods import basic, ce, vdep, vista
 from training.settings import TrainConfig
+from training.setup import check_objective
 
 STAGES = ("pretrain", "finetune")
 
@@ -49,13 +51,44 @@ def gradient_reach(model, loss) -> set[str]:
             if p.grad is not None and (p.grad != 0).any()}
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_counts_are_known_from_the_batch_before_any_forward(loss):
-    batch = example()
+@pytest.mark.parametrize("loss, functions", [
+    ("ce", {"ce": ce.next_token_loss}), ("vdep", {"ce": ce.next_token_loss, "vdep": vdep.reconstruction_loss}),
+    ("vista", {"ce": ce.next_token_loss, "vista": vista.alignment_loss}),
+    ("basic", {"ce": ce.next_token_loss, "das": basic.direction_loss, "sds": basic.semantic_loss})])
+def test_counts_are_those_of_the_methods_and_known_before_any_forward(loss, functions, monkeypatch):
+    """The registry's denominator of a term is the count that its function in methods/ returns."""
+    returned = {}
+    for name, function in functions.items():
+        def spy(*a, name=name, function=function):
+            total, returned[name] = function(*a)
+            return total, returned[name]
+        monkeypatch.setattr(losses, function.__name__, spy)
     for which in ([0, 1, 2, 3], [0], [2], [3], [2, 3]):
-        part = rows(batch, which)
-        for term in Objective(tiny(), cfg(loss))(part):
-            assert term.count == counts(part)[term.name] and term.total.ndim == 0, f"{term.name} of samples {which}"
+        part = rows(example(), which)
+        counts = count_terms(loss, part)
+        terms = Objective(tiny(), cfg(loss))(part)
+        assert {t.name for t in terms} == counts.keys() == functions.keys()
+        for term in terms:
+            assert returned[term.name] == counts[term.name] and term.total.ndim == 0, f"{term.name} of {which}"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_term_without_a_count_fails_at_start_with_the_registrys_name(loss, monkeypatch):
+    check_objective(cfg(loss))
+    function, counts = LOSSES[loss]
+
+    def forgetful(*a):
+        return [*function(*a), Term("mine", torch.zeros(()), 1.0)]
+    monkeypatch.setitem(LOSSES, loss, Loss(forgetful, counts))
+    with pytest.raises(UserError, match=rf"LOSSES\['{loss}'\] has no count for mine"):
+        check_objective(cfg(loss))
+
+
+def test_that_check_leaves_the_random_numbers_as_they_were():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    check_objective(cfg("basic"))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_each_objective_has_its_papers_terms_and_weights():
@@ -72,7 +105,7 @@ def test_cross_entropy_is_that_of_the_full_logits_in_every_objective(loss):
     logits = model.language_model.lm_head(model(batch).hidden_states)
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
     assert term.name == "ce" and term.weight == 1.0
-    torch.testing.assert_close(term.total / term.count, wanted)
+    torch.testing.assert_close(term.total / count_terms(loss, batch)["ce"], wanted)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -84,7 +117,7 @@ def test_a_batch_cut_in_pieces_has_the_gradient_of_the_whole(loss, stage):
         model = frozen(stage, moca=True)
         for which in parts:
             terms = Objective(model, cfg(loss, stage))(rows(batch, which))
-            sum(t.weight * t.total / counts(batch)[t.name] for t in terms).backward()
+            sum(t.weight * t.total / count_terms(loss, batch)[t.name] for t in terms).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradient([[0, 1, 2, 3]]), gradient([[0], [3, 2], [1]]), atol=1e-6, rtol=0)
 
@@ -96,7 +129,7 @@ def test_vdep_rebuilds_from_the_positions_of_the_image_and_only_in_its_own_mode(
     h = out.hidden_states[3][batch.image_mask[3]][None]                                    # (1,N,D)
     torch.testing.assert_close(terms["vdep"].total, vdep.reconstruction_loss(h, out.image_embeds[3:])[0])
     alone = {t.name: t for t in Objective(model, cfg("vdep"))(rows(batch, [0, 1, 2]))}
-    assert alone["vdep"].total == 0 and alone["vdep"].count == 0
+    assert alone["vdep"].total == 0
     torch.testing.assert_close(alone["ce"].total, terms["ce"].total)
     assert [t.name for t in Objective(model, cfg("vdep", "finetune"))(batch)] == ["ce"], "stage 2 is cross-entropy"
     assert [t.name for t in Objective(model, cfg("vdep", vdep_alpha=0.0))(batch)] == ["ce"]
@@ -111,7 +144,39 @@ def test_vista_compares_supervised_tokens_with_the_state_at_the_last_image_token
         text = (batch.labels[b] != -100)[None]
         wanted += vista.alignment_loss(out.text_embeds[b:b + 1], text, out.hidden_states[b, last][None])[0]
     torch.testing.assert_close(term.total, wanted)
-    assert term.count == 2
+
+
+def test_vista_leaves_out_supervised_text_before_the_image():
+    """A sample whose answers all come before its image has none: it is not counted either."""
+    batch, model = example(), tiny()
+    before = Objective(model, cfg("vista"))(batch)[1].total
+    batch.labels[0, :2] = batch.input_ids[0, :2]
+    torch.testing.assert_close(Objective(model, cfg("vista"))(batch)[1].total, before)
+    assert count_terms("vista", batch)["vista"] == 2
+    batch.labels[0, 2:] = -100
+    assert count_terms("vista", batch)["vista"] == 1
+
+
+def test_in_vdeps_joint_mode_a_sample_adds_to_both_terms_the_same_number_as_in_either():
+    """Attention is causal: the caption, after the image, changes no state that predicts the image."""
+    batch, model = rows(example(), [0]), tiny()
+    batch.reconstruct[:] = True
+    terms = {t.name: t.total for t in Objective(model, cfg("vdep"))(batch)}
+    end = 2 + N
+    alone = Batch(batch.input_ids[:, :end], batch.labels[:, :end].clone().fill_(-100), batch.image_mask[:, :end],
+                  batch.attention_mask[:, :end], batch.pixel_values, batch.has_image, batch.reconstruct)
+    torch.testing.assert_close(terms["vdep"], Objective(model, cfg("vdep"))(alone)[1].total)
+    torch.testing.assert_close(terms["ce"], Objective(model, cfg("ce"))(batch)[0].total)
+    assert terms["ce"] > 0
+
+
+def test_vdeps_flags_reach_its_loss():
+    batch, model = example(), tiny()
+    out = model(batch)
+    h = out.hidden_states[3][batch.image_mask[3]][None]                                    # (1,N,D)
+    term = Objective(model, cfg("vdep", vdep_reduce="sum", vdep_shift="0", vdep_distance="sigmoid"))(batch)[1]
+    wanted = vdep.reconstruction_loss(h, out.image_embeds[3:], "sigmoid", "sum", 0)[0]
+    torch.testing.assert_close(term.total, wanted)
 
 
 @pytest.mark.parametrize("k, options", [
@@ -136,10 +201,43 @@ def test_basic_supervises_the_projector_by_its_first_layers(k, options):
     torch.testing.assert_close(sds.total, wanted, atol=1e-5, rtol=0)
 
 
+def test_basic_scales_words_where_the_family_scales_them():
+    """Gemma's layers receive sqrt(D) times the table: logits are made with what they receive."""
+    batch, model = example(), tiny(embed_scale=24 ** 0.5)
+    sds = Objective(model, cfg("basic"))(batch)[2]
+    seen = []
+    out = model(batch, lambda i, h, a: seen.append((h, a)), batch.text_after_image(), 1)
+    h, attention = seen[0]
+    v_hat, degree = torch.zeros_like(out.image_embeds), torch.zeros(4, N)
+    for b in (0, 1):
+        v_hat[b] = h[b][batch.image_mask[b]]
+        degree[b] = attention[b].sum(0) / attention[b].sum()
+    words = model.language_model.embed(torch.arange(50))                                    # (V,D)
+    wanted = basic.semantic_loss(out.image_embeds, v_hat, degree.double(), words)[0]
+    torch.testing.assert_close(sds.total, wanted)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_basics_gradient_stops_at_the_projectors_input_where_the_vision_tower_is_trained(stage):
+    """The paper: the two losses "only influence the gradients of the vision projector parameters"."""
+    batch, gradients = example(), []
+    for unlocked in (False, True):
+        model = frozen(stage, moca=True)
+        model.vision_tower.requires_grad_(unlocked)
+        terms = {t.name: t.total for t in Objective(model, cfg("basic", stage))(batch)}
+        reach = gradient_reach(model, terms["das"] + terms["sds"])
+        assert reach == {"multi_modal_projector"}
+        gradients.append([p.grad.clone() for p in model.multi_modal_projector.parameters()])
+        assert ("vision_tower" in gradient_reach(model, terms["ce"])) == unlocked, "cross-entropy trains the tower too"
+    for a, b in zip(*gradients):
+        assert torch.equal(a, b)
+
+
 def test_basic_computes_only_what_is_switched_on(monkeypatch):
+    import model as module
     calls = []
-    plain = model.attention_to_image
-    monkeypatch.setattr(model, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
+    plain = module.attention_to_image
+    monkeypatch.setattr(module, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
     def names(**options):
         calls.clear()
         return [t.name for t in Objective(tiny(), cfg("basic", **options))(example())]

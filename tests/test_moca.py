@@ -64,6 +64,37 @@ def test_every_layer_has_a_map_of_its_own(layer):
                                                                                      b[~batch.image_mask])
 
 
+def kept_bytes(model, batch) -> int:
+    """Bytes that a forward keeps for its backward, each storage counted once; weights are not counted."""
+    weights_kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights_kept:
+            kept[storage.data_ptr()] = storage               # held, so that no address is used twice
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        total = model(batch).before_norm.sum()
+    total.backward()
+    return sum(s.nbytes() for s in kept.values())
+
+
+def test_with_activation_checkpointing_it_keeps_no_activations_and_changes_no_number():
+    model, plain = calibrated(), tiny(torch.float32)
+    ids, masks, pixels = prompts([9, 12])
+    batch, results = batch_of(ids, masks, pixels.float()), []
+    for on in (False, True):
+        model.language_model.gradient_checkpointing = plain.language_model.gradient_checkpointing = on
+        model.zero_grad(), plain.zero_grad()
+        extra = kept_bytes(model, batch) - kept_bytes(plain, batch)
+        assert (extra == 0) == on, f"MoCa keeps {extra} bytes; checkpointing: {on}"
+        results.append([model(batch).hidden_states, *(p.grad.clone() for p in model.parameters()
+                                                      if p.grad is not None)])
+    for a, b in zip(*results):
+        assert torch.equal(a, b)
+
+
 def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
     model = calibrated()
     ids, masks, pixels = prompts(LENGTHS[:4])

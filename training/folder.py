@@ -1,48 +1,118 @@
-"""A run's folder: run.json, metrics.jsonl, checkpoints, the optimizer's state, resume."""
+"""A run's folder: run.json, metrics.jsonl, checkpoints, the optimizer's state.
+
+    out/run.json         the flags of the run, compared on --resume
+    out/metrics.jsonl    a line a step
+    out/pretrain-250     a checkpoint, see hub/checkpoint.py; out/finetune-1000 likewise
+"""
 import json
 import os
 import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from common.files import read_json, write_json
+from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from common.parallel import Ranks, placed, whole
 from data import Batch
 from hub.checkpoint import checkpoint_problem, checkpoints, save_checkpoint
 from model import Llava
-from toy.world import make as make_world
-from training.settings import FREE_TO_CHANGE, TrainConfig, stores_all
+from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
 
 
+# ------------------------------------------------------------------------------------------------ start and resume
 def check_out(cfg: TrainConfig, out: Path) -> None:
-    """Raises UserError if the output folder holds another run than the one to be resumed."""
+    """Raise UserError if the output folder holds anything but the run to be resumed or replaced."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
     holds = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    if not cfg.resume and holds:
-        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume to go on with the run in it, "
-                        "or another --out")
-    if cfg.resume and holds and "run.json" not in holds:
-        raise UserError(f"{out} holds no run that could be resumed (no run.json): give another --out")
-    if "run.json" in holds:
-        old, new = read_json(out / "run.json"), asdict(cfg)
-        changed = [k for k in new if k not in FREE_TO_CHANGE and old.get(k) != new[k]]
-        if changed:
-            raise UserError(f"--resume: the run in {out} was started with " + ", ".join(
-                f"--{k.replace('_', '-')} {old.get(k)} (now {new[k]})" for k in changed))
+    if not holds:
+        return
+    if cfg.overwrite:
+        saved = checkpoints(out)
+        if saved or "run.json" not in holds:
+            kept = saved[0].name if saved else holds[0]
+            raise UserError(f"--overwrite replaces a run that has saved no checkpoint, but {out} holds {kept}: move it "
+                            "away, or give another --out")
+    elif not cfg.resume:
+        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume continues the run in it, "
+                        "--overwrite replaces one without checkpoints, another --out leaves it alone")
+    elif "run.json" not in holds:
+        raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
+    else:
+        check_same_run(cfg, out)
 
 
+def check_same_run(cfg: TrainConfig, out: Path) -> None:
+    """Raise UserError if the run in `out` was started with other flags. Flags that it did not know had their default."""
+    started = read_json(out / "run.json")
+    changed = []
+    for f in fields(cfg):
+        old, new = started.get(f.name, f.default), getattr(cfg, f.name)
+        if f.name in ("vision", "llm"):
+            old = in_checkout(old)
+        if f.name not in FREE_TO_CHANGE and old != new:
+            changed.append(f"{flag(f.name)} {old} (now {new})")
+    if changed:
+        raise UserError(f"--resume: the run in {out} was started with {', '.join(changed)}")
+
+
+def clear(out: Path) -> None:
+    """Delete a run that saved no checkpoint (--overwrite): its flags, its log, the toy's data."""
+    for name in ("metrics.jsonl", "bad_images.txt", "run.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "data", ignore_errors=True)
+
+
+def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks) -> None:
+    """Make the run's folder with run.json, and bad_images.txt if images are left out. Every rank must call."""
+    if ranks.first:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "run.json", asdict(cfg))
+        if bad:
+            write_text(out / "bad_images.txt", "".join(line + "\n" for line in bad))
+    ranks.wait()
+
+
+def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
+    """Return the newest intact checkpoint of a stage, or None if it has none. Damaged ones are renamed *.broken.
+
+    Raises UserError if every checkpoint is damaged: then the user must decide to restart."""
+    found = None
+    if ranks.first:
+        damaged = []
+        for path in reversed(checkpoints(out, stage)):
+            problem = checkpoint_problem(path)
+            if problem is None:
+                found = path
+                break
+            damaged.append((path, problem))
+        if damaged and found is None:
+            path, problem = damaged[0]
+            raise UserError(f"{problem}, and there is no older checkpoint: move {path} away, then --resume restarts "
+                            "the stage")
+        for path, problem in damaged:
+            shutil.rmtree(f"{path}.broken", ignore_errors=True)
+            os.replace(path, f"{path}.broken")
+            print(f"{problem}: renamed to {path.name}.broken; {stage} continues from {found.name}")
+    return ranks.gather(found)[0]
+
+
+# ------------------------------------------------------------------------------------------------ metrics.jsonl
 class Log:
-    """metrics.jsonl: a line a step. Resuming drops the lines after the checkpoint: those steps are made again."""
+    """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            kept = [line for line in lines if (r := json.loads(line)).get("stage") != stage or r.get("step", 0) <= step]
-            temporary = path.with_name(".metrics.tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            kept = []
+            for line in path.read_text().splitlines(keepends=True):
+                if not line.endswith("\n"):
+                    continue                              # a stopped run may leave half a line
+                row = json.loads(line)
+                if row.get("stage") != stage or row.get("step", 0) <= step:
+                    kept.append(line)
+            write_text(path, "".join(kept))
         self.file = open(path, "a")
 
     def write(self, **values) -> None:
@@ -50,92 +120,58 @@ class Log:
         self.file.flush()
 
 
-def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
-    """The newest checkpoint of a stage that is whole, or None if there is none at all. One that is not whole is renamed
-    *.broken. Raises UserError if all are: starting anew is for somebody to decide."""
-    found = None
-    if ranks.first:
-        problems = []
-        for path in reversed(checkpoints(out, stage)):
-            problem = checkpoint_problem(path)
-            if problem is None:
-                found = path
-                break
-            problems.append((path, problem))
-        if problems and not found:
-            raise UserError(f"{problems[0][1]}, and there is no older checkpoint: move {problems[0][0]} away, "
-                            "and --resume starts the stage anew")
-        for path, problem in problems:
-            shutil.rmtree(f"{path}.broken", ignore_errors=True)
-            os.replace(path, f"{path}.broken")
-            print(f"{problem}: it is {path.name}.broken now, and {stage} goes on from {found.name}")
-    return ranks.gather(found)[0]
+def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
+    """Images that turned out broken when they were decoded: stop, or with --skip-bad-images write them down."""
+    bad = [problem for batch in micro for problem in batch.bad]
+    if bad and not cfg.skip_bad_images:
+        raise UserError(f"{bad[0]}: repair it, or leave such samples out with --skip-bad-images")
+    if bad:
+        with open(out / "bad_images.txt", "a") as f:
+            f.writelines(line + "\n" for line in bad)
 
 
-def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks) -> None:
-    """Makes the run's folder: what it was asked to do, the toy's data, the images it does without."""
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", asdict(cfg))
-        if cfg.data is None and not (out / "data").exists():
-            shutil.rmtree(out / ".data.tmp", ignore_errors=True)
-            make_world(out / ".data.tmp", cfg.seed)
-            os.replace(out / ".data.tmp", out / "data")
-        if bad:
-            (out / "bad_images.txt").write_text("".join(line + "\n" for line in bad))
-    ranks.wait()
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
-    """The optimizer's state of a checkpoint, whoever wrote it; of what is cut over ranks, this rank's rows. The file is
-    mapped: no rank holds it whole."""
-    try:
-        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
-                        "goes on from what was saved before it") from None
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, kept in state["state"].items():
-        for name, t in kept.items():
-            if t.dim():                                   # the moments; the step is a number
-                kept[name] = placed(t, parameters[i], parameters[i].device, t.dtype)
-    optimizer.load_state_dict(state)
-
-
-def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """The optimizer's whole state in the first rank's memory (8 bytes a trained parameter). Every rank must call."""
-    state = optimizer.state_dict()
-    out = {}
-    for i, kept in state["state"].items():
-        out[i] = {}
-        for name, t in kept.items():
-            full = whole(t)
-            if ranks.first:
-                out[i][name] = full.cpu()
-    return {**state, "state": out}
-
-
+# ------------------------------------------------------------------------------------------------ checkpoints
 def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
-    """Checkpoint <out>/<stage>-<step>, written by the first rank; when it is there, all but --keep-last go."""
+    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. The first rank writes; if
+    the model is sharded, every rank must call."""
     if not ranks.first and ranks.mesh is None:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
               "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
-    path = out / f"{cfg.stage}-{step}"
     state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
-    save_checkpoint(path, model, names, config, state, write=ranks.first)
+    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, state, write=ranks.first)
     if ranks.first:
         for older in checkpoints(out, cfg.stage)[:-cfg.keep_last]:
             shutil.rmtree(older)
 
 
-def unreadable(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
-    """Images that broke only when they were decoded: stop, or with --skip-bad-images write them down."""
-    bad = [problem for b in micro for problem in b.bad]
-    if bad and not cfg.skip_bad_images:
-        raise UserError(f"{bad[0]}: mend it, or go on without such samples with --skip-bad-images")
-    if bad:
-        with open(out / "bad_images.txt", "a") as f:
-            f.write("".join(line + "\n" for line in bad))
+def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
+    """Return the optimizer's whole state in the first rank's memory: 8 bytes a trained parameter. Every rank must
+    call."""
+    state = optimizer.state_dict()
+    out = {}
+    for i, moments in state["state"].items():
+        out[i] = {}
+        for name, tensor in moments.items():
+            full = whole(tensor)
+            if ranks.first:
+                out[i][name] = full.cpu()
+    return {**state, "state": out}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
+    """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
+    The file is mapped: no rank holds it whole."""
+    try:
+        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
+                        "then continues from the checkpoint before it") from None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, moments in state["state"].items():
+        for name, tensor in moments.items():
+            if tensor.dim():                              # the moments; the step count is a single number
+                moments[name] = placed(tensor, parameters[i], parameters[i].device, tensor.dtype)
+    optimizer.load_state_dict(state)

@@ -1,4 +1,7 @@
-"""The flags of train.py: groups, recipes, checks."""
+"""The flags of train.py, the recipes that fill what no flag sets, and the checks of what cannot be.
+
+    parse(TrainConfig) ─ check_start ─→ what the user typed ─ settings ─→ one filled TrainConfig a stage
+"""
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -6,120 +9,201 @@ from typing import Literal
 
 from common.files import read_json
 from common.flags import UserError, option
-from data import FAMILY_TEMPLATE, RULES, TEMPLATES
+from common.text import RULES
+from data import FAMILY_TEMPLATE, TEMPLATES
 from losses import LOSSES
 
-# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
+ROOT = Path(__file__).resolve().parent.parent
+
+# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's where there is no --data.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
-LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, when --unlock-llm lora
 TOY_PROJECTOR_SCALE = 0.25
+LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
+RANDOM = "random"                                         # --projector random
 
 
 @dataclass
 class TrainConfig:
     """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
-    stage: Literal["both", "pretrain", "finetune"] = option("both", "both: the toy's two stages in one go")
+    stage: Literal["both", "pretrain", "finetune"] = option(
+        "both", "pretrain: the projector; finetune: projector and language model; both: the toy's two stages", "run")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
-    moca: bool = option(False, "calibrate image tokens after every layer, trained in both stages, with any objective")
-    vision: str = option("toy/clip", "folder of the vision encoder")
-    llm: str = option("toy/llm", "folder of the language model")
-    projector: str | None = option(None, "where --stage finetune (or unlocking in stage 1) starts from: a checkpoint")
-    data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy, made in --out")
-    images: str | None = option(None, "the folder of its images")
     out: str = option("out/toy", "folder for checkpoints, metrics.jsonl and results.json")
-    resume: bool = option(False, "go on with the run in --out from its newest checkpoint")
-    skip_bad_images: bool = option(False, "go on without samples whose image cannot be read; bad_images.txt lists them")
-    global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps")
-    micro_batch: int | None = option(None, "samples a rank works on at a time: the one memory knob")
-    lr: float | None = option(None, "peak learning rate")
-    projector_lr: float | None = option(None, "the projector's; unset: --lr")
-    vision_lr: float | None = option(None, "the vision encoder's, if it is trained; unset: --lr")
-    unlock_llm: Literal["none", "lora", "half", "all"] | None = option(
-        None, "what of the language model is trained; half: its lower layers; unset: all in stage 2, none in stage 1")
-    unlock_vision: Literal["none", "half", "all"] = option("none", "what of the vision encoder; half: its upper layers")
-    lora_rank: int = option(128, "of --unlock-llm lora")
-    lora_alpha: float = option(256.0, "its update is scaled by alpha / rank")
-    epochs: int | None = option(None, "passes over the data")
-    max_steps: int | None = option(None, "steps of a stage, instead of epochs")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "of stage 2; unset: by the language model's family")
-    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this transformers has them, see tokenizer.py")
-    drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
-    max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
-    gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them")
-    projector_scale: float | None = option(None, "factor on the projector's last layer at its start")
-    parallel: Literal["auto", "ddp", "fsdp"] = option("auto", "ddp: every rank holds the model; fsdp: a part of it. "
-                                                      "auto: fsdp in stage 2, and where stage 1 unlocks more")
-    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+    resume: bool = option(False, "continue the run in --out from its newest checkpoint")
+    overwrite: bool = option(False, "replace the run in --out if it has saved no checkpoint")
+    seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
+    max_steps: int | None = option(None, "steps of a stage; unset: as many as --epochs make")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
-    keep_last: int = option(1, "checkpoints of a stage that are kept")
-    mir_every: int | None = option(None, "steps between measurements of MIR on pairs held out; unset: none")
-    mir_data: str | None = option(None, "those pairs: questions or LLaVA's samples, with images in --images")
-    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
-    vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
+    keep_last: int = option(1, "checkpoints of a stage to keep")
+
+    vision: str = option("toy/clip", "folder of the vision encoder", "model")
+    llm: str = option("toy/llm", "folder of the language model")
+    projector: str | None = option(None, "where --stage finetune starts: a stage-1 checkpoint, a released LLaVA, or "
+                                   "random. In stage 1 only with --unlock-…")
+    moca: bool = option(False, "calibrate image tokens after every layer (MoCa); trained in both stages")
+    unlock_llm: Literal["none", "lora", "half", "all"] | None = option(
+        None, "what to train of the language model; half: its lower layers; unset: all in stage 2, none in stage 1")
+    unlock_vision: Literal["none", "half", "all"] = option("none", "what to train of the vision encoder; half: its "
+                                                           "upper layers")
+    lora_rank: int = option(128, "rank of --unlock-llm lora")
+    lora_alpha: float = option(256.0, "scales the LoRA update by alpha / rank")
+    projector_scale: float | None = option(None, "factor on the projector's last layer at its start; unset: 1, the "
+                                           f"toy {TOY_PROJECTOR_SCALE}")
+    drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
+
+    data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy's, made in --out", "data")
+    images: str | None = option(None, "the folder that its image names are relative to; needed if it names any")
+    skip_bad_images: bool = option(False, "leave out samples whose image cannot be read; bad_images.txt lists them")
+    template: Literal[tuple(TEMPLATES)] | None = option(
+        None, "how conversations are written in stage 2; unset: as the language model's family does")
+    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this version of transformers has them")
+    max_length: int = option(2048, "positions a sample may have; longer text is cut")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none on a CPU")
+
+    global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in stage "
+                                      "1, 128 in stage 2", "optimisation")
+    micro_batch: int | None = option(None, "samples on a rank at a time, the one memory knob; unset: the largest that "
+                                     "divides a rank's share, up to 32 in stage 1, 16 in stage 2")
+    epochs: int | None = option(None, "passes over the data; unset: 1")
+    lr: float | None = option(None, "peak learning rate; unset: 1e-3 in stage 1, 2e-5 in stage 2, 2e-4 with LoRA")
+    projector_lr: float | None = option(None, "the projector's; unset: --lr, with LoRA 2e-5")
+    vision_lr: float | None = option(None, "the vision encoder's; unset: --lr")
+    warmup: float = option(0.03, "share of the steps in which the learning rate rises")
+    schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how it falls afterwards")
+
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one", "machine")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
+    parallel: Literal["auto", "ddp", "fsdp"] = option(
+        "auto", "ddp: every rank holds the model; fsdp: a part of it; auto: fsdp if more than the projector is trained")
+    gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them; unset: yes")
+    compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
+    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+
+    vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
-    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
-    vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), a text token's weight in VISTA")
+    vdep_joint: bool = option(False, "every sample in both modes at once, in place of hybrid batches")
+    vdep_distance: Literal["l2", "inverse", "sigmoid"] = option(
+        "l2", "between prediction and target; inverse, sigmoid: d / (1 + d) and 2σ(d) − 1, which saturate (the paper's "
+        "1 / d pushes both apart)")
+    vdep_reduce: Literal["mean", "sum"] = option("mean", "of the distance over the width; sum: the paper's appendix D")
+    vdep_shift: Literal["1", "0"] = option("1", "what an image position predicts: the next token, or itself")
+
+    vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t), the weight of a text token", "VISTA")
     vista_distance: Literal["l2", "cosine"] = option("l2", "between a text token and the last image token's state")
     vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum is the paper to the letter")
-    basic_k: int | None = option(None, "shallow layers that refine for BASIC; unset: half of them")
+
+    basic_k: int | None = option(None, "shallow layers that refine; unset: half of them", "BASIC")
     basic_weights: Literal["increasing", "constant", "decreasing"] = option("increasing", "of those layers")
     basic_degree: Literal["attention", "equal"] = option("attention", "how much an image token is supervised")
-    basic_das: float = option(1.0, "weight of BASIC's direction loss; 0: off")
-    basic_sds: float = option(0.01, "weight of BASIC's semantic loss; 0: off")
-    seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
+    basic_das: float = option(1.0, "weight of the direction loss; 0: off")
+    basic_sds: float = option(0.01, "weight of the semantic loss; 0: off")
+
+    mir_every: int | None = option(None, "steps between measurements on held-out pairs; unset: none", "MIR")
+    mir_data: str | None = option(None, "those pairs: questions or LLaVA samples, with images in --images; unset: the "
+                                  "toy's validation questions")
 
 
-FREE_TO_CHANGE = ("resume", "micro_batch", "workers", "save_every", "keep_last", "mir_every", "mir_data", "device",
-                  "gradient_checkpointing", "compile", "parallel", "timeout")                      # on --resume
+# Flags that may change on --resume: they change no number, or only where the run goes from here.
+FREE_TO_CHANGE = ("resume", "overwrite", "micro_batch", "workers", "save_every", "keep_last", "mir_every", "mir_data",
+                  "device", "gradient_checkpointing", "compile", "parallel", "timeout")
 
 
-def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
-    """cfg with what is unset filled in for a stage. Raises UserError for settings that cannot be."""
-    cfg = replace(cfg, stage=stage, template="plain" if stage == "pretrain" else cfg.template)
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def in_checkout(path: str) -> str:
+    """Return a path below this checkout's toy/ so that it works from any working directory; any other path as it is."""
+    if Path(path).parts[:1] == ("toy",) and not Path(path).exists() and (ROOT / path).exists():
+        return str(ROOT / path)
+    return path
+
+
+def stores_all(cfg: TrainConfig) -> bool:
+    """True if checkpoints hold the whole model: in stage 2, and in stage 1 if more than the projector is trained."""
+    return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
+
+
+# ------------------------------------------------------------------------------------------------ checks
+def check_start(cfg: TrainConfig) -> None:
+    """Raise UserError for flags that contradict each other, before any file is read."""
     toy = cfg.data is None
-    if cfg.unlock_llm is None:
-        cfg = replace(cfg, unlock_llm="none" if stage == "pretrain" else "all")
-    if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
-        cfg = replace(cfg, lr=LORA["lr"], projector_lr=cfg.projector_lr or LORA["projector_lr"])
-    if cfg.template is None:
-        family = read_json(Path(cfg.llm) / "config.json").get("model_type")
-        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
-    for name, value in (TOY if toy else LLAVA)[stage].items():
-        if getattr(cfg, name) is None and name != "micro_batch":
-            cfg = replace(cfg, **{name: value})
-    if cfg.projector_scale is None:
-        cfg = replace(cfg, projector_scale=TOY_PROJECTOR_SCALE if toy else 1.0)
+    if cfg.stage == "both" and not toy:
+        raise UserError("--data belongs to one stage: add --stage pretrain or --stage finetune")
+    if cfg.stage == "both" and (cfg.lr or cfg.epochs or cfg.unlock_llm or cfg.unlock_vision != "none"):
+        raise UserError("--lr, --epochs and --unlock-… belong to one stage: add --stage pretrain or --stage finetune")
+    if cfg.stage == "finetune" and cfg.projector is None and not cfg.resume:
+        raise UserError("--stage finetune starts from a projector: give --projector with stage 1's --out folder, or "
+                        "--projector random to start from an untrained one")
+    if cfg.projector not in (None, RANDOM) and not stores_all(cfg):
+        raise UserError(f"--projector is the start of --stage finetune; --stage {cfg.stage} does not use it")
+    if cfg.resume and cfg.overwrite:
+        raise UserError("--resume continues a run, --overwrite replaces it: give one of the two")
+    for name, kind in [("data", "file"), ("mir_data", "file"), ("images", "folder")]:
+        path = getattr(cfg, name)
+        if path and kind == "file" and not Path(path).is_file():
+            raise UserError(f"{flag(name)} {path} does not exist")
+        if path and kind == "folder" and not Path(path).is_dir():
+            raise UserError(f"{flag(name)} {path} is not a folder")
+
+
+def check_numbers(cfg: TrainConfig) -> None:
+    """Raise UserError for numbers out of range, and for flags of an objective that is not trained."""
     for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
                  "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha", "mir_every"):
-        if getattr(cfg, name) is not None and not getattr(cfg, name) > 0:
-            raise UserError(f"--{name.replace('_', '-')} must be more than 0, not {getattr(cfg, name)}")
-    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf)]:
+        value = getattr(cfg, name)
+        if value is not None and not value > 0:
+            raise UserError(f"{flag(name)} must be more than 0, not {value}")
+    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf), ("basic_sds", math.inf),
+                       ("warmup", 1)]:
         if not 0 <= getattr(cfg, name) <= most:
-            raise UserError(f"--{name.replace('_', '-')} must be from 0 to {most}, not {getattr(cfg, name)}")
+            raise UserError(f"{flag(name)} must be from 0 to {most}, not {getattr(cfg, name)}")
     for f in fields(cfg):
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
-            raise UserError(f"--{f.name.replace('_', '-')} is a setting of --loss {loss}; this is --loss {cfg.loss}")
-    if cfg.mir_data and not cfg.mir_every or cfg.mir_every and not cfg.mir_data and not toy:
-        raise UserError("--mir-every N and --mir-data FILE go together: measured on pairs that training does not see")
+            raise UserError(f"{flag(f.name)} is a setting of --loss {loss}; this is --loss {cfg.loss}")
+    if cfg.vdep_joint and cfg.vdep_ratio != 1:
+        raise UserError("--vdep-ratio belongs to hybrid batches: leave it out with --vdep-joint")
+    toy = cfg.data is None
+    if (cfg.mir_data and not cfg.mir_every) or (cfg.mir_every and not cfg.mir_data and not toy):
+        raise UserError("--mir-every N and --mir-data FILE go together: MIR is measured on pairs outside the training "
+                        "data")
+
+
+# ------------------------------------------------------------------------------------------------ recipes
+def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
+    """Return cfg for one stage, with what is unset filled in. Raises UserError for settings that cannot be."""
+    toy = cfg.data is None
+    recipe = dict((TOY if toy else LLAVA)[stage])
+    largest_micro = recipe.pop("micro_batch")
+    if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
+        recipe.update(LORA)
+    recipe["unlock_llm"] = "none" if stage == "pretrain" else "all"
+    recipe["projector_scale"] = TOY_PROJECTOR_SCALE if toy else 1.0
+    unset = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
+    cfg = replace(cfg, stage=stage, **unset)
+
+    if stage == "pretrain":
+        cfg = replace(cfg, template="plain")
+    elif cfg.template is None:
+        family = read_json(Path(cfg.llm) / "config.json").get("model_type")
+        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
+    check_numbers(cfg)
+    return cut_batch(cfg, ranks, largest_micro)
+
+
+def cut_batch(cfg: TrainConfig, ranks: int, largest: int) -> TrainConfig:
+    """Return cfg with a micro-batch that divides a rank's share of the global batch. Raises UserError if none does."""
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
     if cfg.micro_batch is None:
-        most = (TOY if toy else LLAVA)[stage]["micro_batch"]
-        cfg = replace(cfg, micro_batch=max(m for m in range(1, min(share, most) + 1) if share % m == 0))
+        micro_batch = max(m for m in range(1, min(share, largest) + 1) if share % m == 0)
+        return replace(cfg, micro_batch=micro_batch)
     if share % cfg.micro_batch:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by {ranks} ranks × --micro-batch "
                         f"{cfg.micro_batch}: a rank's share is {share}")
     return cfg
-
-
-def stores_all(cfg: TrainConfig) -> bool:
-    """Do checkpoints hold the whole model? In stage 1 only if more than projector and MoCa is trained."""
-    return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"

@@ -11,49 +11,116 @@ from torch import nn
 from common.files import read_json
 from common.flags import UserError
 from common.parallel import Ranks, shard
-from data import Batch, ImageProcessor, Samples, eos_id
+from data import IGNORE, Batch, Format, ImageProcessor, Samples, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
 from hub.configs import decoder_config, vision_config
 from hub.released import load_llm, load_moca, load_projector, load_vision
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
+from losses import LOSSES, Objective
 from methods.lora import lora_start
 from mir import held_out
-from model import Llava, Projector, VisionConfig
-from training.settings import TrainConfig, stores_all
+from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
+from training.settings import RANDOM, TrainConfig, stores_all
 
 
+# ------------------------------------------------------------------------------------------------ before the run
+def check_folders(cfg: TrainConfig) -> None:
+    """Raise UserError if a folder cannot be what its flag says. Reads configurations, no weights."""
+    vision_config(cfg.vision)
+    layers = decoder_config(cfg.llm).num_hidden_layers
+    if cfg.basic_k and cfg.basic_k > layers:
+        raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
+    if cfg.projector in (None, RANDOM):
+        return
+    path = start_folder(cfg)
+    if not is_foreign(path) and is_whole(path):
+        for other in (cfg.vision, cfg.llm):
+            if Path(other).resolve() != path.resolve():
+                raise UserError(f"{path} trained more than its projector, which {Path(other).resolve()} would leave "
+                                f"behind: add --vision {path} --llm {path}")
+
+
+def is_foreign(folder: Path) -> bool:
+    """True for a projector that was not trained here: LLaVA's mm_projector.bin, or a whole released LLaVA."""
+    return (folder / "mm_projector.bin").is_file() or is_released(folder)
+
+
+def start_folder(cfg: TrainConfig) -> Path:
+    """Return the folder that --projector means: a stage-1 checkpoint, the newest of a run, or a released LLaVA."""
+    if is_foreign(Path(cfg.projector)):
+        return Path(cfg.projector)
+    path = checkpoint_folder(cfg.projector)
+    stage = read_json(path / "config.json")["stage"]
+    if stage != "pretrain":
+        raise UserError(f"{path} is a {stage} checkpoint; --projector takes a pretrain checkpoint")
+    return path
+
+
+def check_objective(cfg: TrainConfig) -> None:
+    """Try the objective on a tiny model. Raises UserError if it returns a term that the registry has no count for."""
+    layers = decoder_config(cfg.llm).num_hidden_layers
+    with torch.random.fork_rng(devices=[]):
+        model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8), Decoder(DecoderConfig(8, 8, 8, layers, 1)))
+    ids = torch.tensor([[1, 0, 0, 0, 0, 2, 3]])           # four image tokens, then two words
+    image, yes = ids == 0, torch.ones(1, dtype=torch.bool)
+    batch = Batch(ids, ids.masked_fill(image, IGNORE), image, ids >= 0, torch.zeros(1, 3, 4, 4), yes, yes)
+    with torch.no_grad():
+        names = [term.name for term in Objective(model, cfg)(batch)]
+    missing = [name for name in names if name not in LOSSES[cfg.loss].counts]
+    if missing:
+        raise UserError(f"losses.LOSSES[{cfg.loss!r}] has no count for {', '.join(missing)}: say there what this term "
+                        "is divided by")
+
+
+# ------------------------------------------------------------------------------------------------ the model
 def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int) -> bool:
-    """Is a parameter, by its name in `Llava`, trained? half: as the MIR paper's code unlocks in stage 1, the upper half
-    of the vision encoder's layers (ShareGPT4V's choice) and the lower half of the language model's, and nothing beside
-    layers. Of the vision encoder only what is used can be trained: not the last layer, nor the norm behind it."""
+    """True if the parameter of this name in `Llava` is trained.
+
+    half: what the MIR paper's code unlocks in stage 1: the upper half of the vision encoder's layers (ShareGPT4V's
+    choice), the lower half of the language model's, and nothing outside of layers. The vision encoder's last layer and
+    the norm after it are not used, so they are not trained."""
     part, rest = name.split(".", 1)
-    layer = re.search(r"\.layers\.(\d+)\.", rest)
-    layer = int(layer[1]) if layer else None
+    found = re.search(r"\.layers\.(\d+)\.", rest)
+    layer = int(found[1]) if found else None
     if part == "vision_tower":
-        used = not rest.startswith("post_layernorm") and layer != vision_layers - 1
-        upper = layer is not None and layer >= vision_layers // 2
-        return used and {"none": False, "half": upper, "all": True}[cfg.unlock_vision]
+        if rest.startswith("post_layernorm") or layer == vision_layers - 1:
+            return False
+        if cfg.unlock_vision == "half":
+            return layer is not None and layer >= vision_layers // 2
+        return cfg.unlock_vision == "all"
     if part == "language_model":
-        lower = layer is not None and layer < llm_layers // 2
-        return cfg.moca and rest.startswith("moca.") or {
-            "none": False, "lora": "lora_" in rest, "half": lower, "all": True}[cfg.unlock_llm]
-    return True
+        if rest.startswith("moca.") and cfg.moca:
+            return True
+        if cfg.unlock_llm == "lora":
+            return "lora_" in rest
+        if cfg.unlock_llm == "half":
+            return layer is not None and layer < llm_layers // 2
+        return cfg.unlock_llm == "all"
+    return True                                           # the projector
+
+
+def tower_config(cfg: TrainConfig) -> VisionConfig:
+    return replace(vision_config(cfg.vision), drop_first_patch=cfg.drop_first_patch)
 
 
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
-    """The model of a stage from released folders, or from the checkpoint to resume. What is trained is float32 and
-    asks for gradients; what is frozen is in the dtype of computing. On the meta device, before anything is read, it is
-    decided what is trained, and where ranks share the model the blocks are cut."""
+    """Build the model of a stage from released folders, or from the checkpoint to resume.
+
+    Trained parameters are float32 and require gradients; frozen ones are in the dtype of computing. What is trained is
+    decided on the meta device, before anything is read. There the blocks are also sharded, if ranks share the model."""
     whole = ckpt is not None and stores_all(cfg)
-    folders = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
-    v, t = tower_config(cfg), decoder_config(folders[1])
+    vision_folder, llm_folder = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
+    v, t = tower_config(cfg), decoder_config(llm_folder)
     if cfg.unlock_llm == "lora" and not t.lora_rank:
         t = replace(t, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
 
     def trained(part: str, name: str) -> bool:
         return is_trained(f"{part}.{name}", cfg, v.num_hidden_layers, t.num_hidden_layers)
+
+    def dtype(part: str, name: str) -> torch.dtype:
+        return torch.float32 if trained(part, name) else ranks.dtype
 
     def prepare(part: str, module: nn.Module) -> None:
         for name, p in module.named_parameters():
@@ -64,21 +131,14 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
             if ranks.mesh is not None:
                 shard(block, ranks)
 
-    def options(part: str) -> dict:
-        return dict(device=ranks.device, dtype=lambda n: torch.float32 if trained(part, n) else ranks.dtype,
-                    prepare=partial(prepare, part))
-    vision = load_vision(folders[0], config=v, **options("vision_tower"))
-    llm = load_llm(folders[1], config=t, **options("language_model"),
-                           new=lambda name, shape: None if whole else lora_start(name, shape, cfg.seed))
-    source = ckpt or (cfg.projector and stage_checkpoint(cfg.projector, "pretrain"))
-    if source:
-        projector = load_projector(source, v.hidden_size, t.hidden_size, torch.float32, ranks.device)
-    else:
-        torch.manual_seed(cfg.seed)
-        projector = Projector(v.hidden_size, t.hidden_size).to(ranks.device)
-        projector.linear_2.weight.data *= cfg.projector_scale
-    if source and not whole:
-        load_moca(source, llm, torch.float32, ranks.device)
+    def new(name: str, shape: torch.Size) -> torch.Tensor | None:
+        return None if whole else lora_start(name, shape, cfg.seed)
+
+    vision = load_vision(vision_folder, partial(dtype, "vision_tower"), ranks.device, v,
+                         partial(prepare, "vision_tower"))
+    llm = load_llm(llm_folder, partial(dtype, "language_model"), ranks.device, t, partial(prepare, "language_model"),
+                   new)
+    projector = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
     if cfg.moca and not llm.config.moca:
         llm.add_moca()
     if cfg.moca:
@@ -87,80 +147,86 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     return Llava(vision, projector, llm)
 
 
-def tower_config(cfg: TrainConfig) -> VisionConfig:
-    return replace(vision_config(cfg.vision), drop_first_patch=cfg.drop_first_patch)
+def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> Projector:
+    """Return the projector of the checkpoint to resume or of --projector, else a random one. MoCa that was trained
+    beside a stored projector is put into `llm`."""
+    source = ckpt
+    if source is None and cfg.projector not in (None, RANDOM):
+        source = start_folder(cfg)
+    if source is None:
+        torch.manual_seed(cfg.seed)
+        projector = Projector(vision_size, llm.config.hidden_size).to(ranks.device)
+        projector.linear_2.weight.data *= cfg.projector_scale
+        return projector
+    if not (source == ckpt and stores_all(cfg)):
+        load_moca(source, llm, torch.float32, ranks.device)
+    return load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
 
 
-def stage_checkpoint(folder: str | Path, stage: str) -> Path:
-    """The checkpoint in a folder, if it is of that stage. Stage 2 may begin with a released LLaVA's projector too."""
-    if (Path(folder) / "mm_projector.bin").is_file() or is_released(Path(folder)):
-        return Path(folder)
-    path = checkpoint_folder(folder)
-    found = read_json(path / "config.json")["stage"]
-    if found != stage:
-        raise UserError(f"{path} is a {found} checkpoint; a {stage} one is wanted here")
-    return path
+def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
+    """Return the trained parameters by their peak learning rate, in the same order on any number of ranks."""
+    rates = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            peak = rates.get(name.split(".")[0]) or cfg.lr
+            groups.setdefault(peak, []).append(p)
+    return [{"params": ps, "peak": peak, "lr": peak} for peak, ps in groups.items()]
 
 
-def check_projector(cfg: TrainConfig) -> None:
-    """Raises UserError if --projector cannot be that, or if more was trained with it than would come along."""
-    path = stage_checkpoint(cfg.projector, "pretrain")
-    released = (path / "mm_projector.bin").is_file() or is_released(path)
-    if not released and is_whole(path):
-        others = [Path(p).resolve() for p in (cfg.vision, cfg.llm) if Path(p).resolve() != path.resolve()]
-        if others:
-            raise UserError(f"{path} trained more than its projector, which {others[0]} would leave behind: add "
-                            f"--vision {path} --llm {path}")
-
-
+# ------------------------------------------------------------------------------------------------ the samples
 def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]:
-    """The samples of a stage, read and checked, and the images that cannot be used. Raises UserError before any step
-    if there are such images and they are not to be skipped."""
-    toy = out / "data"
-    path, images = (toy / f"{cfg.stage}.json", toy / "images") if cfg.data is None else (cfg.data, cfg.images)
+    """Return the samples of a stage, checked, and the images that cannot be used. Raises UserError before any step if
+    there are such images and they are not to be skipped."""
+    path, images = cfg.data, cfg.images
+    if path is None:
+        path, images = out / "data" / f"{cfg.stage}.json", out / "data" / "images"
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        read_samples(path)                                # its index is made once a machine
+        read_samples(path)                                # makes its index, once a machine
     ranks.wait()
-    samples, without = read_samples(path)
+    samples, unanswered = read_samples(path)
     if images is None and samples.column("image").any():
-        raise UserError(f"{path} names images: say with --images in which folder they are")
+        raise UserError(f"{path} names images: add --images with the folder they are in")
+
     tokenizer, processor, vision = load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), tower_config(cfg)
-    eos_id(tokenizer, cfg.template)                          # else the template is another family's
+    eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
-                        f"config.json wants {vision.image_size}: they are not of one model")
-    data = Samples(samples, images or ".", tokenizer, processor, cfg.template, vision.image_tokens,
-                   cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+                        f"config.json wants {vision.image_size}: they belong to two models")
+    text = Format(cfg.template, vision.image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+    data = Samples(samples, images or ".", tokenizer, processor, text, cfg.vdep_joint)
+
+    # Every image is opened once before the first step.
     found = ranks.gather(image_problems(samples, images or ".") if ranks.first else None)[0]
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
-        raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{'; …' if len(bad) > 5 else ''}): mend "
-                        "them, or go on without them with --skip-bad-images")
-    bad_image = samples.with_image(list(found))
-    left_out = int(bad_image.sum())
-    samples.keep(~bad_image)
+        more = "; …" if len(bad) > 5 else ""
+        raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{more}): repair them, or leave their "
+                        "samples out with --skip-bad-images")
+    spoiled = samples.with_image(list(found))
+    samples.keep(~spoiled)
     if not len(data):
-        raise UserError(f"{path}: no samples left ({without} have no answer, {left_out} no usable image)")
+        raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} no usable image)")
     if ranks.first:
-        print(f"{cfg.stage}: {len(data)} samples from {path}"
-              + f", {without} without an answer left out" * bool(without)
-              + f", {left_out} left out for {len(bad)} bad images" * bool(bad))
+        report_data(cfg, path, len(data), unanswered, int(spoiled.sum()), len(bad))
     return data, bad
 
 
+def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoiled: int, bad: int) -> None:
+    notes = [f"{cfg.stage}: {usable} samples from {path}"]
+    if unanswered:
+        notes.append(f"{unanswered} without an answer left out")
+    if spoiled:
+        notes.append(f"{spoiled} left out for {bad} bad images")
+    print(", ".join(notes))
+    if usable < cfg.global_batch:
+        print(f"warning: {usable} samples are fewer than a global batch: {cfg.global_batch - usable} of its "
+              f"{cfg.global_batch} places hold fillers that train nothing; a smaller --global-batch has none")
+
+
 def mir_pairs(cfg: TrainConfig, data: Samples, out: Path) -> list[Batch]:
-    """The pairs that --mir-every measures on; none without it. The toy's are the first validation questions."""
+    """Return the pairs that --mir-every measures on; an empty list without it."""
     if not cfg.mir_every:
         return []
-    images = out / "data" / "images" if cfg.data is None and cfg.images is None else cfg.images
+    images = cfg.images or out / "data" / "images"
     return held_out(data, Path(cfg.mir_data or out / "data" / "val.jsonl"), images)
-
-
-def groups(model: Llava, cfg: TrainConfig) -> list[dict]:
-    """What is trained, by its peak learning rate. The order is the same on any number of ranks."""
-    found = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            own = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}.get(name.split(".")[0])
-            found.setdefault(own or cfg.lr, []).append(p)
-    return [{"params": ps, "peak": peak, "lr": peak} for peak, ps in found.items()]

@@ -1,0 +1,49 @@
+"""Positions in a padded batch: where a mask is true, which tokens see which, and how much they attend to the image."""
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
+    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1. Returns (B,width); width
+    None: the most that any row has."""
+    if width is None:
+        width = int(mask.sum(1).max())
+    order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
+    order = order.masked_fill(~mask.gather(1, order), -1)
+    return F.pad(order, (0, width - order.shape[1]), value=-1)
+
+
+def at_image(h: Tensor, image_mask: Tensor, n: int) -> Tensor:
+    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined: do not use them."""
+    positions = true_positions(image_mask, n).clamp(min=0)                                  # (B,n)
+    return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
+
+
+def visible(distance: Tensor, window: int | None) -> Tensor:
+    """True where a query sees a key that lies `distance` tokens before it. window: sliding-window attention."""
+    if window is None:
+        return distance >= 0
+    return (distance >= 0) & (distance < window)
+
+
+@torch.no_grad()
+def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, window: int | None = None,
+                       chunk: int = 64) -> Tensor:
+    """Attention probabilities from some query rows to the image positions, averaged over heads: (B,M,N) float32.
+
+    q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N): positions of the
+    image tokens, -1 where there is none (the result is 0 there). The softmax is over all keys that a query sees. Fused
+    attention returns no probabilities, so they are computed here, `chunk` rows at a time: (B,H,T,T) never exists."""
+    B, H, T, d = q.shape
+    k = k.repeat_interleave(H // k.shape[1], dim=1)
+    keys = torch.arange(T, device=q.device)
+    out = []
+    for part in rows.split(chunk, dim=1):                                                   # (B,m)
+        at = part.clamp(min=0)[:, None, :, None]                                            # (B,1,m,1)
+        scores = (q.gather(2, at.expand(B, H, -1, d)) @ k.transpose(2, 3)).float() * d ** -0.5        # (B,H,m,T)
+        scores = scores.masked_fill(~visible(at - keys, window), -torch.inf)
+        p = scores.softmax(-1).mean(1)                                                      # (B,m,T)
+        p = p.gather(2, columns.clamp(min=0)[:, None].expand(-1, part.shape[1], -1))        # (B,m,N)
+        out.append(p * (part >= 0)[:, :, None] * (columns >= 0)[:, None])
+    return torch.cat(out, dim=1)
