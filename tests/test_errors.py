@@ -3,14 +3,12 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, call, launch
+from conftest import ROOT, call, launch, shell
 from PIL import Image
-
-SCRIPTS = ("train.py", "evaluate.py", "mir.py")
 
 
 def refuses(done, *says):
-    """The one line on stderr."""
+    """Check that a program ended with exit code 2 and one line, which says all of this."""
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -50,7 +48,7 @@ def test_a_wrong_command_line_is_one_line(script, arguments, says, tmp_path):
 # ------------------------------------------------------------------------------------------------ data
 @pytest.fixture
 def data(tmp_path):
-    """A good data set of three samples, to be spoiled."""
+    """A good data set of three samples, for tests to spoil."""
     samples = []
     for i in range(3):
         Image.effect_noise((40, 40), 90 + i).convert("RGB").save(tmp_path / f"{i}.png")
@@ -72,7 +70,7 @@ def test_data_that_cannot_be_used_is_one_line(data):
     refuses(train([{"id": "a"}], folder, out="3"), "sample 0 (id a) lacks conversations")
     only_questions = [{"conversations": s["conversations"][:1], "image": s["image"]} for s in samples]
     refuses(train(only_questions, folder, out="4"), "no samples left")
-    # A run that was refused leaves nothing that would be in the way of the next one.
+    # A run that was refused leaves nothing that would stop the next one.
     done = train(samples, folder)
     assert done.returncode == 0, done.stderr
 
@@ -93,8 +91,8 @@ def test_bad_images_are_listed_with_a_count_or_left_out_and_logged(data):
     refuses(train(samples, folder, "--skip-bad-images", out="2"), "no samples left")
 
 
-def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
-    """Both its ends are whole, so the look before training passes it."""
+def test_an_image_that_is_broken_inside_is_named_when_it_is_decoded(data):
+    """Its two ends are whole, so the check before training does not find it."""
     samples, folder = data
     whole = bytearray((folder / "1.png").read_bytes())
     whole[len(whole) // 2:len(whole) // 2 + 40] = b"\0" * 40
@@ -156,7 +154,7 @@ def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
     assert not (folder / "run").exists()
 
 
-def test_another_run_is_never_written_over(data):
+def test_a_run_is_never_written_over(data):
     samples, folder = data
     assert train(samples, folder).returncode == 0
     before = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
@@ -197,11 +195,20 @@ def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
     refuses(train(samples, folder, "--vision", vision, out="2"), "preprocessor_config.json lacks size")
 
 
-def test_help_lists_every_flag_with_its_meaning():
-    for script in SCRIPTS:
-        done = call(script, "--help")
-        assert done.returncode == 0 and "--device" in done.stdout and not done.stderr
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "mir.py"])
+def test_help_lists_every_flag_and_its_meaning(script):
+    done = call(script, "--help")
+    assert done.returncode == 0 and "--device" in done.stdout and not done.stderr
+    assert "None" not in done.stdout, "a help text shows a default of None: say what unset means"
+
+
+@pytest.mark.parametrize("script", ["model.py", "losses.py", "data.py"])
+def test_a_file_that_is_no_program_says_where_to_go(script):
+    done = launch(script)
+    said = (done.stdout + done.stderr).splitlines()
+    assert done.returncode == 2 and len(said) == 1, f"python {script} printed {said}, exit code {done.returncode}"
+    assert "python " in said[0], f"python {script} names no command to run instead: {said[0]}"
 
 
 def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
-    refuses(launch("train.py", "--loss", "vosta"), "'vosta'")
+    refuses(shell("train.py", "--loss", "vosta"), "'vosta'")
