@@ -39,12 +39,11 @@ def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
 def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
     """VDEP eq. (11). batch.reconstruct: samples in VDEP mode. In hybrid batches they have no labels."""
     out = model(batch)
-    terms = [next_token(model, batch, out)]
+    terms, which = [next_token(model, batch, out)], batch.reconstruct                       # (B,)
     if cfg.stage == "pretrain" and cfg.vdep_alpha:
         h, x = at_image(out.hidden_states, batch.image_mask, out.image_embeds.shape[1]), out.image_embeds   # (B,N,D)
         options = cfg.vdep_distance, cfg.vdep_reduce, int(cfg.vdep_shift)
-        total, _ = reconstruction_loss(h[batch.reconstruct], x[batch.reconstruct], *options)        # (b,N,D) each
-        terms.append(Term("vdep", total, cfg.vdep_alpha))
+        terms.append(Term("vdep", reconstruction_loss(h[which], x[which], *options)[0], cfg.vdep_alpha))
     return terms
 
 
@@ -55,8 +54,8 @@ def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
     # removes that part. Of what remains, half would be bfloat16's rounding error.
     last = at_image(out.before_norm, batch.image_mask, out.image_embeds.shape[1])[:, -1]    # (B,D)
     state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
-    total, _ = alignment_loss(out.text_embeds, batch.answer_tokens(), state, cfg.vista_weighting, cfg.vista_distance,
-                              cfg.vista_reduce)
+    options = cfg.vista_weighting, cfg.vista_distance, cfg.vista_reduce
+    total = alignment_loss(out.text_embeds, batch.answer_tokens(), state, *options)[0]
     return [next_token(model, batch, out), Term("vista", total, 1.0)]
 
 

@@ -78,7 +78,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
     with stop_signals() as stop, progress(cfg, step, steps, ranks) as bar:
         workers = cfg.workers
         if workers is None:
-            workers = 4 if on_gpu else 0
+            workers = 4 if on_gpu else 1
         batches = iter(loader(data, order, workers, pin=on_gpu))
         while step < steps:
             began = time.perf_counter()

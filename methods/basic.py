@@ -1,4 +1,4 @@
-"""BASIC: what the shallow layers make of an image token supervises the projector that made it.
+"""BASIC: the outputs of the shallow layers at the image positions supervise the projector.
 
 Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025, arXiv 2508.06895.
 
@@ -9,8 +9,8 @@ Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), IC
     L = L_lm + λ₁ L_das + λ₂ L_sds,  λ₁ = 1, λ₂ = 0.01                                                (8)
 
     symbol   variable      shape
-    v        v             (B,N,D)  image tokens as the projector makes them: the only thing that is trained here
-    Ṽ_i      h             (B,N,D)  the same positions as they leave layer i
+    v        v             (B,N,D)  the projector's output, the only thing trained here
+    Ṽ_i      h             (B,N,D)  layer i's output at the same positions
     v̂        v_hat         (B,N,D)  refined embeddings, a target
     w        layer_weights (k,)
     a        degree        (B,N)    of supervision
@@ -18,14 +18,20 @@ Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), IC
 
 Both stages. L_lm (its eq. 3) is methods/ce.py.
 
+Gradients, in the words of supplement B: the two losses "only influence the gradients of the vision projector
+parameters". So v̂, a and E are constants, in stage 2 too. (Else the layers would learn to leave their input unchanged.)
+Where --unlock-vision trains the vision tower, losses.py stops the gradient at the projector's input.
+
 Where the paper is silent
-* Gradients reach v alone: v̂, a and E are taken as numbers, in stage 2 too. (Otherwise the layers would be trained to
-  leave their input as it is.)
-* Text rows of eq. (5): every text token after the image; those before it do not see it. Each layer's attention is a
-  softmax over all it sees, text included; only a is normalised.
-* KL: in nats, target first, as written. Never (B,N,V) at once: value and gradient, a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E,
-  are made together, `chunk` patches at a time.
+* Text rows of eq. (5): every text token after the image. Those before it cannot attend to it. Each layer's attention is
+  a softmax over all visible keys, text included; only a is normalised.
+* E: the embeddings as the layers receive them. Gemma multiplies them by √D, and so does losses.py.
+* KL: in nats, target first, as written.
 * Ablations: constant and decreasing w; equal a_i = 1/N; other k; λ = 0 for each loss alone.
+
+Computing eq. (7): the two (B,N,V) distributions never exist. Value and gradient, a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E,
+are computed together, `chunk` patches at a time. The logits are v̂ Eᵀ and v̂ Eᵀ − (v̂ − v) Eᵀ: as v nears v̂, two logits
+rounded on their own would differ by little but their rounding.
 """
 from typing import Literal
 
@@ -46,8 +52,8 @@ def layer_weights(k: int, scheme: Literal["increasing", "constant", "decreasing"
 def supervision_degree(attention: Tensor, text_mask: Tensor) -> Tensor:
     """a (B,N) of eq. (5): sums to 1 over a sample's image tokens, all 0 for a sample without text or image.
 
-    attention (B,M,N) from text rows to image tokens, summed or averaged over layers and heads; text_mask (B,M) bool
-    says which rows count."""
+    attention (B,M,N) from text rows to image tokens, summed or averaged over layers and heads; text_mask (B,M) bool:
+    the rows that are text, not padding."""
     a = attention.masked_fill(~text_mask[..., None], 0).sum(1)                                  # (B,N)
     return a / a.sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)                      # eq. (5)
 
@@ -63,8 +69,8 @@ def direction_loss(v: Tensor, v_hat: Tensor, degree: Tensor) -> tuple[Tensor, Te
 
 
 class _ChunkedDivergence(torch.autograd.Function):
-    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)) of patches v, v_hat (P,D), a (P,); its gradient by v is made with
-    the value. The products with `embedding` (V,D) are in its dtype, all else in that of a."""
+    """Σ_i a_i KL(softmax(v̂_i Eᵀ) ‖ softmax(v_i Eᵀ)) of patches v, v_hat (P,D), a (P,); its gradient by v is computed
+    with the value. The products with `embedding` (V,D) are in its dtype, all else in that of a."""
 
     @staticmethod
     def forward(ctx, v: Tensor, v_hat: Tensor, a: Tensor, embedding: Tensor, chunk: int) -> Tensor:
@@ -73,7 +79,6 @@ class _ChunkedDivergence(torch.autograd.Function):
         grad = torch.empty_like(v) if ctx.needs_input_grad[0] else None
         for start in range(0, len(v), chunk):
             part = slice(start, start + chunk)
-            # Near v̂ the rounded logits of v and v̂ hardly differ, so the second product is that of the difference.
             delta = (v_hat[part].to(exact) - v[part].to(exact)).to(low)                         # (chunk,D)
             z_hat = (v_hat[part].to(low) @ embedding.T).to(exact)                               # (chunk,V) logits of v̂
             z = z_hat - (delta @ embedding.T).to(exact)                                         # (chunk,V) logits of v

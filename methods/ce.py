@@ -13,18 +13,18 @@ The same loss is eq. 2 of VDEP (2502.09093), eq. 1 of VISTA (2505.10917) and eq.
     m        count             ()        supervised tokens
 
 Where the paper is silent
-* Average over what? LLaVA's code averages over the tokens of each micro-batch, so that a token's weight depends on
-  what it happens to be batched with. Ours: total and count are returned apart, and training divides by the count over
-  the global batch: accumulation steps and ranks change nothing.
-* The logits of positions that are not supervised (the image, the questions, the padding) are in no term of eq. 1.
-  They are never computed; those that are, `chunk` positions at a time, value and gradient in one pass.
+* The average. LLaVA's code averages over the tokens of each micro-batch, so that a token's weight depends on the other
+  samples of its micro-batch. Ours: total and count are returned apart, and training divides by the count over the
+  global batch. Accumulation steps and ranks change nothing.
+* Memory. Positions that are not supervised (the image, the questions, the padding) are in no term of eq. 1. Their
+  logits are not computed. The others are computed `chunk` positions at a time, value and gradient in one pass.
 """
 import torch
 from torch import Tensor
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ_p −log softmax(W h_p + b)[y_p]; the gradient is made with the value, so that no logits are kept."""
+    """Σ_p −log softmax(W h_p + b)[y_p]. The gradient is computed with the value, so that no logits are kept."""
 
     @staticmethod
     def forward(ctx, h: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Tensor:

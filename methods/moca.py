@@ -5,11 +5,11 @@ Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality 
     ψ_k(f) = u_k · f + v_k   for image tokens f of layer k;  text tokens stay as they are               (5)
 
     symbol   variable        shape
-    f        hidden_states   (B,T,D)  what leaves layer k; image tokens where image_mask (B,T)
+    f        hidden_states   (B,T,D)  layer k's output; image tokens where image_mask (B,T)
     u, v     self.u, self.v  (D,)     one pair a layer; u = 1, v = 0 at the start
 
 Where the paper is silent
-* Precision: float32 inside, then back; the text tokens are bit for bit those that came in (as in the released code).
+* Precision: float32 inside, then the input's dtype. Text tokens are returned bit for bit (as in the released code).
 * Training: in both stages, also where the language model is frozen (`--moca`).
 * Decoding: a generated token is text, so the map acts on the prompt alone.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 
 class MoCa(nn.Module):
-    """The map of one layer. The identity as made."""
+    """The map of one layer, the identity at the start."""
     def __init__(self, hidden_size: int):
         super().__init__()
         self.u = nn.Parameter(torch.ones(hidden_size))

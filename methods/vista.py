@@ -1,4 +1,4 @@
-"""VISTA: the text tokens of an answer stay close to what the model has seen.
+"""VISTA: the word embeddings of an answer stay close to the state at the last image token.
 
 VISTA: Enhancing Vision-Text Alignment in MLLMs via Cross-Modal Mutual Information Maximization, arXiv 2505.10917.
 
@@ -7,17 +7,20 @@ VISTA: Enhancing Vision-Text Alignment in MLLMs via Cross-Modal Mutual Informati
 
     symbol   variable        shape
     x_t      text_embeds     (B,T,D)  input embedding of the t-th text token, where text_mask (B,T)
-    S_n      visual_state    (B,D)    final hidden state at the last image token: it has seen all of the image
+    S_n      visual_state    (B,D)    final hidden state at the last image token, which sees the whole image
     m        m               (B,)     text tokens of a sample
-    f(t)     f               (M,)     grows along the answer, as the share of text in what a token sees does
+    f(t)     f               (M,)     grows along the answer: later tokens see more text and relatively less image
     d        d               (M,)     M = Σ m
 
 Both stages; no weight to tune. L_CE (its eq. 1) is methods/ce.py.
 
 Where the paper is silent
-* Which text: the supervised tokens, t = 1..m over them (all turns of a conversation counted through).
+* Which text: the supervised tokens after the image, t = 1..m over all turns of a conversation. Tokens before the image
+  are not about it.
 * ‖·‖² over D: the mean. The sum is D times larger and drowns L_CE; reduce="sum" is the literal reading.
 * The gradient into x_t: kept. It matters in stage 2 alone, where word embeddings are trained.
+* Precision: S_n in float32 (losses.py). |S_n| is far larger than |x_t|, so the gradient by S_n is nearly parallel to
+  S_n, and the final norm's backward cancels the parallel part.
 * Ablations: d = 1 − cos (distance="cosine"); f(t) = t and f(t) = 1 (weighting).
 """
 from typing import Literal
@@ -32,8 +35,8 @@ def alignment_loss(text_embeds: Tensor, text_mask: Tensor, visual_state: Tensor,
                    reduce: Literal["mean", "sum"] = "mean") -> tuple[Tensor, Tensor]:
     """(total, count): the second term of eq. (9) summed over samples, and the samples that have text.
 
-    text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text (or without an image: mask its
-    text out) adds nothing. reduce is over D, for distance "l2" alone."""
+    text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text adds nothing. For one
+    without an image, text_mask must be all False. reduce is over D, for distance "l2" alone."""
     for name, value, known in [("weighting", weighting, ("t/m", "t", "1")), ("distance", distance, ("l2", "cosine")),
                                ("reduce", reduce, ("mean", "sum"))]:
         if value not in known:

@@ -170,13 +170,16 @@ def test_in_vdeps_joint_mode_a_sample_adds_to_both_terms_the_same_number_as_in_e
     assert terms["ce"] > 0
 
 
-def test_vdeps_flags_reach_its_loss():
+@pytest.mark.parametrize("flags, options", [
+    ({"vdep_reduce": "sum"}, {"reduce": "sum"}), ({"vdep_shift": "0"}, {"shift": 0}),
+    ({"vdep_distance": "inverse"}, {"distance": "inverse"})])
+def test_vdeps_flags_reach_its_loss(flags, options):
     batch, model = example(), tiny()
     out = model(batch)
     h = out.hidden_states[3][batch.image_mask[3]][None]                                    # (1,N,D)
-    term = Objective(model, cfg("vdep", vdep_reduce="sum", vdep_shift="0", vdep_distance="sigmoid"))(batch)[1]
-    wanted = vdep.reconstruction_loss(h, out.image_embeds[3:], "sigmoid", "sum", 0)[0]
-    torch.testing.assert_close(term.total, wanted)
+    wanted, _ = vdep.reconstruction_loss(h, out.image_embeds[3:], **options)
+    assert abs(wanted - vdep.reconstruction_loss(h, out.image_embeds[3:])[0]) > 1e-3, "the flag makes no difference"
+    torch.testing.assert_close(Objective(model, cfg("vdep", **flags))(batch)[1].total, wanted)
 
 
 @pytest.mark.parametrize("k, options", [

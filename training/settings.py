@@ -61,7 +61,7 @@ class TrainConfig:
         None, "how conversations are written in stage 2; unset: as the language model's family does")
     after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this version of transformers has them")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none on a CPU")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
 
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in stage "
                                       "1, 128 in stage 2", "optimisation")
