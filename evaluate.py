@@ -40,6 +40,7 @@ from evaluation.questions import Questions, Reading, Sample, check_images_exist,
 from evaluation.scores import compare, score, summary
 from evaluation.submit import check_packages, write_submission
 from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.configs import load_processor
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
 from model import Llava
@@ -61,7 +62,7 @@ class Assistant:
         folder = checkpoint_folder(ckpt)
         c = read_json(folder / "config.json")
         return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
-                   ImageProcessor.from_folder(folder), template or c["template"], c["after_special"], c["pad"])
+                   load_processor(folder), template or c["template"], c["after_special"], c["pad"])
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;

@@ -43,9 +43,9 @@ from tqdm import tqdm
 from common.files import read_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device
-from data import TEMPLATES, Batch, Format, ImageProcessor, Samples
+from data import TEMPLATES, Batch, Format, Samples
 from hub.checkpoint import checkpoint_folder, is_released, load_model
-from hub.configs import vision_config
+from hub.configs import load_processor, vision_config
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
 from methods.ce import next_token_loss
@@ -388,7 +388,7 @@ def batches_of(folder: Path, samples: list[dict], images: Path, template: str, b
                vision: Path | None = None) -> Batches:
     """Samples as a checkpoint reads them. vision: the folder of its vision encoder, where it has none inside."""
     c, vision = read_json(folder / "config.json"), vision or folder
-    processor = ImageProcessor.from_folder(vision)
+    processor = load_processor(vision)
     text = Format(template, vision_config(vision).image_tokens, c.get("max_length", 2048), True,
                   c.get("after_special", "4.31"))
     return Batches(Samples(samples, images, load_tokenizer(folder), processor, text), batch_size)

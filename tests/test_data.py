@@ -22,6 +22,7 @@ from data import (
     pieces,
 )
 from hub.check import image_problem
+from hub.configs import load_processor
 from hub.samples import read_samples
 
 IMG = -200                                             # how LLaVA's own ids mark the image
@@ -196,7 +197,7 @@ def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
     c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
          "image_processor_type": "SiglipImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
-    processor = ImageProcessor.from_folder(tmp_path)
+    processor = load_processor(tmp_path)
     image = Image.effect_noise((70, 50), 80).convert("RGB")
     wanted = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)) / 127.5 - 1
     np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted, atol=2e-6)
@@ -208,7 +209,7 @@ def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
 def test_old_and_new_forms_of_a_preprocessor_config_are_read(form, tmp_path):
     c = {**form, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
-    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(336, 224, False, (0.1, 0.2, 0.3), (1, 2, 3))
+    assert load_processor(tmp_path) == ImageProcessor(336, 224, False, (0.1, 0.2, 0.3), (1, 2, 3))
 
 
 def test_preprocessing_is_bicubic_on_bytes_then_normalised(tmp_path):
