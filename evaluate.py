@@ -270,7 +270,7 @@ class Config:
         None, "rule for your questions (unset: exact)", "scoring")
     score_only: str | None = option(None, "score this file of {question_id, text} lines; no model is loaded")
     compare: list[str] | None = option(None, "print the results in these folders side by side")
-    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "of stage 1, moved")
+    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "stage-1 checkpoint")
     llm: str | None = option(None, "folder of the language model (unset: as in training)")
 
 
