@@ -106,7 +106,7 @@ def test_an_image_that_is_broken_inside_is_named_when_it_is_decoded(data):
     assert done.returncode == 0 and "1.png" in (folder / "2" / "bad_images.txt").read_text()
 
 
-def test_one_look_before_a_run_counts_what_it_could_not_use(data):
+def test_check_counts_the_samples_that_a_run_cannot_use(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
     done = call("hub", "check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
@@ -130,20 +130,21 @@ def test_one_look_before_a_run_counts_what_it_could_not_use(data):
     assert [int(line.split()[1]) for line in listed] == [3, 4, 5, 6, 8, 9, 10, 11]
     assert listed[4] == "sample 8 lacks conversations, a list of {from, value} turns"
     (folder / "no.png").write_bytes((folder / "0.png").read_bytes())
-    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are looked at again each time
+    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are checked anew each time
 
 
-def test_a_look_at_what_is_not_there_is_one_line(data):
+def test_a_wrong_command_line_of_check_is_one_line(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
-    for arguments, says in [([], "say with --check FILE"), (["--check", folder / "x.json"], "x.json cannot be read"),
-                            (["--check", folder / "data.json"], "names images: say with --images"),
-                            (["--check", folder / "data.json", "--images", folder / "x"], "x is not a folder"),
-                            (["--check", folder / "data.json", "--images", folder, "--out", folder / "x" / "y"],
-                             "cannot be written: No such file"),
-                            (["--check", folder / "data.json", "--images", folder, "--llm", ROOT / "toy" / "llm",
-                              "--template", "gemma"], "which template gemma needs")]:
-        refuses(call("data.py", *arguments), says)
+    good = [folder / "data.json", "--images", folder]
+    for arguments, says in [([], "say python -m hub check FILE"), ([folder / "x.json"], "x.json cannot be read"),
+                            (["--images", folder, folder / "data.json"], "unrecognized arguments"),
+                            (good[:1], "names images: say with --images"),
+                            ([*good[:2], folder / "x"], "x is not a folder"),
+                            ([*good, "--out", folder / "x" / "y"], "cannot be written: No such file"),
+                            ([*good, "--llm", ROOT / "toy" / "llm", "--template", "gemma"],
+                             "which template gemma needs")]:
+        refuses(call("hub", "check", *arguments), says)
 
 
 def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
@@ -214,3 +215,12 @@ def test_a_file_that_is_no_program_says_where_to_go(script):
 
 def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
     refuses(shell("train.py", "--loss", "vosta"), "'vosta'")
+
+
+@pytest.mark.parametrize("command, flag", [("inspect DIR", "--help"), ("check FILE", "--max-length"),
+                                           ("export CKPT OUT", "--vision")])
+def test_every_command_of_hub_explains_itself(command, flag):
+    done = call("hub", command.split()[0], "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert f"python -m hub {command} [flags]" in done.stdout and flag in done.stdout
+    assert f"python -m hub {command.split()[0]}" in call("hub", "--help").stdout
