@@ -241,7 +241,7 @@ def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_pat
                {"id": "y", "conversations": [human("Why?"), gpt("A cat.")]}]
     data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
     batch = collate([data[0], data[1], data[-1]], 16)
-    lengths = [len(data[i][0]) for i in (0, 1, -1)]
+    lengths = [len(data[i].input_ids) for i in (0, 1, -1)]
     assert batch.attention_mask.sum(1).tolist() == lengths and batch.input_ids.shape == (3, max(lengths))
     assert (batch.labels[~batch.attention_mask] == -100).all()
     assert batch.has_image.tolist() == [True, False, False] and batch.image_mask.sum(1).tolist() == [4, 0, 0]
