@@ -49,6 +49,7 @@ from data import (
     loader,
     read_jsonl,
 )
+from hub.pairs import PairBatches, pair_batches, read_pairs
 from index import read_samples
 from losses import LOSSES, Objective, Term, counts
 from model import Llava, Projector, VisionConfig
@@ -372,7 +373,10 @@ def held_out(cfg: Config, data: Samples, out: Path) -> list[Batch]:
     if not cfg.mir_every:
         return []
     images = out / "data" / "images" if cfg.data is None and cfg.images is None else cfg.images
-    return mir.held_out(data, Path(cfg.mir_data or out / "data" / "val.jsonl"), images)
+    template, image_tokens, max_length, after_special = data.text
+    pairs = read_pairs(Path(cfg.mir_data or out / "data" / "val.jsonl"), images, 100)
+    return list(PairBatches(pairs, images, data.tokenizer, data.processor, "v1" if template == "plain" else template,
+                            image_tokens, max_length, after_special))
 
 
 def begin(cfg: Config, out: Path, bad: list[str], ranks: Ranks) -> None:
@@ -593,7 +597,7 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
     for stage in stages:
         folder = weights.checkpoints(out, stage)[-1]
         model = weights.load(folder, dtype=kind, device=where)
-        m = mir.measure(model, mir.pairs(folder, data / "val.jsonl", images, 100))
+        m = mir.measure(model, pair_batches(folder, read_pairs(data / "val.jsonl", images, 100), images))
         losses = [line["ce"] for line in steps if line["stage"] == stage and "ce" in line]
         last = losses[-max(1, len(losses) // 10):]        # of samples that were not seen before, in one epoch
         results["stages"][stage] = {**m, "ce": sum(last) / len(last)}

@@ -11,11 +11,11 @@ from adapters import frechet_distance, modality_integration_rate
 from conftest import ROOT, call, launch, losses_of
 from test_errors import refuses
 
-import mir
+from common.streams import Median
 from data import Batch
-from mir import Median, measure, newton_schulz, outlier_bounds, replace_outliers, visit
+from hub.pairs import mix_pairs, pair_batches, read_pairs
+from mir import measure, newton_schulz, outlier_bounds, replace_outliers, visit
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from pairing import Batches, mix_pairs
 from train import Log
 
 STORED = json.loads((ROOT / "tests/fixtures/mir/distances.json").read_text())["cases"]
@@ -471,8 +471,9 @@ def test_a_released_layout_is_measured_as_our_own(checkpoint, small_world, tmp_p
 
 def test_a_batch_is_prepared_when_it_is_asked_for(checkpoint, small_world):
     folder = next(checkpoint.glob("finetune-*"))
-    batches = mir.pairs(folder, small_world / "val.jsonl", small_world / "images", 30, batch_size=8)
-    assert isinstance(batches, Batches) and [len(b.input_ids) for b in batches] == [8, 8, 8, 6]
+    images = small_world / "images"
+    batches = pair_batches(folder, read_pairs(small_world / "val.jsonl", images, 30), images, batch_size=8)
+    assert len(batches) == 4 and [len(b.input_ids) for b in batches] == [8, 8, 8, 6]
 
 
 @pytest.mark.parametrize("arguments, says", [
