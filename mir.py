@@ -49,6 +49,7 @@ from model import Llava, Output
 
 Mode = Literal["exact", "newton-schulz", "released"]
 Outliers = Literal["median", "drop"]
+EPS = torch.finfo(torch.float64).eps
 
 
 # ------------------------------------------------------------------------------------------------ the distance
@@ -67,26 +68,49 @@ def moments(tokens: Tensor) -> Moments:
     return Moments(mean, gram(tokens, mean) / (len(tokens) - 1))                # eq. (4)
 
 
-def factor(covariance: Tensor) -> Tensor:
-    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's, and where that is not safe, from the eigenvectors."""
-    L, failed = torch.linalg.cholesky_ex(covariance)
-    if not failed and L.diagonal().min() > 1e-5 * L.diagonal().max():
-        return L
-    values, vectors = torch.linalg.eigh(covariance)                             # (D,) ascending, (D,D)
-    kept = values > 4 * len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+def factor(covariance: Tensor, panel: int = 64) -> Tensor:
+    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor with pivoting. Each step takes the dimension with the
+    most variance left, so columns fall in size, and it ends where what is left of every dimension is rounding."""
+    D, r = len(covariance), 0
+    L, rows, a = torch.zeros_like(covariance), torch.arange(D, device=covariance.device), covariance
+    rounding = 16 * D ** 0.5 * EPS * covariance.diagonal()                      # (D,)
+    while len(rows):
+        columns = a.new_zeros(panel, len(rows)).T                               # the next columns of L
+        left = a.diagonal().clone()                                             # variance that they leave
+        for j in range(panel):
+            left[left <= rounding[rows]] = 0
+            p = int(left.argmax())
+            if left[p] == 0:
+                columns = columns[:, :j]
+                break
+            column = (a[p] - columns[:, :j] @ columns[p, :j]) / left[p].sqrt()
+            columns[:, j] = torch.where(left > 0, column, 0)
+            left -= columns[:, j].square()
+            left[p] = 0
+        L[rows, r:r + columns.shape[1]] = columns
+        r += columns.shape[1]
+        # Go on with the dimensions that have variance left, and with what is left of it.
+        keep = left > rounding[rows]
+        rows, columns = rows[keep], columns[keep]
+        a = torch.addmm(a[keep][:, keep], columns, columns.T, alpha=-1)
+    return L[:, :r]
 
 
 def root_trace(v: Tensor, t: Tensor) -> Tensor:
-    """Tr (Σ_v Σ_t)^{1/2}, exactly: the sum of the singular values of C = L_vᵀ L_t."""
+    """Tr (Σ_v Σ_t)^{1/2}: the sum of the singular values of C = L_vᵀ L_t, as roots of the eigenvalues of CᵀC."""
     product = factor(v).T @ factor(t)                                           # (r,s)
     if product.numel() == 0:
         return v.new_zeros(())                                                  # tokens that are all the same
     product = product if product.shape[0] >= product.shape[1] else product.T
-    squares = torch.linalg.eigvalsh(gram(product))                              # (min(r,s),) ascending
-    if squares[0] > 1e-10 * squares[-1]:
-        return squares.sqrt().sum()
-    return torch.linalg.svdvals(product).sum()                                  # squaring would lose the small ones
+    squares = gram(product)
+    values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (min(r,s),) ascending
+    # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The root of a wrong
+    # value is wrong by δ / (2√value), at most by √δ.
+    delta = 8 * EPS * squares.norm(dim=1).sort().values
+    error = (delta / (values.sqrt() + delta.sqrt())).sum()
+    if error <= 1e-9 * values.sqrt().sum():
+        return values.sqrt().sum()
+    return torch.linalg.svdvals(product).sum()                                  # slower; squares no small value away
 
 
 def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:
@@ -109,8 +133,26 @@ def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:
     return root * scale.sqrt(), residual
 
 
+def five_rounds(a: Tensor) -> Tensor:
+    """Y after the rounds that the released code's fast mode, its default, makes of A = Σ_v Σ_t (D,D) in float32:
+    five times, from Y = A and Z = I,
+        Y ← (Y + Z⁻¹A) / 2,   Z ← (Z + Y⁻¹A) / 2.
+    This takes no root: without rounding Y ← (A + A) / 2 = A and Z ← (I + A⁻¹A) / 2 = I. So the distance of a set to
+    itself is not 0, and distances below 0 are possible. With rounding it holds only while A is well conditioned: tr Y /
+    tr A is 1.000 at a condition of 1e4, about .3 at 1e6 and .06 at 1e10, where it differs between machines too. It is
+    good for comparing with numbers that were published with it, and for nothing else."""
+    y, z = a, torch.eye(len(a), dtype=a.dtype, device=a.device)
+    try:
+        for _ in range(5):
+            y = (y + torch.linalg.inv(z) @ a) / 2
+            z = (z + torch.linalg.inv(y) @ a) / 2
+    except torch.linalg.LinAlgError:
+        raise ValueError("the released arithmetic has to invert a matrix that is singular: use mode exact") from None
+    return y
+
+
 def distance(v: Moments, t: Moments, mode: Mode = "exact") -> tuple[float, float]:
-    """(Fréchet distance, residual of the square root). The residual is 0 but for newton-schulz."""
+    """(Fréchet distance, residual of the square root). The residual is 0 except for newton-schulz."""
     residual = 0.0
     if mode == "exact":
         root = root_trace(v.covariance, t.covariance)
@@ -118,16 +160,14 @@ def distance(v: Moments, t: Moments, mode: Mode = "exact") -> tuple[float, float
         y, residual = newton_schulz(v.covariance @ t.covariance)
         root = y.trace()
     elif mode == "released":
-        # For A = Σ_v Σ_t the released code's fast mode, its default, repeats five times, from Y = A and Z = I,
-        #     Y ← (Y + Z⁻¹A) / 2,  Z ← (Z + Y⁻¹A) / 2.
-        # That is where it ends, too: Y ← (A + A) / 2 = A and Z ← (I + A⁻¹A) / 2 = I. So A stands where its root should,
-        # the distance of a set to itself is not 0, and below 0 is possible. (Its matrices are float32, and A⁻¹ is noise
-        # where tokens are fewer than dimensions; this is the arithmetic without rounding.)
-        root = (v.covariance * t.covariance).sum()                              # Tr Σ_v Σ_t
+        v, t = (Moments(m.mean.float(), m.covariance.float()) for m in (v, t))
+        root = five_rounds(v.covariance @ t.covariance).trace()
     else:
         raise ValueError(f"mode {mode!r} is not known: exact, newton-schulz, released are")
     between = (v.mean - t.mean).pow(2).sum() + v.covariance.trace() + t.covariance.trace() - 2 * root      # eq. (3)
-    return between.item() if mode == "released" else max(between.item(), 0.0), residual
+    if mode != "released":
+        between = between.clamp(min=0)                                          # below 0 by rounding
+    return between.item(), residual
 
 
 def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
@@ -149,9 +189,9 @@ def replace_outliers(tokens: Tensor, outliers: Outliers) -> Tensor:
 
 def log_sum(distances: list[float]) -> float:
     total = math.fsum(distances)
-    if total < 0:
-        raise ValueError(f"the layers' distances add up to {total:.3g}, which has no logarithm: that is the released "
-                         "arithmetic; mode exact cannot fall below 0")
+    if not total >= 0:
+        raise ValueError(f"the layers' distances add up to {total:.3g}, which has no logarithm: only the released "
+                         "arithmetic can do that; use mode exact")
     return math.log10(total) if total else -math.inf
 
 

@@ -32,12 +32,12 @@ def gather(t: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ of tokens in memory
 def gram(x: Tensor, centre: Tensor | float = 0.0) -> Tensor:
-    """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64. It is symmetric: a quarter of its rows at a time, from the
-    diagonal on; and 512 tokens at a time, which in float64 fit the cache where all of them may not fit the memory."""
+    """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64."""
     D = x.shape[1]
-    out, step = x.new_zeros(D, D, dtype=torch.float64), -(-D // 4)
-    for part in x.split(512):
+    out, step = x.new_zeros(D, D, dtype=torch.float64), -(-D // 8)
+    for part in x.split(512):                               # in float64, 512 tokens fit the cache
         part = part.double() - centre
+        # The sum is symmetric: an eighth of its rows at a time, from the diagonal on, is 9/16 of the work.
         for i in range(0, D, step):
             out[i:i + step, i:].addmm_(part[:, i:i + step].T, part[:, i:])
     return out.triu() + out.triu(1).T
