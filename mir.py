@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
-from common.streams import Stream, add_up, check_tokens, gram, outlier_bounds
+from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds
 from config import UserError, option, parse, run
 from data import TEMPLATES, Batch
 from hub.pairs import choose_pairs, pair_batches
@@ -64,11 +64,11 @@ class Moments(NamedTuple):
 
 def moments(tokens: Tensor) -> Moments:
     """Of tokens (n,D), in float64."""
-    mean = tokens.mean(0, dtype=torch.float64)                                  # (D,)
-    return Moments(mean, gram(tokens, mean) / (len(tokens) - 1))                # eq. (4)
+    centre = mean(tokens)                                                       # (D,)
+    return Moments(centre, gram(tokens, centre) / (len(tokens) - 1))            # eq. (4)
 
 
-def factor(covariance: Tensor, panel: int = 64) -> Tensor:
+def factor(covariance: Tensor, panel: int = 128) -> Tensor:
     """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor with pivoting. Each step takes the dimension with the
     most variance left, so columns fall in size, and it ends where what is left of every dimension is rounding."""
     D, r = len(covariance), 0
