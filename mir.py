@@ -16,13 +16,15 @@ Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality 
 
 Where the paper is silent
 * The last layer is taken after the final norm, the others as they leave the layer (what transformers calls
-  hidden_states[1..L]). Layer 0, the projector's output, is not summed. Images are padded to a square.
+  hidden_states[1..L]). Layer 0, the projector's output, is not summed. Images are padded to a square; published values
+  were of stage-1 models with the centre cropped (--as-released).
 * ω: tokens with |norm − median| > 3 std. The released code puts the per-dimension median in their place (default);
   the paper's words are that they are dropped (outliers="drop").
 * The square root: (Σ_v Σ_t)^{1/2} is never formed. Its trace is the sum of the singular values of C, the roots of the
-  eigenvalues of the symmetric CᵀC, in float64. Where Σ is singular (fewer tokens than dimensions), L has only as many
-  columns as Σ has eigenvalues above rounding: the root of each of the others would add 1e-8. Where the eigenvalues of
-  CᵀC span more than 1e10, squaring has cost the small ones, and the singular values are computed as such.
+  eigenvalues of the symmetric CᵀC, in float64 (common/roots.py). L has only as many columns as Σ has variance above
+  rounding, or each of the others would add 1e-8; its columns fall in size, which keeps the digits of small eigenvalues.
+* Covariances: products in float64. In float32, half the time, where Σ is well conditioned and the distance no small
+  difference of traces; that costs the distance up to 2e-7 of itself.
 * The released script keeps every token of every layer (37 GB for LLaVA-7B and 100 pairs). Here the moments are sums
   about a mean that a pass before has found, the medians are found a byte a pass (`Stream`), and both add up over ranks:
   16 D² bytes a layer (8.6 GB), however many pairs.
@@ -40,6 +42,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import weights
+from common.roots import cholesky, five_rounds, newton_schulz, root_trace
 from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds
 from config import UserError, option, parse, run
 from data import TEMPLATES, Batch
@@ -49,7 +52,6 @@ from model import Llava, Output
 
 Mode = Literal["exact", "newton-schulz", "released"]
 Outliers = Literal["median", "drop"]
-EPS = torch.finfo(torch.float64).eps
 
 
 # ------------------------------------------------------------------------------------------------ the distance
@@ -68,111 +70,16 @@ def moments(tokens: Tensor, products: torch.dtype = torch.float64) -> Moments:
     return Moments(centre, gram(tokens, centre, products) / (len(tokens) - 1))  # eq. (4)
 
 
-def cholesky(covariance: Tensor) -> Tensor | None:
-    """L (D,D) with L Lᵀ = Σ, if Σ is well conditioned: each dimension keeps 1e-4 of its variance given those before."""
-    L, failed = torch.linalg.cholesky_ex(covariance)
-    if failed or (L.diagonal().square() <= 1e-4 * covariance.diagonal()).any():
-        return None
-    return L
-
-
-def factor(covariance: Tensor, panel: int = 128) -> Tensor:
-    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor, with pivoting unless Σ is well conditioned. Each step
-    takes the dimension with the most variance left, so columns fall in size, and it ends where only rounding is left."""
-    L = cholesky(covariance)
-    if L is not None:
-        return L
-    D, r = len(covariance), 0
-    L, rows, a = torch.zeros_like(covariance), torch.arange(D, device=covariance.device), covariance
-    rounding = 16 * D ** 0.5 * EPS * covariance.diagonal()                      # (D,)
-    while len(rows):
-        columns = a.new_zeros(panel, len(rows)).T                               # the next columns of L
-        left = a.diagonal().clone()                                             # variance that they leave
-        for j in range(panel):
-            left[left <= rounding[rows]] = 0
-            p = int(left.argmax())
-            if left[p] == 0:
-                columns = columns[:, :j]
-                break
-            column = (a[p] - columns[:, :j] @ columns[p, :j]) / left[p].sqrt()
-            columns[:, j] = torch.where(left > 0, column, 0)
-            left -= columns[:, j].square()
-            left[p] = 0
-        L[rows, r:r + columns.shape[1]] = columns
-        r += columns.shape[1]
-        # Go on with the dimensions that have variance left, and with what is left of it.
-        keep = left > rounding[rows]
-        rows, columns = rows[keep], columns[keep]
-        a = torch.addmm(a[keep][:, keep], columns, columns.T, alpha=-1)
-    return L[:, :r]
-
-
-def root_trace(v: Tensor, t: Tensor) -> Tensor:
-    """Tr (Σ_v Σ_t)^{1/2}: the sum of the singular values of C = L_vᵀ L_t, as roots of the eigenvalues of CᵀC."""
-    product = factor(v).T @ factor(t)                                           # (r,s)
-    if product.numel() == 0:
-        return v.new_zeros(())                                                  # tokens that are all the same
-    product = product if product.shape[0] >= product.shape[1] else product.T
-    squares = gram(product)
-    values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (min(r,s),) ascending
-    # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The root of a wrong
-    # value is wrong by δ / (2√value), at most by √δ.
-    delta = 8 * EPS * squares.norm(dim=1).sort().values
-    error = (delta / (values.sqrt() + delta.sqrt())).sum()
-    if error <= 1e-9 * values.sqrt().sum():
-        return values.sqrt().sum()
-    return torch.linalg.svdvals(product).sum()                                  # slower; squares no small value away
-
-
-def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:
-    """(Y, residual): Y ≈ A^{1/2} of a (D,D) with real eigenvalues ≥ 0, by matrix products alone; the residual is
-    ‖Y² − A‖ / ‖A‖ (Frobenius). Divided by its norm, A has eigenvalues in [0,1], where each step makes the residual
-    smaller, until it is rounding: there the iteration ends. Roots below about 1e-8 of the largest are lost in it."""
-    scale = a.norm()
-    if scale == 0:
-        return a, 0.0
-    eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
-    a = a / scale
-    y, z, root, residual = a, eye, a, math.inf
-    for _ in range(steps):
-        left = (y @ y - a).norm().item()
-        if not left < residual:
-            break
-        root, residual = y, left
-        t = (3 * eye - z @ y) / 2
-        y, z = y @ t, t @ z                                                     # → A^{1/2}, A^{-1/2}
-    return root * scale.sqrt(), residual
-
-
-def five_rounds(a: Tensor) -> Tensor:
-    """Y after the rounds that the released code's fast mode, its default, makes of A = Σ_v Σ_t (D,D) in float32:
-    five times, from Y = A and Z = I,
-        Y ← (Y + Z⁻¹A) / 2,   Z ← (Z + Y⁻¹A) / 2.
-    This takes no root: without rounding Y ← (A + A) / 2 = A and Z ← (I + A⁻¹A) / 2 = I. So the distance of a set to
-    itself is not 0, and distances below 0 are possible. With rounding it holds only while A is well conditioned: tr Y /
-    tr A is 1.000 at a condition of 1e4, about .3 at 1e6 and .06 at 1e10, where it differs between machines too. It is
-    good for comparing with numbers that were published with it, and for nothing else."""
-    y, z = a, torch.eye(len(a), dtype=a.dtype, device=a.device)
-    try:
-        for _ in range(5):
-            y = (y + torch.linalg.inv(z) @ a) / 2
-            z = (z + torch.linalg.inv(y) @ a) / 2
-    except torch.linalg.LinAlgError:
-        raise ValueError("the released arithmetic has to invert a matrix that is singular: use mode exact") from None
-    return y
-
-
 def distance(v: Moments, t: Moments, mode: Mode = "exact") -> tuple[float, float]:
     """(Fréchet distance, residual of the square root). The residual is 0 except for newton-schulz."""
-    residual = 0.0
     if mode == "exact":
-        root = root_trace(v.covariance, t.covariance)
+        root, residual = root_trace(v.covariance, t.covariance), 0.0
     elif mode == "newton-schulz":
         y, residual = newton_schulz(v.covariance @ t.covariance)
         root = y.trace()
     elif mode == "released":
         v, t = (Moments(m.mean.float(), m.covariance.float()) for m in (v, t))
-        root = five_rounds(v.covariance @ t.covariance).trace()
+        root, residual = five_rounds(v.covariance @ t.covariance).trace(), 0.0
     else:
         raise ValueError(f"mode {mode!r} is not known: exact, newton-schulz, released are")
     between = (v.mean - t.mean).pow(2).sum() + v.covariance.trace() + t.covariance.trace() - 2 * root      # eq. (3)
@@ -309,9 +216,8 @@ def layer_distances(streams: list[list[Stream]], mode: Mode, normalise: bool) ->
     rank, ranks = place()
     found = torch.zeros(len(streams), 2, dtype=torch.float64, device=streams[0][0].sum.device)
     for k in range(rank, len(streams), ranks):
-        vision, text = streams[k]
-        alpha = 1 / text.norms.mean().item() if normalise else 1.0              # eq. (2)
-        v, t = (Moments(*s.mean_and_covariance()).scaled(alpha) for s in (vision, text))
+        alpha = 1 / streams[k][1].norms.mean().item() if normalise else 1.0     # eq. (2)
+        v, t = (Moments(*s.mean_and_covariance()).scaled(alpha) for s in streams[k])
         found[k] = found.new_tensor(distance(v, t, mode))
     distances, residuals = add_up(found).T.tolist()
     return distances, max(residuals)
@@ -324,14 +230,14 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
 
     Raises ValueError naming the layer whose tokens are too few or not finite."""
     c, device = model.language_model.config, next(model.parameters()).device
-    drop = outliers == "drop"
-    streams = [[Stream(c.hidden_size, device, drop) for _ in range(2)] for _ in range(c.num_hidden_layers)]
+    streams = []
+    for _ in range(c.num_hidden_layers):
+        streams.append([Stream(c.hidden_size, device, outliers == "drop") for _ in ("vision", "text")])
     beside = Beside(c.hidden_size, device)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        # Two passes for the moments, more while a median is not complete.
-        step = 0
+        step = 0            # two passes for the moments, more while a median is not complete
         while step < 2 or any(s.median is not None for layer in streams for s in layer):
             one_pass(model, batches, streams, step, beside if step == 0 else None)
             for k, layer in enumerate(streams, 1):
@@ -342,9 +248,8 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
         for module, training in modes.items():
             module.training = training
     distances, residual = layer_distances(streams, mode, normalise)
-    h = torch.cat([s.norms for s in streams[-1]])
-    return {"mir": log_sum(distances), "layers": distances, "residual": residual, "h_norm": h.mean().item(),
-            **beside.results()}
+    h_norm = torch.cat([s.norms for s in streams[-1]]).mean().item()
+    return {"mir": log_sum(distances), "layers": distances, "residual": residual, "h_norm": h_norm, **beside.results()}
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -9,7 +9,7 @@ A set is float32 tokens (n,D), a random rotation of independent dimensions whose
     mild         1/√i                   1e-2, 1e-5   from 1 down to it, evenly in the logarithm
     rank         1 for half of the dimensions, 0 for the others
 Each side goes from tokens to distance: `exact` is mir.py's, `scipy` sqrtm on covariances in float64, `released` five
-rounds of two inversions in float32 (mir.py `five_rounds`, hence its error), `newton-schulz` mir.py's iteration. Times
+rounds of two inversions in float32 (`five_rounds`, hence its error), `newton-schulz` a real iteration for it. Times
 are CPU seconds of this process on one thread, the least of --runs; sides take turns. Errors are relative, against
 singular values from QR factors of the tokens in float64. scipy is optional. Memory is the peak of a process of its own
 beyond model and inputs.
@@ -28,6 +28,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mir  # noqa: E402
 import weights  # noqa: E402
+from common.roots import five_rounds  # noqa: E402
 from data import Batch  # noqa: E402
 from hub.pairs import choose_pairs, pair_batches  # noqa: E402
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT  # noqa: E402
@@ -83,7 +84,7 @@ def with_root(x, y, dtype, root) -> float:
 
 SIDES = {
     "exact": lambda x, y: mir.frechet_distance(x, y),
-    "released": lambda x, y: with_root(x, y, torch.float32, lambda a: mir.five_rounds(a).trace()),
+    "released": lambda x, y: with_root(x, y, torch.float32, lambda a: five_rounds(a).trace()),
     "newton-schulz": lambda x, y: mir.frechet_distance(x, y, "newton-schulz"),
     "scipy": lambda x, y: with_root(x, y, torch.float64, lambda a: sqrtm(a.numpy()).real.trace()),
 }

@@ -13,18 +13,15 @@ from test_errors import refuses
 
 import mir
 import weights
+from common.roots import factor, five_rounds, newton_schulz, root_trace
 from common.streams import Median, Stream
 from data import Batch
 from hub.pairs import mix_pairs, pair_batches, read_pairs, sample
 from mir import (
-    factor,
-    five_rounds,
     layer_distances,
     measure,
-    newton_schulz,
     outlier_bounds,
     replace_outliers,
-    root_trace,
     visit,
 )
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
