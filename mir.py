@@ -105,7 +105,7 @@ def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
     if mode == "exact" and well_conditioned(x) and well_conditioned(y):
         v, t = moments(x, torch.float32), moments(y, torch.float32)
         found = distance(v, t)[0]
-        # Float32 costs up to 2e-8 of the traces: too much where the distance is a small difference of them.
+        # Float32 costs up to 2e-8 of the traces: too much if the distance is a small part of them.
         if found > 0.1 * (v.covariance.trace() + t.covariance.trace()):
             return found
     return distance(moments(x), moments(y), mode)[0]
@@ -308,8 +308,8 @@ def main() -> None:
     folder = Path(cfg.ckpt) if released else weights.checkpoint_folder(cfg.ckpt)
     device, dtype = weights.choose_device(cfg.device, cfg.dtype)
     samples, images = choose_pairs(folder, cfg.data, cfg.images, cfg.texts, cfg.n, cfg.seed)
-    vision = Path(cfg.vision) if released and cfg.vision else None
-    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, vision, cfg.as_released)
+    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size,
+                           Path(cfg.vision) if released and cfg.vision else None, cfg.as_released)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

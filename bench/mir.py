@@ -1,18 +1,19 @@
-"""Time and error of the exact Fréchet distance beside scipy's square root and the released code's fast mode, and the
-peak memory of measuring a model in passes beside keeping every token.
+"""Time and error of the exact Fréchet distance beside scipy's square root and the released code's
+fast mode, and the peak memory of measuring a model in passes beside keeping every token.
 
     python bench/mir.py                            D = 1024 and 2048, 20,000 tokens a set, four spectra; memory
-    python bench/mir.py --sizes 512 --tokens 8000  smaller (scipy takes about a minute a spectrum at D = 2048)
+    python bench/mir.py --sizes 512 --tokens 8000  smaller; the default takes about ten minutes
     python bench/mir.py --ckpt out/toy             also every layer of a checkpoint, on its own tokens
 
 A set is float32 tokens (n,D), a random rotation of independent dimensions whose scales are
     mild         1/√i                   1e-2, 1e-5   from 1 down to it, evenly in the logarithm
     rank         1 for half of the dimensions, 0 for the others
-Each side goes from tokens to distance: `exact` is mir.py's, `scipy` sqrtm on covariances in float64, `released` five
-rounds of two inversions in float32 (`five_rounds`, hence its error), `newton-schulz` a real iteration for it. Times
-are CPU seconds of this process on one thread, the least of --runs; sides take turns. Errors are relative, against
-singular values from QR factors of the tokens in float64. scipy is optional. Memory is the peak of a process of its own
-beyond model and inputs.
+Each side goes from tokens to distance: `exact` is mir.py's, `scipy` sqrtm on covariances in
+float64, `released` five rounds of two inversions in float32 (`five_rounds`, hence its error),
+`newton-schulz` a real iteration for it. Times are CPU seconds of this process on one thread, the
+least of --runs; sides take turns. Errors are relative, against singular values from QR factors of
+the tokens in float64. scipy is optional. Memory is the peak of a process of its own beyond model
+and inputs.
 """
 import argparse
 import multiprocessing
@@ -115,7 +116,8 @@ def compare(title: str, x, y, runs: int) -> None:
 
 
 def compare_checkpoint(ckpt: str, runs: int) -> None:
-    """Every layer of a checkpoint on the first 100 pairs of the toy's questions, at the text's scale."""
+    """Every layer of a checkpoint on the first 100 pairs of the toy's questions, at the text's
+    scale."""
     folder = weights.checkpoint_folder(ckpt)
     samples, images = choose_pairs(folder, None, None, None, 100, None)
     model = weights.load(folder).eval()

@@ -1,4 +1,5 @@
-"""The trace of the square root of a product of covariances, Tr (Σ_v Σ_t)^{1/2}: exactly, by iteration, as released.
+"""The trace of the square root of a product of covariances, Tr (Σ_v Σ_t)^{1/2}: exactly, by
+iteration, as released.
 
     factor           L with L Lᵀ = Σ, for every spectrum: nearly singular and singular ones too
     root_trace       the sum of the singular values of L_vᵀ L_t, in float64
@@ -16,7 +17,8 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def cholesky(covariance: Tensor) -> Tensor | None:
-    """L (D,D) with L Lᵀ = Σ, if Σ is well conditioned: each dimension keeps 1e-4 of its variance given those before."""
+    """L (D,D) with L Lᵀ = Σ, if Σ is well conditioned: each dimension keeps 1e-4 of its variance
+    given those before."""
     L, failed = torch.linalg.cholesky_ex(covariance)
     if failed or (L.diagonal().square() <= 1e-4 * covariance.diagonal()).any():
         return None
@@ -24,8 +26,9 @@ def cholesky(covariance: Tensor) -> Tensor | None:
 
 
 def factor(covariance: Tensor, panel: int = 128) -> Tensor:
-    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor, with pivoting unless Σ is well conditioned. Each step
-    takes the dimension with the most variance left, so columns fall in size; it ends where only rounding is left."""
+    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor, with pivoting unless Σ is well
+    conditioned. Each step takes the dimension with the most variance left, so columns fall in size;
+    it ends where only rounding is left."""
     L = cholesky(covariance)
     if L is not None:
         return L
@@ -55,7 +58,8 @@ def factor(covariance: Tensor, panel: int = 128) -> Tensor:
 
 
 def root_trace(v: Tensor, t: Tensor) -> Tensor:
-    """Tr (Σ_v Σ_t)^{1/2}: the sum of the singular values of C = L_vᵀ L_t, as roots of the eigenvalues of CᵀC."""
+    """Tr (Σ_v Σ_t)^{1/2}: the sum of the singular values of C = L_vᵀ L_t, as roots of the
+    eigenvalues of CᵀC."""
     product = factor(v).T @ factor(t)                                           # (r,s)
     if product.numel() == 0:
         return v.new_zeros(())                                                  # tokens that are all the same
@@ -72,9 +76,10 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
 
 
 def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:
-    """(Y, residual): Y ≈ A^{1/2} of a (D,D) with real eigenvalues ≥ 0, by matrix products alone; the residual is
-    ‖Y² − A‖ / ‖A‖ (Frobenius). Divided by its norm, A has eigenvalues in [0,1], where each step makes the residual
-    smaller, until it is rounding: there the iteration ends. Roots below about 1e-8 of the largest are lost in it."""
+    """(Y, residual): Y ≈ A^{1/2} of a (D,D) with real eigenvalues ≥ 0, by matrix products alone;
+    the residual is ‖Y² − A‖ / ‖A‖ (Frobenius). Divided by its norm, A has eigenvalues in [0,1],
+    where each step makes the residual smaller, until it is rounding: there the iteration ends.
+    Roots below about 1e-8 of the largest are lost in it."""
     scale = a.norm()
     if scale == 0:
         return a, 0.0
@@ -92,12 +97,13 @@ def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:
 
 
 def five_rounds(a: Tensor) -> Tensor:
-    """Y after the rounds that the released code's fast mode, its default, makes of A = Σ_v Σ_t (D,D) in float32:
-    five times, from Y = A and Z = I,
+    """Y after the rounds that the released code's fast mode, its default, makes of A = Σ_v Σ_t
+    (D,D) in float32: five times, from Y = A and Z = I,
         Y ← (Y + Z⁻¹A) / 2,   Z ← (Z + Y⁻¹A) / 2.
-    This takes no root: without rounding Y ← (A + A) / 2 = A and Z ← (I + A⁻¹A) / 2 = I. So the distance of a set to
-    itself is not 0, and distances below 0 are possible. With rounding it holds only while A is well conditioned: tr Y /
-    tr A is 1.000 at a condition of 1e4, about .3 at 1e6 and .06 at 1e10, where it differs between machines too. It is
+    This takes no root: without rounding Y ← (A + A) / 2 = A and Z ← (I + A⁻¹A) / 2 = I. So the
+    distance of a set to itself is not 0, and distances below 0 are possible. With rounding it
+    stays there only while A is well conditioned: tr Y / tr A was 1.000 at a condition of 1e2, .5 to
+    .7 at 1e4, .2 to .8 at 1e6 and 1/16 at 1e10, where every round but the first halves Y. It is
     good for comparing with numbers that were published with it, and for nothing else."""
     y, z = a, torch.eye(len(a), dtype=a.dtype, device=a.device)
     try:

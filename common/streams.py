@@ -1,4 +1,5 @@
-"""Moments and medians of tokens that nobody keeps: from several passes over the same batches, summed over ranks.
+"""Moments and medians of tokens that nobody keeps: from several passes over the same batches,
+summed over ranks.
 
     mean, gram    of a set of tokens in memory: Σ_i x_i / n and Σ_i (x_i − c)(x_i − c)ᵀ
     Median        the exact median of every dimension, one byte a pass
@@ -32,7 +33,8 @@ def gather(t: Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------------------------ of tokens in memory
 def mean(x: Tensor) -> Tensor:
-    """(D,) of x (n,D), in float64: 512 tokens at a time, ten times as fast as x.mean(0, dtype=torch.float64)."""
+    """(D,) of x (n,D), in float64: 512 tokens at a time, ten times as fast as x.mean(0,
+    dtype=torch.float64)."""
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(512):
         total += part.double().sum(0)
@@ -40,8 +42,9 @@ def mean(x: Tensor) -> Tensor:
 
 
 def gram(x: Tensor, centre: Tensor | float = 0.0, products: torch.dtype = torch.float64) -> Tensor:
-    """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64. products: the dtype that 512 tokens at a time are centred
-    and multiplied in; float32 takes half the time and leaves about 7 digits on the diagonal."""
+    """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64. products: the dtype that 512 tokens at
+    a time are centred and multiplied in; float32 takes half the time and leaves about 7 digits on
+    the diagonal."""
     D = x.shape[1]
     out, step = x.new_zeros(D, D, dtype=torch.float64), -(-D // 8)
     if isinstance(centre, Tensor):
@@ -67,18 +70,20 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 
 
 def outlier_bounds(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """(median, 3 std) of norms (n,). A token is an outlier if its norm is farther than 3 std from the median."""
+    """(median, 3 std) of norms (n,). A token is an outlier if its norm is farther than 3 std from
+    the median."""
     norms = norms.sort().values                             # so that sums do not depend on the order of the tokens
     return norms.median(), 3 * norms.std()
 
 
 # ------------------------------------------------------------------------------------------------ in passes
 class Median:
-    """The exact (lower) median of every dimension, one byte a pass from the highest (radix selection).
+    """The exact (lower) median of every dimension, one byte a pass from the highest (radix
+    selection).
 
-    A pass counts, among the values that agree with the median so far, which have which next byte; the byte that holds
-    the middle value is the median's next one. Bits of floats order as integers once the bits below the sign are flipped
-    in negative ones."""
+    A pass counts, among the values that agree with the median so far, which have which next byte;
+    the byte that holds the middle value is the median's next one. Bits of floats order as integers
+    once the bits below the sign are flipped in negative ones."""
     def __init__(self, dim: int, device):
         self.base = torch.full((dim,), -128, device=device)                     # (D,) the bytes so far, times 256
         self.counts = torch.zeros(256, dim, dtype=torch.int32, device=device)
@@ -93,7 +98,8 @@ class Median:
         self.counts.scatter_add_(0, byte.clamp(0, 255), agree.int())
 
     def close(self, middle: Tensor) -> Tensor:
-        """End a pass. middle (D,): how many values that agree so far lie below the median. Returns it updated."""
+        """End a pass. middle (D,): how many values that agree so far lie below the median. Returns
+        it updated."""
         below = add_up(self.counts).cumsum(0)                                   # (256,D)
         byte = (below <= middle).sum(0)                                         # (D,)
         middle = middle - below.gather(0, (byte - 1).clamp(min=0)[None])[0].where(byte > 0, 0)
@@ -112,11 +118,13 @@ class Median:
 
 
 class Stream:
-    """Mean and covariance of one set of tokens whose outliers are dropped, or replaced by the per-dimension median.
+    """Mean and covariance of one set of tokens whose outliers are dropped, or replaced by the
+    per-dimension median.
 
-    Pass 0 keeps the norm of every token and their mean. Pass 1 adds up the moments of all but the outliers about that
-    mean, so that nothing cancels. The medians take one pass for every byte of the tokens' dtype, those two included:
-    bfloat16 needs 2 passes, float32 needs 4 if there are outliers, else 2."""
+    Pass 0 keeps the norm of every token and their mean. Pass 1 adds up the moments of all but the
+    outliers about that mean, so that nothing cancels. The medians take one pass for every byte of
+    the tokens' dtype, those two included: bfloat16 needs 2 passes, float32 needs 4 if there are
+    outliers, else 2."""
     def __init__(self, dim: int, device, drop: bool = False):
         self.sum = torch.zeros(dim, dtype=torch.float64, device=device)         # Σ f, then Σ (f − centre)
         self.scatter = None                                                     # Σ (f − centre)(f − centre)ᵀ
@@ -139,7 +147,8 @@ class Stream:
             self.median.add(x)
 
     def close(self, name: str, step: int) -> None:
-        """End a pass, on all ranks together. Raises ValueError after pass 0 if the tokens cannot be used."""
+        """End a pass, on all ranks together. Raises ValueError after pass 0 if the tokens cannot be
+        used."""
         if step == 0:
             norms = gather(torch.tensor(self.norms, dtype=torch.float64)).to(self.sum.device)
             check_tokens(name, norms)

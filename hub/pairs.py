@@ -1,10 +1,12 @@
-"""Image-text pairs to measure a model on, as batches: pairs of one file, or images and texts paired at random.
+"""Image-text pairs to measure a model on, as batches: pairs of one file, or images and texts paired
+at random.
 
     read_pairs, mix_pairs, choose_pairs     files → samples as LLaVA writes them
     pair_batches                            samples → batches as a checkpoint reads them (`PairBatches`)
 
-MIR's paper (§2.2) says that any image and any text will do; its numbers are of 100 images of TextVQA and 100 articles
-of CNN/DailyMail. `python mir.py --images … --texts …` shows whether that holds for a model at hand.
+MIR's paper (§2.2) says that any image and any text will do; its numbers are of 100 images of
+TextVQA and 100 articles of CNN/DailyMail. `python mir.py --images … --texts …` shows whether that
+holds for a model at hand.
 """
 import random
 from dataclasses import dataclass
@@ -25,7 +27,8 @@ TEXT_FILES = (".story", ".txt")
 # ------------------------------------------------------------------------------------------------ samples → batches
 @dataclass
 class PairBatches:
-    """A sequence of batches, each prepared when it is asked for: memory does not grow with the number of pairs."""
+    """A sequence of batches, each prepared when it is asked for: memory does not grow with the
+    number of pairs."""
     samples: list[dict]             # as LLaVA writes them, each with an image
     images: Path                    # the folder of their images
     tokenizer: Tokenizer
@@ -60,11 +63,13 @@ class PairBatches:
 
 def pair_batches(folder: Path, samples: list[dict], images: Path, template: str = "v1", batch_size: int = 20,
                  vision: Path | None = None, as_released: bool = False) -> PairBatches:
-    """Samples as the checkpoint in `folder` reads them. vision: the folder of its vision encoder, if it is elsewhere.
+    """Samples as the checkpoint in `folder` reads them. vision: the folder of its vision encoder,
+    if it is elsewhere.
 
-    as_released: as the script that came with MIR's paper prepares them. Images are treated as in training (centre crop
-    after stage 1), text is never cut, and an empty question keeps its newline: "<image>\\n ASSISTANT:". Otherwise
-    images are padded to a square, text is cut at the checkpoint's max_length, and that newline is stripped."""
+    as_released: as the script that came with MIR's paper prepares them. Images are treated as in
+    training (centre crop after stage 1), text is never cut, and an empty question keeps its
+    newline: "<image>\\n ASSISTANT:". Otherwise images are padded to a square, text is cut at the
+    checkpoint's max_length, and that newline is stripped."""
     c, vision = read_json(folder / "config.json"), vision or folder
     batches = PairBatches(samples, images, load_tokenizer(folder), ImageProcessor.from_folder(vision), template,
                           vision_config(vision).image_tokens, c.get("max_length", 2048), c.get("after_special", "4.31"),
@@ -97,7 +102,8 @@ def image_in_front(s: dict) -> dict:
 
 def choose_pairs(folder: Path, data: str | None, images: str | None, texts: str | None, n: int,
                  seed: int | None) -> tuple[list[dict], Path]:
-    """(samples, image folder) of a command line. folder: a checkpoint's, for the toy's data beside it."""
+    """(samples, image folder) of a command line. folder: a checkpoint's, for the toy's data beside
+    it."""
     if texts is None:
         path, root = question_file(folder, data, images, "val.jsonl")
         return read_pairs(path, root, n, seed), root
@@ -110,8 +116,9 @@ def choose_pairs(folder: Path, data: str | None, images: str | None, texts: str 
 
 
 def read_pairs(path: Path, images: Path | None, n: int, seed: int | None = None) -> list[dict]:
-    """Samples with an image and an answer, of a question file or of LLaVA's JSON or JSONL: the first n, or n drawn by
-    `seed`; all of them if there are fewer. Raises UserError if there are fewer than 2."""
+    """Samples with an image and an answer, of a question file or of LLaVA's JSON or JSONL: the
+    first n, or n drawn by `seed`; all of them if there are fewer. Raises UserError if there are
+    fewer than 2."""
     rows = read_rows(path)
     if rows and isinstance(rows[0], dict) and "conversations" in rows[0]:
         samples = [s for s in read_samples(path)[0] if s.get("image") is not None]
@@ -128,10 +135,10 @@ def read_pairs(path: Path, images: Path | None, n: int, seed: int | None = None)
 def mix_pairs(images: Path, texts: Path, n: int, seed: int) -> tuple[list[dict], Path]:
     """(n samples, their image folder): n images and n texts, drawn and paired by the seed alone.
 
-    images: a folder, or JSON or JSONL with an `image` each, relative to the file's folder or to images/ in it.
-    texts: a folder of .story (CNN/DailyMail, cut before the first @highlight) and .txt files; one .txt, a text a line;
-    JSON or JSONL of strings, of {"text"}, or of LLaVA's samples (their first answer).
-    Raises UserError if either has fewer than n."""
+    images: a folder, or JSON or JSONL with an `image` each, relative to the file's folder or to
+    images/ in it. texts: a folder of .story (CNN/DailyMail, cut before the first @highlight) and
+    .txt files; one .txt, a text a line; JSON or JSONL of strings, of {"text"}, or of LLaVA's
+    samples (their first answer). Raises UserError if either has fewer than n."""
     rng = random.Random(seed)
     root, names = find_images(images)
     sources = find_texts(texts)

@@ -1,9 +1,10 @@
-"""The checks of MIR's paper (§2.2, table 6, figures 4, 7 and 8) on runs of the toy: called by runs/mir.sh.
+"""The checks of MIR's paper (§2.2, table 6, figures 4, 7 and 8) on runs of the toy: called by
+runs/mir.sh.
 
     python runs/mir.py out/toy-seed1 out/toy-seed2 …
 
-Prints tables and writes every number to out/mir-study.json. With three runs or more it ends with rank correlations of
-MIR, |V| and the loss after stage 1 with accuracy.
+Prints tables and writes every number to out/mir-study.json. With three runs or more it ends with
+rank correlations of MIR, |V| and the loss after stage 1 with accuracy.
 """
 import json
 import random
@@ -25,7 +26,8 @@ NS, SEEDS = (10, 20, 50, 100, 200), range(10)            # the paper draws ten s
 
 # ------------------------------------------------------------------------------------------------ pairs
 def new_pictures(split: str, n: int, folder: Path) -> list[dict]:
-    """n pairs of new pictures of a split and their captions; the pictures are written to `folder`."""
+    """n pairs of new pictures of a split and their captions; the pictures are written to
+    `folder`."""
     rng, pairs = random.Random(f"mir {split}"), []
     for i in range(n):
         scene = world.draw_from(split, rng)
@@ -43,7 +45,8 @@ def shifted(pairs: list[dict]) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------ measuring
 def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Path) -> dict:
-    """All measurements of the last checkpoint of a stage, by name; "samples" holds MIR by number of pairs."""
+    """All measurements of the last checkpoint of a stage, by name; "samples" holds MIR by number of
+    pairs."""
     data, images = run / "data", run / "data" / "images"
     ckpt = weights.checkpoints(run, stage)[-1]
     model = weights.load(ckpt)
@@ -111,7 +114,8 @@ def ranks(values) -> list[int]:
 
 
 def correlate(table: list[list[float]]) -> None:
-    """Print rank correlations. table: a row a run: MIR, |V|, CE after stage 1, again after stage 2, two accuracies."""
+    """Print rank correlations. table: a row a run: MIR, |V|, CE after stage 1, again after stage 2,
+    two accuracies."""
     columns = list(zip(*table))
     for name, column in zip(("MIR", "|V|", "CE"), columns):
         for kind, wanted in (("test", columns[-2]), ("unseen pairs", columns[-1])):

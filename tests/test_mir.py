@@ -279,6 +279,10 @@ def test_released_is_literal_also_where_it_drifts_from_its_fixed_point():
     product = covariance @ covariance
     assert five_rounds(product).trace().item() == pytest.approx(product.trace().item(), rel=1e-2)
     assert five_rounds(product.float()).trace() < 0.9 * product.trace(), "the drift of float32"
+    x = turned(400, 40, 0, scales)
+    covariance = torch.cov(x.T)
+    fixed = 2 * covariance.trace() - 2 * (covariance @ covariance).trace()
+    assert frechet_distance(x, x.clone(), "released") > fixed + 0.1 * (covariance @ covariance).trace()
     with pytest.raises(ValueError, match="singular: use mode exact"):
         frechet_distance(torch.ones(9, 4), torch.ones(9, 4), "released")
 
