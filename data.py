@@ -65,9 +65,10 @@ class Format:
     """How a sample becomes ids and pixels. A checkpoint stores it, so that questions are written as training was."""
     template: str = "v1"
     image_tokens: int = 576
-    max_length: int = 2048      # positions a sample may have
+    max_length: int | None = 2048   # positions a sample may have; None: any
     pad: bool = True            # images: padded to a square (stage 2), or the centre cropped (stage 1)
     after_special: str = "4.31"
+    image_first: bool = True    # move <image> to the front of its turn, as LLaVA does
 
 
 def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
@@ -294,7 +295,8 @@ class Samples(Dataset):
             except ValueError as e:
                 return self.filler(name, f"{path}: {e}")
         f = self.format
-        ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special)
+        ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special,
+                                   f.image_first)
         both = self.joint and pixels is not None
         return Example(ids, labels, mask, pixels, reconstruct or both, name)
 

@@ -15,12 +15,12 @@ from data import IGNORE, Batch, Format, Samples, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
 from hub.configs import decoder_config, load_processor, vision_config
+from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
-from mir import held_out
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from training.settings import RANDOM, TrainConfig, stores_all
 
