@@ -136,6 +136,11 @@ def turn(speaker, text):
     return {"from": speaker, "value": text}
 
 
+def write_samples(path, samples):
+    """A JSON list, one sample a line. (json.dumps with an indent runs in pure Python: five times as slow.)"""
+    path.write_text("[\n" + ",\n".join(json.dumps(s) for s in samples) + "\n]\n")
+
+
 def make_training(out, rng, images, conversations):
     pretrain, finetune = [], []
     for i in range(images):
@@ -147,8 +152,8 @@ def make_training(out, rng, images, conversations):
             turns = [turn(*t) for q, a in conversation(scene, 4, rng) for t in (("human", q), ("gpt", a))]
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             finetune.append({"id": f"{name}_{j}", "image": f"{name}.png", "conversations": turns})
-    (out / "pretrain.json").write_text(json.dumps(pretrain, indent=0))
-    (out / "finetune.json").write_text(json.dumps(finetune, indent=0))
+    write_samples(out / "pretrain.json", pretrain)
+    write_samples(out / "finetune.json", finetune)
 
 
 def make_questions(out, rng, split, scenes):
