@@ -208,9 +208,11 @@ def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of Hugging Face weights
     (Meta's own pair 2i with 2i + 1)."""
-    x, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], dim=-1)
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat([x * cos + torch.cat([-b, a], dim=-1) * sin, rest], dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
 
 
 @torch.no_grad()
