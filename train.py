@@ -106,7 +106,7 @@ class Config:
     keep_last: int = option(1, "checkpoints of a stage that are kept")
     mir_every: int | None = option(None, "steps between measurements of MIR on pairs held out; unset: none")
     mir_data: str | None = option(None, "those pairs: questions or LLaVA's samples, with images in --images")
-    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, none beside a CPU")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
     vdep_alpha: float = option(0.001, "weight of VDEP's reconstruction")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
     vdep_distance: Literal["l2", "inverse", "sigmoid"] = option("l2", "between prediction and target")
@@ -416,7 +416,7 @@ def train(cfg: Config, ckpt: Path | None, model: Llava, data: Samples, out: Path
     gpu, shown = ranks.device.type == "cuda", ""
     with (signals_noted() as stop,
           tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=not ranks.first) as bar):
-        batches = iter(loader(data, order, 4 * gpu if cfg.workers is None else cfg.workers, pin=gpu))
+        batches = iter(loader(data, order, (4 if gpu else 1) if cfg.workers is None else cfg.workers, pin=gpu))
         while step < steps:
             began = time.perf_counter()
             micro = [next(batches) for _ in range(accumulation)]
