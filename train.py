@@ -56,11 +56,12 @@ from parallel import Ranks
 from tokenizer import RULES, load_tokenizer
 from toy import world
 
-# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data.
+# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's when there is no --data. The
+# toy's batches are small: looking things up is learned after so many steps, not after so many samples.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+TOY = {"pretrain": dict(global_batch=24, micro_batch=24, lr=1e-2, epochs=6, gradient_checkpointing=False),
+       "finetune": dict(global_batch=16, micro_batch=16, lr=3e-3, epochs=1, gradient_checkpointing=False)}
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, when --unlock-llm lora
 TOY_PROJECTOR_SCALE = 0.25
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

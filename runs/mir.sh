@@ -28,7 +28,7 @@ def fresh(split, n, folder):
     for i in range(n):
         scene = world.draw_from(split, rng)
         world.render(scene, rng).save(folder / f"{split}_{i}.png")
-        out.append(sample(f"{split}_{i}.png", world.caption(scene, rng)))
+        out.append(sample(f"{split}_{i}.png", world.inventory(scene, rng)))
     return out
 
 
