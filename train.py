@@ -76,9 +76,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
     with stop_signals() as stop, progress(cfg, step, steps, ranks) as bar:
-        workers = cfg.workers
-        if workers is None:
-            workers = 4 if on_gpu else 1
+        workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
         while step < steps:
             began = time.perf_counter()
@@ -136,7 +134,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             if step == steps or step % cfg.save_every == 0 or stopping:
                 save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume continues")
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; saved: --resume continues")
 
 
 def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Order:
@@ -310,7 +308,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     device, dtype = choose_device(cfg.device, cfg.dtype)
     ranks = start(device, dtype, cfg.timeout)
-    with explain_lost_ranks(ranks):
+    with explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
         ranks.wait()                                      # every rank has looked at --out
         if cfg.overwrite and ranks.first:
             clear(out)
