@@ -191,6 +191,7 @@ def make(out, seed=1, images=6000, conversations=2, scenes=300):
     conversations; `scenes` pictures for each question file, each asked one question of every category."""
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
+    print(f"making the toy: {images:,} pictures with captions and conversations", flush=True)
     make_training(out, random.Random(f"train {seed}"), images, conversations)
     for split in ("val", "test", "composition"):
         make_questions(out, random.Random(f"{split} {seed}"), split, scenes)
