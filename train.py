@@ -45,7 +45,7 @@ from hub.checkpoint import checkpoints
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
-from training.folder import Log, check_out, clear, load_optimizer, make_folder, newest, note_bad_images, save
+from training.folder import Log, check_out, check_same_run, clear, load_optimizer, make_folder, newest, note_bad_images, save
 from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
 from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
@@ -66,7 +66,8 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
     # DDP and FSDP wrap model and loss together: the loss uses weights of the model, its head among them.
     objective = wrap(Objective(model, cfg), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=0.0, fused=True)
+    betas = 0.9, cfg.adam_beta2
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), betas=betas, weight_decay=0.0, fused=True)
     if ckpt:
         load_optimizer(optimizer, ckpt)
     once = reduce_once(trained, ranks)
@@ -269,6 +270,8 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         saved = read_json(ckpt / "config.json")
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
+        # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)
+        check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
     sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
