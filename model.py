@@ -287,7 +287,7 @@ class DecoderLayer(nn.Module):
         # Keep last: it needs no gradient, so recomputation stops before it.
         attention = None
         if attend is not None:
-            attention = attention_to_image(q, k, *attend, self.self_attn.window)
+            attention = attention_to_image(q, k, *attend, window=self.self_attn.window)
         return x, attention
 
 
@@ -339,7 +339,7 @@ class Decoder(nn.Module):
 
         image_mask (B,T): where MoCa acts; None: nowhere.
         watch(i, h, attention): called after each layer i = 1..watch_layers (None: all) with its output, detached, and
-        with its attention to the image if `attend` = (rows, columns) asks for it.
+        with its attention to the image if `attend`, arguments of `attention_to_image`, asks for it.
         cache: keeps the keys and values of these tokens. A prompt fills the first slots of the cache's `rows` (None:
         all). A continuation gives `positions` (B,T) and `end`: its tokens see the slots before `end`."""
         c, h = self.config, inputs_embeds
