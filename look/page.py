@@ -1,7 +1,7 @@
 """Numbers → one HTML file, JSON, or pictures.
 
-The page holds its data: tensors as 8-bit numbers between the least and the largest of each row, so that 576 patches of
-33 layers fit. That changes a number by 1/510 of its row's range at most. --json has them unrounded.
+The page holds tensors as 8-bit steps between the least and the largest number of each row: 576 patches of 33 layers
+fit, and no number is off by more than 1/510 of its row's range. --json has them unrounded.
 """
 import base64
 import io
@@ -16,52 +16,47 @@ from torch import Tensor
 from common.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
-HEAD_NUMBERS = 600_000              # attention of single heads in a page: as many tokens as fit, the question's last first
+HEAD_NUMBERS = 600_000              # of single heads in a page: the question's last token, then as many as fit
 
 
-# ------------------------------------------------------------------------------------------------ into the page
-def base64_of(array: np.ndarray) -> str:
+def text_of(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
 
 def pack(t: Tensor) -> dict:
-    """A tensor for the page. Whole numbers as they are; others in 8 bits between the bounds of each last-axis row. NaN
-    becomes the row's least number: the page knows where there is none."""
+    """A tensor for the page: whole numbers as they are, others in 8 bits between the bounds of each last-axis row. NaN
+    becomes the row's least number."""
+    x = t.cpu().float().numpy() if t.is_floating_point() else t.cpu().numpy().astype(np.uint32)
     if not t.is_floating_point():
-        kind = np.uint16 if t.numel() == 0 or t.max() < 2 ** 16 else np.uint32
-        array = t.cpu().numpy().astype(kind)
-        return {"shape": list(t.shape), "type": array.dtype.name, "data": base64_of(array)}
-    x = t.cpu().float().numpy()
-    low, high = np.nanmin(x, axis=-1), np.nanmax(x, axis=-1)
-    scale = np.where(high > low, high - low, 1)[..., None]
-    steps = np.nan_to_num((x - low[..., None]) / scale * 255).round().astype(np.uint8)
-    return {"shape": list(t.shape), "type": "scaled", "data": base64_of(steps),
-            "low": base64_of(low.astype(np.float32)), "high": base64_of(high.astype(np.float32))}
+        return {"shape": list(t.shape), "type": "uint32", "data": text_of(x)}
+    low, high = np.nanmin(x, axis=-1, keepdims=True), np.nanmax(x, axis=-1, keepdims=True)
+    steps = np.nan_to_num((x - low) / np.where(high > low, high - low, 1) * 255).round().astype(np.uint8)
+    return {"shape": list(t.shape), "type": "uint8", "data": text_of(steps), "low": text_of(low), "high": text_of(high)}
 
 
 def data_uri(image: Image.Image) -> str:
     """A picture inside the page: small ones without loss."""
-    file = io.BytesIO()
-    if image.width <= 128:
-        image.save(file, "PNG")
-        return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    image.save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    file, kind = io.BytesIO(), "PNG" if image.width <= 128 else "JPEG"
+    image.save(file, kind, quality=88)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def for_page(value):
-    """A gathered value with its tensors packed and its pictures written out."""
+def convert(value, tensor, picture):
+    """A gathered value as JSON takes it; tensor and picture say what becomes of those. Not finite: null."""
     if isinstance(value, Tensor):
-        return pack(value)
+        return convert(tensor(value), tensor, picture)
     if isinstance(value, Image.Image):
-        return data_uri(value)
+        return picture(value)
     if isinstance(value, dict):
-        return {k: for_page(v) for k, v in value.items()}
+        return {k: convert(v, tensor, picture) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [for_page(v) for v in value]
-    if isinstance(value, float):
-        return float(f"{value:.5g}") if np.isfinite(value) else None
-    return value
+        return [convert(v, tensor, picture) for v in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def as_lists(value):
+    """A gathered value as plain JSON, its numbers unrounded."""
+    return convert(value, Tensor.tolist, lambda picture: list(picture.size))
 
 
 def with_fewer_heads(look: dict) -> dict:
@@ -74,39 +69,24 @@ def with_fewer_heads(look: dict) -> dict:
 
 
 def write_page(path: Path, title: str, looks=(), run: dict | None = None, samples=(), refresh: int | None = None) -> None:
-    """Write one self-contained page. Each of its three parts is shown where there is something to show. refresh:
-    seconds after which a browser reads the file again."""
-    data = for_page({"title": title, "looks": [with_fewer_heads(look) for look in looks], "run": run,
-                     "samples": list(samples)})
-    # "</" inside a string would end the script element early.
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
-    page = TEMPLATE.read_text(encoding="utf-8").replace("{{DATA}}", text)
-    meta = f'<meta http-equiv="refresh" content="{refresh}">' if refresh else ""
+    """Write one self-contained page; each of its three parts is shown if it is given. refresh: seconds after which a
+    browser reads the file again."""
+    data = {"title": title, "looks": [with_fewer_heads(look) for look in looks], "run": run, "samples": samples}
+    text = json.dumps(convert(data, pack, data_uri), ensure_ascii=False, separators=(",", ":"))
+    page = TEMPLATE.read_text(encoding="utf-8")
+    if refresh:
+        page = page.replace("<!--REFRESH-->", f'<meta http-equiv="refresh" content="{refresh}">')
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, page.replace("<!--REFRESH-->", meta))
-
-
-# ------------------------------------------------------------------------------------------------ JSON and pictures
-def as_lists(value):
-    """A gathered value as plain JSON: tensors as nested lists, pictures left out, NaN as null."""
-    if isinstance(value, Tensor):
-        value = value.cpu().tolist()
-    if isinstance(value, dict):
-        return {k: as_lists(v) for k, v in value.items() if not isinstance(v, Image.Image)}
-    if isinstance(value, (list, tuple)):
-        return [as_lists(v) for v in value]
-    if isinstance(value, float):
-        return value if np.isfinite(value) else None
-    return value
+    write_text(path, page.replace("{{DATA}}", text.replace("<", "\\u003c")))      # "</script>" would end the data early
 
 
 def overlay(picture: Image.Image, values: Tensor, side: int, first: int = 0, size: int = 336) -> Image.Image:
-    """The picture, darker where a map (N,) is small. first: patches of the grid (side,side) that are no token."""
-    grid = torch.cat([torch.zeros(first), values.cpu().float()]).nan_to_num().view(side, side)
-    light = (grid / grid.max().clamp(min=1e-12) * 0.85 + 0.15).clamp(0, 1)
+    """The picture, darker where a map (N,) is small. first: cells of the grid (side,side) that are no token."""
+    grid = torch.cat([torch.zeros(first), values.cpu().float().clamp(min=0)]).view(side, side)
+    light = grid / grid.max().clamp(min=1e-12) * 0.82 + 0.18
     veil = Image.fromarray((light * 255).byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
-    smooth = Image.Resampling.NEAREST if picture.width <= 128 else Image.Resampling.BICUBIC
-    return Image.composite(picture.resize((size, size), smooth), Image.new("RGB", (size, size)), veil)
+    sharp = Image.Resampling.NEAREST if picture.width <= 128 else Image.Resampling.BICUBIC
+    return Image.composite(picture.resize((size, size), sharp), Image.new("RGB", (size, size)), veil)
 
 
 def write_pictures(folder: Path, look: dict) -> None:
@@ -114,7 +94,7 @@ def write_pictures(folder: Path, look: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     row = max(look["prompt_rows"] - 1, 0)
     look["picture"].save(folder / "picture.png")
-    for kind in ("attention", "similarity"):
-        for k, values in enumerate(look[kind], int(kind == "attention")):
-            picture = overlay(look["picture"], values[row].clamp(min=0), look["side"], look["first"])
+    for kind, layer in (("attention", 1), ("similarity", 0)):
+        for k, values in enumerate(look[kind], layer):
+            picture = overlay(look["picture"], values[row], look["side"], look["first"])
             picture.save(folder / f"{kind}-layer{k:02d}.png")
