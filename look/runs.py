@@ -60,7 +60,7 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
-    """The same curve of several runs → steps, mean, least and largest value. A point is the mean of `width` steps of a
+    """The same curve of several runs → x (steps) and y, its mean, least and largest value. A point is the mean of `width` steps of a
     run, at their last step; then of the runs that have come so far."""
     width = -(-max(max(curve) for curve in curves) // POINTS)
     points = {}
@@ -71,7 +71,7 @@ def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
         for step, values in bins.items():
             points.setdefault(step, []).append(statistics.fmean(values))
     steps = sorted(points)
-    return {"steps": steps, "mean": [statistics.fmean(points[s]) for s in steps],
+    return {"x": steps, "y": [statistics.fmean(points[s]) for s in steps],
             "low": [min(points[s]) for s in steps], "high": [max(points[s]) for s in steps]}
 
 
