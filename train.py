@@ -316,10 +316,14 @@ def main() -> None:
             clear(out)
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
-    if cfg.data is None and ranks.first:
-        from toy.report import report  # imports the benchmarks, which training does not need
-        report(out, stages, cfg.device, cfg.dtype)
-        print(f"{time.perf_counter() - began:.0f} s in all")
+    if ranks.first:                                       # imports what training does not need
+        if cfg.data is None:
+            from toy.report import report
+            report(out, stages, cfg.device, cfg.dtype)
+        else:
+            from look.runs import write_report
+            write_report(out)
+        print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
     finish(ranks)
 
 

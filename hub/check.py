@@ -107,6 +107,7 @@ def print_check(path: str, cfg: CheckFlags) -> None:
     rows, why = check(path, cfg)
     for name, count in rows.items():
         print(f"{name:32} {count:12,}")
+    print("to see samples as the model gets them: python -m look --data FILE --images DIR --llm DIR --vision DIR")
     if out:
         with out:
             out.writelines(f"sample {i} {why[i]}\n" for i in sorted(why))

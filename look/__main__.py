@@ -12,12 +12,12 @@ from typing import Literal
 from common.files import write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device
-from common.text import RULES
+from common.text import show_token
 from data import IGNORE, TEMPLATES, Format, ImageProcessor, Samples, open_image
 from hub.configs import vision_config
 from hub.samples import SampleFile
 from hub.tokenizer import load_tokenizer
-from look.gather import gather, open_checkpoint, picture_of, show_token
+from look.gather import gather, open_checkpoint, picture_of
 from look.page import as_lists, write_page, write_pictures
 from look.runs import group_runs
 
@@ -33,15 +33,13 @@ class LookConfig:
     json: str | None = option(None, "also write the numbers to this file")
     png: str | None = option(None, "also write attention and similarity as pictures to this folder")
 
-    run: list[str] | None = option(None, "--out folders of train.py; runs that differ in their seed make a band", "runs")
+    run: list[str] | None = option(None, "--out folders of train.py; seeds of one setting make a band", "runs")
     watch: int | None = option(None, "write the page again every N seconds, until Ctrl-C")
 
     data: str | None = option(None, "LLaVA JSON or JSONL", "data")
     images: str | None = option(None, "the folder of its images")
     show: int = option(12, "samples to show")
     vdep: bool = option(False, "after each sample with an image the same one in VDEP mode")
-    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this version of transformers has them")
-    max_length: int = option(2048, "positions a sample may have")
 
     vision: str | None = option(None, "folder of the vision encoder", "model")
     llm: str | None = option(None, "folder of the language model")
@@ -80,8 +78,7 @@ def look_at_samples(cfg: LookConfig) -> None:
     file, template = SampleFile(cfg.data), cfg.template or "v1"
     if file.column("image").any() and cfg.images is None:
         raise UserError(f"{cfg.data} names images: add --images with the folder they are in")
-    text = Format(template, vision_config(cfg.vision).image_tokens, cfg.max_length, template != "plain",
-                  cfg.after_special)
+    text = Format(template, vision_config(cfg.vision).image_tokens, pad=template != "plain")
     samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), text)
     numbers = []
     for i in range(min(cfg.show, len(samples))):

@@ -1,11 +1,12 @@
 """What happens inside a checkpoint while it answers one question about one picture, as plain numbers.
 
-    picture, prompt ─ answer ─→ Inside: prompt + answer, the states and attention of every layer ─ gather ─→ a dict
+    picture, prompt ─ answer ─→ Inside: states and attention of every layer ─ gather ─→ a dict
 
 Layer 0 is what enters the language model: the projector's output and word embeddings. Layer L is taken after the final
 norm, the others as they leave the layer (as in mir.py). Attention is that of the text after the image.
 
-Shape letters: N image tokens · M text tokens after the image · T all positions · L layers · H heads · D width · V words
+Shape letters: N image tokens · M text tokens after the image · T both and what is before · L layers · H heads ·
+D width · V words
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +14,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import Tokenizer
 from torch import Tensor
 
 import mir
 from common.files import read_json
 from common.flags import UserError
+from common.text import is_word, show_token
 from data import IMAGE, ImageProcessor, encode, eos_id
 from evaluate import Assistant
 from hub.checkpoint import checkpoint_folder, is_released, load_model
@@ -42,12 +43,12 @@ def open_checkpoint(ckpt: str, vision: str | None, llm: str | None, device, dtyp
 @dataclass
 class Inside:
     """One prompt, its answer, and what every layer made of them."""
-    ids: Tensor                                                                 # (T,) prompt and answer, with the answer's end token: it is supervised in training
-    image: Tensor                                                               # (T,) bool, the image positions
-    rows: Tensor                                                                # (M,) positions of the text after the image
+    ids: Tensor                 # (T,) prompt and answer, its end token too: training supervises it
+    image: Tensor               # (T,) bool, the image positions
+    rows: Tensor                # (M,) positions of the text after the image
     answer: int                 # position of the answer's first token
     states: list[Tensor]        # L + 1 of (T,D) float32
-    attention: Tensor                                                           # (L,H,M,T) from the rows to every position
+    attention: Tensor           # (L,H,M,T) from the rows to every position
 
 
 @torch.inference_mode()
@@ -83,22 +84,6 @@ def nearest_words(x: Tensor, words: Tensor, k: int = 3, chunk: int = 256) -> tup
     """The k nearest by cosine of unit vectors words (V,D) to each of x (n,D): cosines and ids, (n,k) each."""
     found = [(part @ words.T).topk(k, dim=1) for part in F.normalize(x, dim=1).split(chunk)]
     return torch.cat([cosine for cosine, _ in found]), torch.cat([ids for _, ids in found])
-
-
-def is_word(piece: str | None) -> bool:
-    """True if a piece of the vocabulary is a whole alphabetic word: a space (as SentencePiece or byte-level BPE write
-    it), then letters, two at least. Our proxy for BASIC's "meaningful" words; a person would not count "▁tri"."""
-    return piece is not None and piece[:1] in ("▁", "Ġ") and piece[1:].isalpha() and len(piece) > 2
-
-
-def show_token(tokenizer: Tokenizer, i: int) -> str:
-    """The text of one token, with the space before it. What cannot be shown is spelled as in the vocabulary."""
-    piece, text = tokenizer.id_to_token(i) or f"<{i}>", tokenizer.decode([i], skip_special_tokens=False)
-    if text == "\n":
-        return text
-    if not text.strip() or not text.isprintable() or "\ufffd" in text:
-        return piece
-    return " " + text.strip() if piece.startswith("▁") else text
 
 
 def words_of_patches(a: Assistant, inside: Inside, image_states: list[Tensor]) -> dict:
@@ -158,9 +143,9 @@ def traces(a: Assistant, inside: Inside) -> dict:
     """What each method's objective is about, of any checkpoint.
 
     degree (N,): BASIC eq. (5), over the layers 1..L/2, heads and text rows. vdep (N,): VDEP eq. (11), squared error of
-    a patch as predicted from the patch before, a mean over D; patch 0 has none, NaN. (In training that sample is the
-    image alone; a prompt before the image changes it.) vista: eq. (10) of the answer's tokens t = 1..m, d a mean over D,
-    f(t) = t/m. moca: quantiles of u and v in every layer, None without MoCa."""
+    a patch as predicted from the patch before, a mean over D; NaN for patch 0. (In training the image stands alone; a
+    prompt before it changes the number.) vista: eq. (10) of the answer's tokens t = 1..m, d a mean over D, f(t) = t/m.
+    moca: quantiles of u and v in every layer, None without MoCa."""
     k = max(1, len(inside.attention) // 2)
     shallow = inside.attention[:k].mean((0, 1))[None, :, inside.image]          # (1,M,N)
     degree = supervision_degree(shallow, torch.ones_like(shallow[..., 0], dtype=torch.bool))[0]

@@ -68,7 +68,7 @@ def with_fewer_heads(look: dict) -> dict:
     return {**look, "heads": look["heads"][:, :, rows], "head_rows": rows}
 
 
-def write_page(path: Path, title: str, looks=(), run: dict | None = None, samples=(), refresh: int | None = None) -> None:
+def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: int | None = None) -> None:
     """Write one self-contained page; each of its three parts is shown if it is given. refresh: seconds after which a
     browser reads the file again."""
     data = {"title": title, "looks": [with_fewer_heads(look) for look in looks], "run": run, "samples": samples}

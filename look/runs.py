@@ -10,7 +10,7 @@ from common.flags import UserError
 from evaluate import Assistant
 from evaluation.metrics import exact
 from hub.checkpoint import checkpoints
-from look.gather import answer, gather, picture_of
+from look.gather import gather
 from look.page import write_page
 
 POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
@@ -19,30 +19,18 @@ NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeo
 
 
 def write_report(out: Path, assistant: Assistant | None = None) -> None:
-    """Write out/report.html. With an assistant and the toy's data in `out` it shows answers, and looks inside one."""
+    """Write out/report.html. With an assistant and the toy's data in `out`, it asks a question of every category about
+    six pictures, and looks inside the one about a colour."""
     answers, looks = [], []
     if assistant is not None and (out / "data" / "test.jsonl").is_file():
-        answers, (image, question) = six_answers(assistant, out / "data")
-        looks = [gather(assistant, checkpoints(out)[-1].name, image, question)]
+        rows = read_jsonl(out / "data" / "test.jsonl")
+        for row in rows[::len(rows) // 6 + 1]:
+            image = Image.open(out / "data" / "images" / row["image"])
+            look = gather(assistant, checkpoints(out)[-1].name, image, row["text"], 16)
+            answers.append({**look, "wanted": row["answer"], "right": bool(exact(look["answer"], row["answer"]))})
+            if row["category"] == "colour":
+                looks = [look]
     write_page(out / "report.html", f"run {out.name}", looks, {"groups": group_runs([out]), "answers": answers})
-
-
-def six_answers(a: Assistant, data: Path) -> tuple[list[dict], tuple[Image.Image, str]]:
-    """Answers to a question of every category about six pictures, with the attention of the question's last token in
-    the last layer; and the picture and question about a colour, to be looked into."""
-    rows, out, c = read_jsonl(data / "test.jsonl"), [], a.model.vision_tower.config
-    for row in rows[::len(rows) // 6 + 1]:
-        image = Image.open(data / "images" / row["image"])
-        inside = answer(a, image, row["text"], 16)
-        last = int((inside.rows < inside.answer).sum()) - 1
-        said = a.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip()
-        out.append({"picture": picture_of(a.processor, a.processor(image, a.pad)), "question": row["text"],
-                    "answer": said, "wanted": row["answer"], "right": bool(exact(said, row["answer"])),
-                    "attention": inside.attention[-1, :, last].mean(0)[inside.image],       # (N,)
-                    "side": int(c.num_patches ** 0.5), "first": c.num_patches - c.image_tokens})
-        if not out[:-1] or row["category"] == "colour":
-            chosen = image, row["text"]
-    return out, chosen
 
 
 # ------------------------------------------------------------------------------------------------ curves
@@ -60,7 +48,7 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
-    """The same curve of several runs → x (steps) and y, its mean, least and largest value. A point is the mean of `width` steps of a
+    """The same curve of several runs → x (steps), y (mean), low and high. A point is the mean of `width` steps of a
     run, at their last step; then of the runs that have come so far."""
     width = -(-max(max(curve) for curve in curves) // POINTS)
     points = {}

@@ -14,11 +14,12 @@ from PIL import Image
 from test_mir import definition
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from common.text import is_word, show_token
 from data import ImageProcessor
 from evaluate import Assistant
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
-from look.gather import answer, gather, is_word, show_token
+from look.gather import answer, gather
 from look.page import as_lists, pack, write_page
 from look.runs import group_runs, overlay_curves
 from methods.basic import supervision_degree
@@ -127,15 +128,16 @@ def test_nearest_words_are_those_of_brute_force_and_none_is_padding(assistant, s
         for i, patch in enumerate(h[inside.image]):
             cosines = [float(patch @ E[w] / patch.norm() / E[w].norm()) for w in range(n)]
             order = sorted(range(n), key=lambda w: -cosines[w])[:3]
-            assert [seen["words"][w] for w in seen["nearest"][k][i]] == [show_token(assistant.tokenizer, w) for w in order]
+            nearest = [seen["words"][w] for w in seen["nearest"][k][i]]
+            assert nearest == [show_token(assistant.tokenizer, w) for w in order]
             close(seen["cosine"][k][i], [cosines[w] for w in order])
         first = [seen["nearest"][k][i][0] for i in range(9)]
         close(seen["meaningful"][k], sum(seen["whole"][w] for w in first) / 9)
 
 
 def test_a_whole_word_is_a_space_and_letters():
-    words = {"▁cat": True, "▁tri": True, "▁سلام": True, "Ġcat": True, "cat": False, "▁a": False, "▁": False, "</s>": False,
-             "▁x1": False, "<0x0A>": False, None: False}
+    words = {"▁cat": True, "▁tri": True, "▁سلام": True, "Ġcat": True, "cat": False, "▁a": False, "▁": False,
+             "</s>": False, "▁x1": False, "<0x0A>": False, None: False}
     assert {w: is_word(w) for w in words} == words
 
 
@@ -266,7 +268,8 @@ def data_of(page: Path) -> dict:
 
 
 def test_bad_flags_are_one_line():
-    for flags in ([], ["--ckpt", "x", "--run", "y"], ["--ckpt", "x"], ["--data", "x", "--watch", "3"], ["--run", "nowhere"]):
+    for flags in ([], ["--ckpt", "x", "--run", "y"], ["--ckpt", "x"], ["--data", "x", "--watch", "3"],
+                  ["--run", "nowhere"]):
         done = call("look", *flags)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
@@ -355,7 +358,8 @@ def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
             const times = [], canvas = document.querySelector('.pair canvas'), box = canvas.getBoundingClientRect();
             for (let i = 0; i < 40; i++) {
                 const begin = performance.now();
-                canvas.dispatchEvent(new PointerEvent('pointermove', {clientX: box.left + 10 + i * 5, clientY: box.top + 50}));
+                const place = {clientX: box.left + 10 + i * 5, clientY: box.top + 50};
+                canvas.dispatchEvent(new PointerEvent('pointermove', place));
                 await new Promise(done => requestAnimationFrame(() => setTimeout(done)));
                 times.push(performance.now() - begin);
             }

@@ -7,6 +7,7 @@ from common.files import read_jsonl, write_json
 from common.parallel import Ranks, choose_device
 from evaluation.scores import own_row, table
 from hub.checkpoint import checkpoints, load_model
+from look.runs import write_report
 from training.folder import Log
 
 
@@ -45,3 +46,5 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
     write_json(out / "results.json", results)
     Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
+    asked = "finetune" in stages                          # stage 1 learns captions: it cannot be asked
+    write_report(out, evaluate.Assistant.from_checkpoint(folder, where, kind) if asked else None)
