@@ -93,8 +93,8 @@ class Browser:
         return got["result"].get("value")
 
     def settle(self) -> None:
-        """Wait for two frames to be drawn."""
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        """Wait for two frames, and for the charts, which follow when the pointer rests."""
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))")
 
     def hover(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
         """Move the pointer over a place in an element, given in shares of its width and height."""
