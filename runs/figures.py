@@ -2,9 +2,9 @@
 
     python -m runs.figures --run out/figures/*-[0-9] --out out/figures
 
-Prints one table, mean ± standard deviation over the seeds of an objective; writes figures.json, attention.png and
-similarity.png (one line an objective: the picture, then every layer). Scenes are drawn here, so that it is known where
-each object is; none of them was trained on.
+Prints one table, mean ± standard deviation over the seeds of an objective. Writes figures.json; attention.png and
+similarity.png (one line an objective: the picture, then every layer); inside.html and runs.html, pages of look/. Scenes
+are drawn here, so that it is known where each object is; none of them was trained on.
 """
 import random
 import statistics
@@ -20,7 +20,8 @@ from evaluate import Assistant
 from evaluation.metrics import exact
 from hub.checkpoint import checkpoints
 from look.gather import gather
-from look.page import overlay
+from look.page import overlay, write_page
+from look.runs import group_runs
 from toy.world import COLUMNS, ROWS, draw_from, render
 
 
@@ -134,7 +135,9 @@ def main() -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "figures.json", found)
-    scenes[0][1].save(out / "picture.png")
+    write_page(out / "inside.html", f"“{looks[names[0]]['prompt']}”", [looks[name] for name in names])
+    write_page(out / "runs.html", "the papers' objectives on the toy",
+               run={"groups": group_runs([Path(r) for r in cfg.run]), "answers": []})
     for kind in ("attention", "similarity"):
         sheet(out / f"{kind}.png", {name: looks[name] for name in names}, kind)
 
