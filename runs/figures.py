@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from common.files import read_json, write_json
 from common.flags import UserError, option, parse, run
@@ -79,13 +79,14 @@ def measure_scene(look: dict, scene: tuple, thing: tuple) -> dict[str, float]:
 
 
 def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]:
-    """The means over all scenes, with the run's MIR and distances; and what is inside for the first of them."""
+    """The means over all scenes, with the run's MIR and distances; and the look of the first with three objects."""
     assistant = Assistant.from_checkpoint(checkpoints(run, "finetune")[-1], "cpu", torch.float32)
     rows, first = [], None
     for scene, picture, thing in scenes:
         look = gather(assistant, run.name, picture, f"What colour is the {thing[3]}?", 8)
         rows.append(measure_scene(look, scene, thing))
-        first = first or look
+        if first is None and len(scene) == 3:
+            first = look
     numbers = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     results = read_json(run / "results.json")
     for stage, name in (("pretrain", "stage 1"), ("finetune", "stage 2")):
@@ -97,19 +98,24 @@ def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]
 
 
 def sheet(path: Path, looks: dict[str, dict], kind: str) -> None:
-    """One line of pictures an objective: what it got, then the map of every layer."""
-    size, gap = 144, 6
-    columns = 1 + len(next(iter(looks.values()))[kind])
-    page = Image.new("RGB", (columns * (size + gap) - gap, len(looks) * (size + gap) - gap), "white")
-    for y, look in enumerate(looks.values()):
+    """One line an objective: the picture, then the map of every layer; of attention that of the question's last token,
+    of similarity the mean over the prompt."""
+    size, gap, left, top = 144, 6, 60, 24
+    columns = ["picture"] + [f"layer {k}" for k in range(kind == "attention", 5)]
+    page = Image.new("RGB", (left + len(columns) * (size + gap), top + len(looks) * (size + gap)), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
+    for x, column in enumerate(columns):
+        pen.text((left + x * (size + gap) + size / 2, top / 2), column, "black", font, "mm")
+    for y, (name, look) in enumerate(looks.items()):
         last = look["prompt_rows"] - 1
         pictures = [look["picture"].resize((size, size), Image.Resampling.NEAREST)]
         for values in look[kind]:
             values = values[last] if kind == "attention" else values[:last + 1].mean(0)
             low = 0 if kind == "attention" else values.min()
             pictures.append(overlay(look["picture"], values - low, look["side"], size=size))
+        pen.text((left / 2, top + y * (size + gap) + size / 2), name, "black", font, "mm")
         for x, picture in enumerate(pictures):
-            page.paste(picture, (x * (size + gap), y * (size + gap)))
+            page.paste(picture, (left + x * (size + gap), top + y * (size + gap)))
     page.quantize(64).save(path, optimize=True)
 
 
