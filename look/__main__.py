@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from common.files import write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device
@@ -18,7 +20,7 @@ from hub.configs import vision_config
 from hub.samples import SampleFile
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, open_checkpoint, picture_of
-from look.page import as_lists, write_page, write_pictures
+from look.page import convert, write_page, write_pictures
 from look.runs import group_runs
 
 
@@ -47,7 +49,6 @@ class LookConfig:
                                                         "trained, else v1")
     out: str = option("page.html", "the page")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
-    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
 
 
 def look_at_checkpoints(cfg: LookConfig) -> None:
@@ -58,7 +59,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
         image = open_image(Path(cfg.image))
     except ValueError as e:
         raise UserError(f"--image {cfg.image}: {e}") from None
-    device, dtype = choose_device(cfg.device, cfg.dtype)
+    device, dtype = choose_device(cfg.device)
     looks = []
     for ckpt in cfg.ckpt:
         assistant = open_checkpoint(ckpt, cfg.vision, cfg.llm, device, dtype, cfg.template)
@@ -68,7 +69,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
             write_pictures(Path(cfg.png) / Path(ckpt).name, looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json), as_lists(looks), indent=None)
+        write_json(Path(cfg.json), convert(looks, Tensor.tolist, lambda picture: list(picture.size)), indent=None)
 
 
 def look_at_samples(cfg: LookConfig) -> None:
@@ -113,9 +114,8 @@ def main() -> None:
     elif cfg.data:
         look_at_samples(cfg)
     while cfg.run:
-        title = "runs " + ", ".join(Path(r).name for r in cfg.run)
-        write_page(Path(cfg.out), title, run={"groups": group_runs([Path(r) for r in cfg.run]), "answers": []},
-                   refresh=cfg.watch)
+        title, groups = "runs " + ", ".join(Path(r).name for r in cfg.run), group_runs([Path(r) for r in cfg.run])
+        write_page(Path(cfg.out), title, run={"groups": groups, "answers": []}, refresh=cfg.watch)
         if cfg.watch is None:
             break
         time.sleep(cfg.watch)

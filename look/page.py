@@ -54,11 +54,6 @@ def convert(value, tensor, picture):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def as_lists(value):
-    """A gathered value as plain JSON, its numbers unrounded."""
-    return convert(value, Tensor.tolist, lambda picture: list(picture.size))
-
-
 def with_fewer_heads(look: dict) -> dict:
     """The same, with single heads of so many tokens as a page may hold. `head_rows` says which."""
     L, H, M, N = look["heads"].shape

@@ -20,7 +20,7 @@ from evaluate import Assistant
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
 from look.gather import answer, gather
-from look.page import as_lists, pack, write_page
+from look.page import convert, pack, write_page
 from look.runs import group_runs, overlay_curves
 from methods.basic import supervision_degree
 from methods.vdep import reconstruction_loss
@@ -62,7 +62,8 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def seen(assistant, picture) -> dict:
-    return as_lists(gather(assistant, "random", picture, "What is this?", max_new=5))
+    look = gather(assistant, "random", picture, "What is this?", max_new=5)
+    return convert(look, torch.Tensor.tolist, lambda picture: None)
 
 
 def by_hand(a: Assistant, ids: torch.Tensor, image: torch.Tensor, picture: Image.Image):
