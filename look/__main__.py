@@ -13,10 +13,11 @@ from torch import Tensor
 
 from common.files import write_json
 from common.flags import UserError, option, parse, run
+from common.images import open_image
 from common.parallel import choose_device
 from common.text import show_token
-from data import IGNORE, TEMPLATES, Format, ImageProcessor, Samples, open_image
-from hub.configs import vision_config
+from data import IGNORE, TEMPLATES, Format, Samples
+from hub.configs import load_processor, vision_config
 from hub.samples import SampleFile
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, open_checkpoint, picture_of
@@ -80,7 +81,7 @@ def look_at_samples(cfg: LookConfig) -> None:
     if file.column("image").any() and cfg.images is None:
         raise UserError(f"{cfg.data} names images: add --images with the folder they are in")
     text = Format(template, vision_config(cfg.vision).image_tokens, pad=template != "plain")
-    samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), text)
+    samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), load_processor(cfg.vision), text)
     numbers = []
     for i in range(min(cfg.show, len(samples))):
         numbers.append(i)

@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from common.text import is_word, show_token
 from data import ImageProcessor
 from evaluate import Assistant
+from hub.configs import load_processor
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
 from look.gather import answer, gather
@@ -292,7 +293,7 @@ def pages(assistant, large, picture, tmp_path_factory) -> dict[str, Path]:
     """A page of two odd checkpoints side by side, one of 7B's shape, one of the toy's parts."""
     folder = tmp_path_factory.mktemp("pages")
     toy = Llava(load_vision(ROOT / "toy/clip"), Projector(96, 96), load_llm(ROOT / "toy/llm"))
-    toy = Assistant(toy.eval(), load_tokenizer(ROOT / "toy/llm"), ImageProcessor.from_folder(ROOT / "toy/clip"), "v1",
+    toy = Assistant(toy.eval(), load_tokenizer(ROOT / "toy/llm"), load_processor(ROOT / "toy/clip"), "v1",
                     "4.31", True)
     odd = gather(assistant, "out/odd", picture, "What is this?", 5)
     odd["tokens"][0:3], odd["words"][0:3] = [" سلام", " 🙂🙂", "</script>"], [WORDS[12], "</script><b>", "سلام"]
