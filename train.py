@@ -7,8 +7,6 @@
 
 Read `train` first: it is the loop. Its settings come from training/settings.py, its model and samples from
 training/setup.py, its files go through training/folder.py.
-
-Shape letters: B samples of a micro-batch · T sequence positions.
 """
 import contextlib
 import math
@@ -34,6 +32,7 @@ from common.parallel import (
     explain_lost_ranks,
     finish,
     gathered,
+    leave,
     over,
     rank_count,
     reduce_once,
@@ -75,10 +74,10 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    with stop_signals() as stop, progress(cfg, step, steps, ranks) as bar:
-        workers = cfg.workers
-        if workers is None:
-            workers = 4 if on_gpu else 1
+    # A progress bar, of the first rank and only in a terminal.
+    hidden = None if ranks.first else True
+    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
+        workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
         while step < steps:
             began = time.perf_counter()
@@ -136,7 +135,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             if step == steps or step % cfg.save_every == 0 or stopping:
                 save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume continues")
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; saved: --resume continues")
 
 
 def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Order:
@@ -236,11 +235,6 @@ def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trai
     return ", ".join(parts)
 
 
-def progress(cfg: TrainConfig, step: int, steps: int, ranks: Ranks) -> tqdm:
-    """A progress bar, of the first rank and only in a terminal."""
-    return tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=None if ranks.first else True)
-
-
 def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float], rate: float) -> None:
     """Show the terms of a step: in the bar, or every 50 steps as a line where output goes to a file."""
     terms = " ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -261,7 +255,6 @@ def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Draw the toy's data into the run's folder, unless it is there."""
     make_folder(cfg, out, [], ranks)
     if ranks.first and not (out / "data").exists():
-        print("making the toy: 12,000 pictures, their captions and conversations", flush=True)
         temporary = out / ".data.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         world.make(temporary, cfg.seed)
@@ -310,16 +303,18 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     device, dtype = choose_device(cfg.device, cfg.dtype)
     ranks = start(device, dtype, cfg.timeout)
-    with explain_lost_ranks(ranks):
+    with explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
         ranks.wait()                                      # every rank has looked at --out
         if cfg.overwrite and ranks.first:
             clear(out)
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
+        alone = leave(ranks)                              # the report needs the first rank only
     if ranks.first:                                       # imports what training does not need
         if cfg.data is None:
             from toy.report import report
-            report(out, stages, cfg.device, cfg.dtype)
+            results = report(out, stages, alone.device, alone.dtype)
+            Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
         else:
             from look.runs import write_report
             write_report(out)

@@ -5,6 +5,14 @@ SPACE = "▁"                                               # how SentencePiece 
 RULES = ("4.31", "4.37", "legacy")                        # versions of transformers, see encode_text
 
 
+def bos_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the id that a sequence begins with, <s> or <bos>, as a list; empty for families without one (Phi-2)."""
+    for token in ("<s>", "<bos>"):
+        if tokenizer.token_to_id(token) is not None:
+            return [tokenizer.token_to_id(token)]
+    return []
+
+
 def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
     """Encode a text without BOS. Returns the ids and the (start, end) characters of each.
 

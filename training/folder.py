@@ -46,7 +46,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
 
 
 def check_same_run(cfg: TrainConfig, out: Path) -> None:
-    """Raise UserError if the run in `out` was started with other flags. Flags that it did not know had their default."""
+    """Raise UserError if the run in `out` was started with other flags. A flag that it lacks had its default."""
     started = read_json(out / "run.json")
     changed = []
     for f in fields(cfg):

@@ -15,11 +15,12 @@ from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's where there is no --data.
+# What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's where there is no --data. The
+# toy's batches are small: looking things up is learned after so many steps, not after so many samples.
 LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, gradient_checkpointing=False),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, gradient_checkpointing=False)}
+TOY = {"pretrain": dict(global_batch=24, micro_batch=24, lr=1e-2, epochs=6, gradient_checkpointing=False),
+       "finetune": dict(global_batch=16, micro_batch=16, lr=3e-3, epochs=1, gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 0.25
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
@@ -63,8 +64,8 @@ class TrainConfig:
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
 
-    global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in stage "
-                                      "1, 128 in stage 2", "optimisation")
+    global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in "
+                                      "stage 1, 128 in stage 2", "optimisation")
     micro_batch: int | None = option(None, "samples on a rank at a time, the one memory knob; unset: the largest that "
                                      "divides a rank's share, up to 32 in stage 1, 16 in stage 2")
     epochs: int | None = option(None, "passes over the data; unset: 1")
