@@ -284,7 +284,7 @@ class DecoderLayer(nn.Module):
         if moca is not None:
             x = moca(x, image_mask)
         # Keep last: it needs no gradient, so recomputation stops before it.
-        return x, None if attend is None else attention_to_image(q, k, *attend, self.self_attn.window)
+        return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
 
 
 class KVCache:
@@ -333,7 +333,7 @@ class Decoder(nn.Module):
 
         image_mask (B,T): where MoCa acts; None: nowhere.
         watch(i, h, attention): called after each layer i = 1..watch_layers (None: all) with its output, detached, and
-        with its attention to the image if `attend` = (rows, columns) asks for it.
+        with its attention to the image if `attend`, arguments of `attention_to_image`, asks for it.
         cache: keeps the keys and values of these tokens. A prompt fills the first slots of the cache's `rows` (None:
         all). A continuation gives `positions` (B,T) and `end`: its tokens see the slots before `end`."""
         c, h = self.config, inputs_embeds

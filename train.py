@@ -313,11 +313,15 @@ def main() -> None:
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
         alone = leave(ranks)                              # the report needs the first rank only
-    if cfg.data is None and ranks.first:
-        from toy.report import report  # imports the benchmarks, which training does not need
-        results = report(out, stages, alone.device, alone.dtype)
-        Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
-        print(f"{time.perf_counter() - began:.0f} s in all")
+    if ranks.first:                                       # imports what training does not need
+        if cfg.data is None:
+            from toy.report import report
+            results = report(out, stages, alone.device, alone.dtype)
+            Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
+        else:
+            from look.runs import write_report
+            write_report(out)
+        print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
     finish(ranks)
 
 

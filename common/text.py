@@ -1,4 +1,4 @@
-"""Text → ids, with the rules about spaces that released checkpoints were trained with."""
+"""Text → ids, with the rules about spaces that released checkpoints were trained with; and ids → what people read."""
 from tokenizers import Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
@@ -57,3 +57,19 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
                 i = tokenizer.token_to_id("<unk>")
             tokens[split + 1] = i, tokens[split + 1][1]
     return [i for i, _ in tokens], [offsets for _, offsets in tokens]
+
+
+def show_token(tokenizer: Tokenizer, i: int) -> str:
+    """The text of one token, with the space before it. What cannot be shown is spelled as in the vocabulary."""
+    piece, text = tokenizer.id_to_token(i) or f"<{i}>", tokenizer.decode([i], skip_special_tokens=False)
+    if text == "\n":
+        return text
+    if not text.strip() or not text.isprintable() or "\ufffd" in text:
+        return piece
+    return " " + text.strip() if piece.startswith(SPACE) else text
+
+
+def is_word(piece: str | None) -> bool:
+    """True if a piece of a vocabulary is a whole alphabetic word: a space, as SentencePiece or byte-level BPE write it,
+    then letters, two at least. Our proxy for BASIC's "meaningful" words; a person would not count "▁tri"."""
+    return piece is not None and piece[:1] in (SPACE, "Ġ") and piece[1:].isalpha() and len(piece) > 2

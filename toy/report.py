@@ -10,6 +10,7 @@ from common.parallel import Ranks
 from evaluation.scores import own_row, table
 from hub.checkpoint import checkpoints, load_model
 from hub.pairs import pair_batches, read_pairs
+from look.runs import write_report
 
 
 def report(out: Path, stages: list[str], device: torch.device, dtype: torch.dtype) -> dict:
@@ -28,6 +29,8 @@ def report(out: Path, stages: list[str], device: torch.device, dtype: torch.dtyp
     results["checkpoint"] = str(folder)
     write_json(out / "results.json", results)
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
+    asked = "finetune" in stages                          # stage 1 learns captions: it cannot be asked
+    write_report(out, evaluate.Assistant.from_checkpoint(folder, device, dtype) if asked else None)
     return results
 
 
