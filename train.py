@@ -11,7 +11,6 @@ training/setup.py, its files go through training/folder.py.
 import contextlib
 import math
 import os
-import resource
 import shutil
 import signal
 import time
@@ -34,6 +33,7 @@ from common.parallel import (
     gathered,
     leave,
     over,
+    peak_gib,
     rank_count,
     reduce_once,
     start,
@@ -75,8 +75,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
         log = Log(out / "metrics.jsonl", cfg.stage, step)
 
-    # A progress bar, of the first rank and only in a terminal.
-    hidden = None if ranks.first else True
+    hidden = None if ranks.first else True                # the bar: of the first rank, and only in a terminal
     with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
         workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
@@ -243,12 +242,6 @@ def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float],
     bar.update()
     if bar.disable and (step % LINE_EVERY == 0 or step == steps):
         print(f"{stage} step {step}/{steps}  {terms}  {rate / 1000:.1f}k tokens/s", flush=True)
-
-
-def peak_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
 # ------------------------------------------------------------------------------------------------ stages

@@ -10,6 +10,7 @@ ordinary tensors.
 """
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -140,6 +141,13 @@ def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again")
         what = "was silent for --timeout minutes" if timed_out else "ended"
         raise UserError(f"another rank {what}: its own message, if it left one, says why; {advice} "
                         f"({text[:100]})") from None
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory in use so far, in GiB: of the GPU, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
 # ------------------------------------------------------------------------------------------------ sharding a model
