@@ -5,7 +5,7 @@ from course.grade import Key, agree, right, run_all, wrong
 from course.hidden import rubric
 
 FLOOR = 0.95            # of the wrong solutions lose the points of the item they break, and
-OTHERS = 2              # at most so many other items
+OTHERS = 3              # at most so many other items
 
 
 def lost(results: list, key: Key) -> list[str]:

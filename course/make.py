@@ -42,6 +42,15 @@ STUBS = {
 PRIVATE = {"ce": ["_ChunkedCrossEntropy"], "basic": ["_ChunkedDivergence"]}
 
 ASSIGNMENTS = {
+    "ce": Assignment("Cross-entropy in chunks, value and gradient", ["ce"], tests={"test_ce.py": [
+        "test_the_first_label_has_nothing_to_be_predicted_from", "test_a_frozen_head_costs_no_gradient",
+        "test_without_a_target_the_loss_is_zero_and_still_reaches_every_parameter",
+        "test_unsupervised_positions_get_no_gradient", "test_bfloat16_is_summed_in_float32",
+        "test_under_autocast_the_head_works_in_bfloat16_and_its_gradient_is_float32"]}),
+    "vdep": Assignment("VDEP: the next image token is a target", ["vdep"], tests={"test_vdep.py": [
+        "test_a_target_is_not_trained", "test_the_last_position_has_no_target_and_the_first_token_no_prediction",
+        "test_predicting_the_next_token_exactly_costs_nothing", "test_the_ablations_pull_less_at_a_distance",
+        "test_no_sample_in_this_mode_is_a_loss_of_zero", "test_an_unknown_option_is_refused"]}),
     "vista": Assignment("VISTA: answers stay close to what was seen", ["vista"], tests={"test_vista.py": [
         "test_one_token_weighs_one_whatever_the_weighting", "test_later_tokens_weigh_more",
         "test_where_text_stands_in_the_sequence_does_not_matter_only_its_order",

@@ -45,3 +45,9 @@ def grads(total: Tensor, *leaves: Tensor) -> list[Tensor | None]:
 def equal_all(r: list[Tensor]) -> list[Tensor]:
     """View: how far each result is from the first of them, relatively."""
     return [(x - r[0]).norm() / r[0].norm() for x in r[1:]]
+
+
+def untouched(r: list[Tensor]) -> list[Tensor]:
+    """View of (total, total again, inputs before, inputs after): the two totals are equal, and so are the inputs."""
+    n = len(r) // 2
+    return [r[0] / r[1], *(a - b for a, b in zip(r[2:n + 1], r[n + 1:]))]

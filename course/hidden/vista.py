@@ -1,7 +1,7 @@
 """VISTA, eq. (9) and (10)."""
 import torch
 
-from course.hidden import equal_all, grads, item, normal, size
+from course.hidden import equal_all, grads, item, normal, size, untouched
 
 
 def example(g, B=4, ragged=True):
@@ -99,7 +99,7 @@ def half_precision(f, g):
     return exact, f.alignment_loss(x, mask, S)[0]
 
 
-@item(5, view=lambda r: [r[0] / r[1], *(a - b for a, b in zip(r[2:5], r[5:]))])
+@item(5, view=untouched)
 def inputs_unchanged(f, g):
     """Inputs stay as they are: others read them after you."""
     before = [t.detach() for t in example(g)]
