@@ -51,11 +51,22 @@ ASSIGNMENTS = {
         "test_a_target_is_not_trained", "test_the_last_position_has_no_target_and_the_first_token_no_prediction",
         "test_predicting_the_next_token_exactly_costs_nothing", "test_the_ablations_pull_less_at_a_distance",
         "test_no_sample_in_this_mode_is_a_loss_of_zero", "test_an_unknown_option_is_refused"]}),
+    "basic": Assignment("BASIC: shallow layers supervise the projector", ["basic"], tests={"test_basic.py": [
+        "test_layers_weigh_as_the_square_of_their_depth", "test_a_patch_that_nobody_looks_at_adds_nothing",
+        "test_gradients_reach_the_projectors_output_alone", "test_chunks_change_nothing",
+        "test_the_divergence_is_zero_at_equality_and_positive_elsewhere", "test_direction_ignores_length_and_is_bounded",
+        "test_it_is_the_targets_divergence_from_ours_and_not_the_other_way_round",
+        "test_logits_too_large_for_exp_are_no_trouble", "test_a_batch_without_images_is_a_loss_of_zero_in_the_graph"]}),
     "vista": Assignment("VISTA: answers stay close to what was seen", ["vista"], tests={"test_vista.py": [
         "test_one_token_weighs_one_whatever_the_weighting", "test_later_tokens_weigh_more",
         "test_where_text_stands_in_the_sequence_does_not_matter_only_its_order",
         "test_text_that_is_what_was_seen_costs_nothing", "test_the_literal_sum_is_the_mean_times_the_width",
         "test_masked_positions_get_no_gradient_and_an_empty_batch_stays_in_the_graph"]}),
+    "moca": Assignment("MoCa, and its place in the forward", ["moca", "model"], ["lora", "positions"], {
+        "test_moca.py": ["test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit"], "test_layer.py": [
+            "test_a_layer_whose_mlp_gives_nothing_adds_attention_of_the_normed_input",
+            "test_moca_calibrates_what_the_layer_returns_at_image_positions_alone",
+            "test_attention_to_the_image_is_returned_only_if_somebody_asks"]}),
 }
 
 

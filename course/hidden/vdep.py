@@ -58,7 +58,7 @@ def samples(f, g):
     return total, count, [f.reconstruction_loss(h[b:b + 1], x[b:b + 1])[0] for b in range(len(h))]
 
 
-@item(15, view=lambda r: [r[0] / r[0].norm(), torch.tensor(r[1].norm() == 0)])
+@item(15, view=lambda r: [r[0] / r[0].norm(), r[1].norm() == 0])
 def target(f, g):
     """A target is not trained: no gradient reaches image_embeds, and the hidden states keep theirs."""
     h, x = example(g)
