@@ -31,7 +31,8 @@ class Worker:
     """A course/worker.py: run(sources, item) → its results. One a submission; end it with close()."""
     def __init__(self, name: str):
         self.name = name
-        env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
+               "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen([sys.executable, "-m", "course.worker", name], cwd=ROOT, env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 

@@ -42,6 +42,17 @@ STUBS = {
 PRIVATE = {"ce": ["_ChunkedCrossEntropy"], "basic": ["_ChunkedDivergence"]}
 
 ASSIGNMENTS = {
+    "labels": Assignment("Labels and templates", ["data"], ["text"], {"test_labels.py": [
+        "test_plain_is_the_image_and_the_caption", "test_vicuna_asks_and_answers",
+        "test_every_label_is_the_id_at_its_place_and_the_answer_with_its_end_is_labelled",
+        "test_an_image_that_does_not_fit_is_left_out_whole", "test_answers_see_the_image_only_after_it"]},
+        ["toy/llm/tokenizer.json"]),
+    "model": Assignment("Projector, merge and rotary attention", ["model"], ["moca", "lora", "positions"], {
+        "test_attention.py": [
+            "test_the_projector_is_gelu_between_two_maps", "test_a_quarter_turn_sends_the_first_half_to_the_second",
+            "test_merging_puts_image_tokens_in_order_and_leaves_text",
+            "test_the_first_pair_turns_by_the_position_itself",
+            "test_attention_is_causal_and_of_equal_scores_the_mean"]}),
     "ce": Assignment("Cross-entropy in chunks, value and gradient", ["ce"], tests={"test_ce.py": [
         "test_the_first_label_has_nothing_to_be_predicted_from", "test_a_frozen_head_costs_no_gradient",
         "test_without_a_target_the_loss_is_zero_and_still_reaches_every_parameter",

@@ -39,7 +39,7 @@ WRONG = [
     ("the mean over D − 1, as of a variance", "distance", D, D + "\n    d = d * squares.shape[-1] / (squares.shape[-1] - 1)"),
     ("1 − cos for the squared distance", "distance", D, "    d = 1 - torch.cosine_similarity(predicted, target, dim=-1)"),
     ("the sum over positions for their mean", "positions", TOTAL, TOTAL.replace("d.mean(-1)", "d.sum(-1)")),
-    ("divided by N: N − 1 positions predict", "positions", TOTAL, TOTAL.replace("d.mean(-1)", "d.sum(-1) / (d.shape[1] + shift)")),
+    ("divided by N: N − 1 positions predict", "positions", TOTAL, TOTAL.replace("d.mean(-1)", "(d.sum(-1) / (d.shape[1] + shift))")),
     ("the largest of the positions", "next_token", TOTAL, TOTAL.replace("d.mean(-1)", "d.amax(-1)")),
     ("the median of the positions", "next_token", TOTAL, TOTAL.replace("d.mean(-1)", "d.median(-1).values")),
     ("the mean over samples: training divides", "samples", TOTAL, TOTAL.replace(".sum()", ".mean()")),
