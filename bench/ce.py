@@ -2,63 +2,69 @@
 
     python -m bench.ce                    B=8, T=640, V=32000, D=1024, 5 % of the positions supervised
 
-Each side runs in a process of its own; peak is what it needs beyond inputs, weights and their gradients.
+Each side runs in a process of its own. Peak is what it needs beyond inputs, weights and their gradients.
 """
-import multiprocessing
 import statistics
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from bench.common import in_own_process, memory, reset_peak
+from common.flags import option, parse, run
 from methods.ce import next_token_loss
 
-B, T, V, D, SUPERVISED, RUNS = 8, 640, 32000, 1024, 0.05, 5
+
+@dataclass
+class Shape:
+    """Compare cross-entropy at supervised positions with cross-entropy over the full logits."""
+    batch: int = option(8, "samples")
+    length: int = option(640, "positions a sample")
+    vocabulary: int = option(32000, "words")
+    width: int = option(1024, "width of the hidden states")
+    supervised: float = option(0.05, "share of the positions that are targets")
+    rounds: int = option(5, "forward and backward passes; the median is printed")
 
 
-def full_logits(h, labels, weight):
+def full_logits(h: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     return F.cross_entropy((h @ weight.T)[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def supervised_only(h, labels, weight):
+def supervised_only(h: Tensor, labels: Tensor, weight: Tensor) -> Tensor:
     total, count = next_token_loss(h, labels, weight)
     return total / count
 
 
-def memory(field: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process, in MiB."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def measure(loss, queue) -> None:
+def measure(loss, s: Shape) -> tuple[float, float, float]:
+    """Return (value, median seconds, peak MiB)."""
     torch.manual_seed(0)
-    h = torch.randn(B, T, D, requires_grad=True)
-    weight = (torch.randn(V, D) * 0.02).requires_grad_()
-    labels = torch.randint(0, V, (B, T))
-    labels[torch.rand(B, T) >= SUPERVISED] = -100
+    h = torch.randn(s.batch, s.length, s.width, requires_grad=True)
+    weight = (torch.randn(s.vocabulary, s.width) * 0.02).requires_grad_()
+    labels = torch.randint(0, s.vocabulary, (s.batch, s.length))
+    labels[torch.rand(s.batch, s.length) >= s.supervised] = -100
     h.grad, weight.grad = torch.zeros_like(h), torch.zeros_like(weight)
     seconds, before = [], memory("VmRSS")
-    for _ in range(RUNS):
-        Path("/proc/self/clear_refs").write_text("5")           # sets the peak back to the present
+    reset_peak()
+    for _ in range(s.rounds):
         start = time.perf_counter()
         value = loss(h, labels, weight)
         value.backward()
         seconds.append(time.perf_counter() - start)
-    queue.put((value.item(), statistics.median(seconds), memory("VmHWM") - before))
+    return value.item(), statistics.median(seconds), memory("VmHWM") - before
+
+
+def main() -> None:
+    s = parse(Shape)
+    results = []
+    for loss in (full_logits, supervised_only):
+        value, seconds, peak = in_own_process(measure, loss, s)
+        print(f"{loss.__name__:16} loss {value:.5f}   {seconds:7.3f} s   peak {peak:7.0f} MiB", flush=True)
+        results.append((seconds, peak))
+    (full_seconds, full_peak), (seconds, peak) = results
+    print(f"ratio (supervised / full): time {seconds / full_seconds:.3f}   peak {peak / full_peak:.3f}")
 
 
 if __name__ == "__main__":
-    spawn = multiprocessing.get_context("spawn")
-    results = {}
-    for loss in (full_logits, supervised_only):
-        queue = spawn.Queue()
-        process = spawn.Process(target=measure, args=(loss, queue))
-        process.start()
-        results[loss.__name__] = queue.get()
-        process.join()
-        value, seconds, peak = results[loss.__name__]
-        print(f"{loss.__name__:16} loss {value:.5f}   {seconds:7.3f} s   peak {peak:7.0f} MiB")
-    (_, t0, m0), (_, t1, m1) = results.values()
-    print(f"ratio (ours / full): time {t1 / t0:.3f}   peak {m1 / m0:.3f}")
+    run(main)

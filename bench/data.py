@@ -1,48 +1,49 @@
-"""A LLaVA file of 2 million samples: index once, start-up after that, memory a rank, against json.load; the sampler.
+"""Open, read and sample a LLaVA file of 2 million samples, compared with json.load.
 
     python -m bench.data                       writes 3 GB to the system's temporary folder, and removes it
     python -m bench.data --samples 200000 --folder DIR
 
-Each side runs in a process of its own; its peak memory is sampled every 2 ms, beyond what it had after its imports.
-`own` is memory of the process alone, `mapped` are pages of files, which all processes of a machine share.
-`cpu` are seconds of a core: where a machine does other work too, they say more than the clock's. json.load makes Python
-objects of the whole file: it is measured on a tenth of the samples, and the line says so.
+Each side runs in a process of its own; peak memory is what it needs beyond its imports. `own` is memory of the process
+alone, `mapped` are pages of files, which all processes of a machine share. `cpu` are seconds of a core: compare these
+where the machine does other work too. json.load makes Python objects of the whole file. It is measured on a tenth of
+the samples, and its line says so.
 """
 import json
-import multiprocessing
 import random
 import shutil
 import tempfile
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bench.common import in_own_process, sampled_peak
 from common.flags import UserError, option, parse, run
 from data import Order
 from hub.samples import read_samples
 
 BYTES = 1500                    # a sample, about: LLaVA's 665k mix has 1.0 GB
+WORDS = 'a the cat on mat, [in] {blue} "quoted" C:\\dir naïve 猫 is of and red: where \n and who'.split(" ")
 
 
 @dataclass
-class Config:
+class Bench:
     """Measure how a large file of samples is opened, read and sampled."""
     samples: int = option(2_000_000, "samples in the file")
     folder: str | None = option(None, "where to write it; unset: the system's temporary folder")
 
 
 def write(path: Path, n: int) -> None:
-    """n samples of 1 to 10 questions; a sixth of them text alone; quotes, backslashes, braces and accents in all."""
+    """Write n samples of 1 to 8 questions. A sixth of them is text alone; the text has quotes, backslashes, braces
+    and accents."""
     rng = random.Random(0)
-    words = 'a the cat on mat, [in] {blue} "quoted" C:\\dir naïve 猫 is of and red: where \n and who'.split(" ")
-    phrases = [" ".join(rng.choices(words, k=30)) for _ in range(500)]
+    phrases = [" ".join(rng.choices(WORDS, k=30)) for _ in range(500)]
     with open(path, "w", encoding="utf-8") as f:
         for i in range(n):
-            turns = [{"from": who, "value": rng.choice(phrases)} for _ in range(rng.randint(1, 8))
-                     for who in ("human", "gpt")]
+            turns = []
+            for _ in range(rng.randint(1, 8)):
+                turns += [{"from": who, "value": rng.choice(phrases)} for who in ("human", "gpt")]
             sample = {"id": f"{i:09}", "conversations": turns}
             if rng.random() < 5 / 6:
                 sample["image"] = f"images/{i // 1000:05}/{i:09}.jpg"
@@ -52,106 +53,95 @@ def write(path: Path, n: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the sides
+# Each returns what it holds at the end, so that its memory is counted.
 def start(path: Path) -> tuple:
-    """What a rank does before its first batch, but for pictures. The first time, the index is made."""
+    """What a rank does before its first batch, except for pictures. The first call makes the index."""
     samples, _ = read_samples(path)
     order = iter(Order(len(samples), 128, 16, 1, samples.lengths()))
     return samples, order, next(order)
 
 
-def read(path: Path) -> None:
-    """16,000 samples more, in the order of training."""
+def read(path: Path) -> tuple:
+    """Start, then read 16,000 samples in the order of training."""
     samples, order, batch = start(path)
     for _ in range(1000):
         for i in batch:
             assert samples[i]["conversations"]
         batch = next(order)
+    return samples, order
 
 
-def sort(path: Path) -> None:
-    """Ten epochs' orders."""
+def sort(path: Path):
+    """Make the orders of ten epochs."""
     samples, _ = read_samples(path)
     for epoch in range(10):
         Order(len(samples), 128, 1, 1, samples.lengths()).epoch(epoch)
+    return samples
 
 
-def load(path: Path) -> None:
-    kept = json.load(open(path, encoding="utf-8"))
-    assert all("conversations" in s for s in kept)
+def load(path: Path) -> list:
+    with open(path, encoding="utf-8") as f:
+        return json.load(f)
 
 
-# ------------------------------------------------------------------------------------------------ measuring
-def memory() -> dict[str, int]:
-    lines = dict(line.split(":") for line in open("/proc/self/status") if line.startswith("Rss"))
-    return {"own": int(lines["RssAnon"].split()[0]) / 1024, "mapped": int(lines["RssFile"].split()[0]) / 1024}
+def measure(job, path: Path) -> dict[str, float]:
+    with sampled_peak("RssAnon", "RssFile") as peak:
+        began, cpu = time.perf_counter(), time.process_time()
+        kept = job(path)
+        seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+    del kept
+    return {"seconds": seconds, "cpu": cpu, "own": peak["RssAnon"], "mapped": peak["RssFile"]}
 
 
-def measure(job, path: Path, queue) -> None:
-    before, peak, done = memory(), {"own": 0, "mapped": 0}, threading.Event()
-
-    def sample():
-        while not done.wait(0.002):
-            for k, v in memory().items():
-                peak[k] = max(peak[k], v - before[k])
-    watcher = threading.Thread(target=sample)
-    watcher.start()
-    began, cpu = time.perf_counter(), time.process_time()
-    kept = job(path)                                            # noqa: F841, still in memory at the end
-    seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
-    done.set()
-    watcher.join()
-    queue.put({"seconds": seconds, "cpu": cpu, **peak})
-
-
-def child(job, path: Path) -> dict:
-    spawn = multiprocessing.get_context("spawn")
-    queue = spawn.Queue()
-    process = spawn.Process(target=measure, args=(job, path, queue))
-    process.start()
-    result = queue.get()
-    process.join()
-    return result
-
-
+# ------------------------------------------------------------------------------------------------ the order
 def visits(n: int, lengths: np.ndarray, ranks: list[int]) -> np.ndarray:
-    """How often an epoch shows each sample; several numbers of ranks: the run is stopped and goes on with the next."""
-    seen = np.zeros(n + 1, np.int64)                            # the last one: fillers
+    """Return how often an epoch shows each sample, (n + 1,), the last entry counting fillers. With several numbers of
+    ranks the run is stopped on the way and resumed with the next number."""
+    seen = np.zeros(n + 1, np.int64)
     batch, micro, steps = 96, 4, -(-n // 96)
     cuts = [steps * k // len(ranks) for k in range(len(ranks) + 1)]
-    for many, first, last in zip(ranks, cuts, cuts[1:]):
-        for rank in range(many):
-            order = iter(Order(n, batch, micro, 1, lengths, rank, many, first))
-            for _ in range((last - first) * (batch // micro // many)):
+    for count, first, last in zip(ranks, cuts, cuts[1:]):
+        for rank in range(count):
+            order = iter(Order(n, batch, micro, 1, lengths, rank, count, first))
+            for _ in range((last - first) * (batch // micro // count)):
                 np.add.at(seen, next(order), 1)
     return seen
 
 
+def check_visits(path: Path) -> None:
+    """Fail unless an epoch shows every sample once, on any number of ranks."""
+    lengths = read_samples(path)[0].lengths()
+    for ranks in [[1], [3], [8], [8, 3, 1], [1, 8]]:
+        began = time.perf_counter()
+        seen = visits(len(lengths), lengths, ranks)
+        wrong = int((seen[:-1] != 1).sum())
+        assert wrong == 0, f"on {ranks} ranks {wrong} samples are not shown exactly once"
+        print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} samples once, "
+              f"{seen[-1]} fillers   ({time.perf_counter() - began:.1f} s)")
+
+
 def main() -> None:
-    cfg = parse(Config)
-    free = shutil.disk_usage(cfg.folder or tempfile.gettempdir()).free
-    if free < 1.5 * BYTES * cfg.samples:
-        raise UserError(f"{free / 1e9:.1f} GB free, {1.5 * BYTES * cfg.samples / 1e9:.1f} wanted: another --folder")
-    with tempfile.TemporaryDirectory(dir=cfg.folder) as folder:
+    b = parse(Bench)
+    free, needed = shutil.disk_usage(b.folder or tempfile.gettempdir()).free, 1.5 * BYTES * b.samples
+    if free < needed:
+        raise UserError(f"{free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed: give another --folder")
+    with tempfile.TemporaryDirectory(dir=b.folder) as folder:
         path, tenth = Path(folder) / "data.json", Path(folder) / "tenth.json"
-        write(path, cfg.samples)
-        write(tenth, cfg.samples // 10)
+        write(path, b.samples)
+        write(tenth, b.samples // 10)
         size = path.stat().st_size
-        print(f"{cfg.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond the imports", flush=True)
+        print(f"{b.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond the imports", flush=True)
         for name, job, file, times in [
                 ("index made", start, path, 1), ("start-up after it", start, path, 1),
                 ("and 16,000 samples", read, path, 1), ("ten epochs' orders", sort, path, 1),
                 ("json.load, × 10", load, tenth, 10)]:
-            r = {k: v * times for k, v in child(job, file).items()}
-            on = f"   (measured on {cfg.samples // times:,} samples)" * (times > 1)
-            print(f"{name:20} {r['seconds']:7.2f} s   cpu {r['cpu']:7.2f} s   own {r['own']:6.0f}   mapped "
-                  f"{r['mapped']:4.0f}{on}", flush=True)
-        lengths = read_samples(path)[0].lengths()
-        for ranks in [[1], [3], [8], [8, 3, 1], [1, 8]]:
-            began = time.perf_counter()
-            seen = visits(len(lengths), lengths, ranks)
-            assert (seen[:-1] == 1).all(), f"on {ranks} ranks {(seen[:-1] != 1).sum()} samples come not once"
-            print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} samples once, "
-                  f"{seen[-1]} fillers   ({time.perf_counter() - began:.1f} s)")
+            r = {k: v * times for k, v in in_own_process(measure, job, file).items()}
+            line = (f"{name:20} {r['seconds']:7.2f} s   cpu {r['cpu']:7.2f} s   own {r['own']:6.0f}   "
+                    f"mapped {r['mapped']:4.0f}")
+            if times > 1:
+                line += f"   (measured on {b.samples // times:,} samples)"
+            print(line, flush=True)
+        check_visits(path)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""Questions a second on a POPE-like load, 18 questions an image: `Llava.generate` against transformers' `generate`.
+"""Questions a second on a POPE-like load, 18 questions an image: evaluation/generate.py against transformers.
 
     python -m bench.evaluate              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
-    python -m bench.evaluate --ckpt DIR   a checkpoint of ours, asked yes/no questions about pictures of the toy's world
+    python -m bench.evaluate --ckpt DIR   a checkpoint trained on the toy, asked yes/no questions about its pictures
 
-The checkpoint is exported to llava-hf's layout, which transformers loads (this bench alone needs transformers). Both
-sides get the same ids and pixels, in float32, greedily, on as many threads; each runs a few questions first. Random ids
-stand for the random model's prompts, as many as LLaMA's tokenizer makes of POPE's in LLaVA's v1 template: 35 before the
-image and 22 to 28 after it, of which the last 17 are the same; its answers are 4 tokens long. Its weights are larger
-than at a start of training, so that the answers differ.
+The checkpoint is exported to llava-hf's layout, which transformers loads (only this bench needs transformers). Both
+sides get the same ids and pixels, in float32, greedily, on as many threads; each answers a few questions first.
+
+The random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's prompts in LLaVA's v1 template:
+35 before the image and 22 to 28 after it, of which the last 17 are the same. Its answers are 4 tokens long. Its weights
+are larger than at the start of training, so that the answers differ.
 """
 import json
 import random
@@ -23,14 +24,14 @@ from torch import Tensor
 from common.files import read_json
 from common.flags import UserError, option, parse, run
 from data import IMAGE, ImageProcessor, encode, eos_id
+from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from hub.export import export
 from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-
-ROOT = Path(__file__).resolve().parent.parent
 from toy import world
 
+ROOT = Path(__file__).resolve().parent.parent
 VISION = VisionConfig(256, 1024, 6, 4, image_size=336, patch_size=14)
 DECODER = DecoderConfig(32000, 512, 1376, 8, 8)
 QUESTIONS = 18                                              # an image
@@ -38,11 +39,11 @@ QUESTIONS = 18                                              # an image
 
 @dataclass
 class Config:
-    """Questions a second of this repository and of transformers."""
-    ckpt: str | None = option(None, "a checkpoint trained on the toy; unset: a random model")
+    """Measure questions a second, of this repository and of transformers."""
+    ckpt: str | None = option(None, "a checkpoint trained on the toy (unset: a random model)")
     images: int = option(4, "images, of 18 questions each")
     batch_size: int = option(36, "questions at a time, where there is a batch")
-    threads: int | None = option(None, "unset: PyTorch's choice")
+    threads: int | None = option(None, "threads of PyTorch (unset: its own choice)")
 
 
 @dataclass
@@ -56,7 +57,7 @@ class Load:
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """With the toy's tokenizer, of which only the ids of its special tokens matter here."""
+    """Save a random model, with the toy's tokenizer: only the ids of its special tokens matter here."""
     torch.manual_seed(0)
     model = Llava(ViT(VISION), Projector(VISION.hidden_size, DECODER.hidden_size), Decoder(DECODER))
     for name, p in model.named_parameters():
@@ -82,36 +83,38 @@ def random_load(images: int) -> Load:
     out = Load([], [], [], torch.randn(images, 3, VISION.image_size, VISION.image_size, generator=g), None, 4)
     for i in range(images * QUESTIONS):
         question = torch.cat([ids(5 + i % 7), after])
-        out.input_ids.appeos_id(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
-        out.image_mask.appeos_id(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
-        out.image_index.appeos_id(i // QUESTIONS)
+        out.input_ids.append(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
+        out.image_mask.append(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
+        out.image_index.append(i // QUESTIONS)
     return out
 
 
 def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
-    """Every pair of the toy's world, as POPE asks for objects, and two questions more."""
+    """Ask for every pair of the toy's world, as POPE asks for objects, and two questions more."""
     tokenizer, processor, rng = load_tokenizer(ckpt), ImageProcessor.from_folder(ckpt), random.Random(0)
     c = read_json(ckpt / "config.json")
-    asked = [f"Is there a {colour} {shape}?" for colour in world.COLOURS for shape in world.SHAPES]
-    asked += ["How many objects are there?", "Which row has the circle?"]
+    questions = [f"Is there a {colour} {shape}?" for colour in world.COLOURS for shape in world.SHAPES]
+    questions += ["How many objects are there?", "Which row has the circle?"]
     pixels = [processor(world.render(world.draw_from("test", rng), rng), c["pad"]) for _ in range(images)]
     prompts = [encode([{"from": "human", "value": f"{IMAGE}\n{text}"}], tokenizer, c["template"],
-                      model.vision_tower.config.image_tokens, after_special=c["after_special"]) for text in asked]
+                      model.vision_tower.config.image_tokens, after_special=c["after_special"]) for text in questions]
     ids, _, masks = zip(*prompts * images)
-    return Load(list(ids), list(masks), [i for i in range(images) for _ in asked], torch.stack(pixels),
+    return Load(list(ids), list(masks), [i for i in range(images) for _ in questions], torch.stack(pixels),
                 eos_id(tokenizer, c["template"]), 8)
 
 
 def ours(model: Llava, load: Load, rows: range, shared: bool = True) -> list[list[int]]:
     ids, masks = load.input_ids[rows.start:rows.stop], load.image_mask[rows.start:rows.stop]
     index = load.image_index[rows.start:rows.stop]
-    images = sorted(set(index)) if shared else index
-    return model.generate(ids, load.pixel_values[images], load.max_new_tokens, masks, load.eos,
-                          [images.index(i) for i in index] if shared else None)
+    if not shared:
+        return generate(model, ids, load.pixel_values[index], load.max_new_tokens, masks, load.eos)
+    images = sorted(set(index))
+    return generate(model, ids, load.pixel_values[images], load.max_new_tokens, masks, load.eos,
+                    [images.index(i) for i in index])
 
 
 def theirs(model, load: Load, rows: range) -> list[list[int]]:
-    """Padded on the left, as transformers wants it."""
+    """Answer with transformers, which takes prompts padded on the left."""
     width = max(len(load.input_ids[r]) for r in rows)
     ids, seen = torch.zeros(2, len(rows), width, dtype=torch.long)
     for i, r in enumerate(rows):
@@ -124,7 +127,7 @@ def theirs(model, load: Load, rows: range) -> list[list[int]]:
 
 
 def measure(answer, model, load: Load, size: int) -> tuple[list[list[int]], float]:
-    """The answers and questions a second, in batches of `size`."""
+    """Return the answers and questions a second, in batches of `size`."""
     n = len(load.input_ids)
     answer(model, load, range(min(size, 4)))
     start = time.perf_counter()
@@ -155,11 +158,11 @@ def main() -> None:
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
     n = cfg.batch_size
     wanted, fastest = None, None
-    for name, answer, asked, size in [(f"ours, batches of {n}", ours, model, n),
+    for name, answer, which, size in [(f"ours, batches of {n}", ours, model, n),
                                       (f"ours, nothing shared, batches of {n}", partial(ours, shared=False), model, n),
                                       (f"transformers, batches of {n}", theirs, other, n),
                                       ("transformers, one at a time", theirs, other, 1)]:
-        answers, speed = measure(answer, asked, load, size)
+        answers, speed = measure(answer, which, load, size)
         wanted, fastest = wanted or answers, fastest or speed
         same = sum(a == b for a, b in zip(answers, wanted))
         print(f"{name:40}{speed:8.2f} questions/s   ours / this {fastest / speed:6.2f}   same ids {same}/{len(wanted)}",

@@ -1,17 +1,16 @@
-"""Memory of one rank, and what a step costs: by arithmetic, and measured on one device that plays rank 0 of 8.
+"""Memory and time of one rank: estimated by arithmetic, or measured on one device that plays rank 0 of 8.
 
-    python -m bench.memory                                         the arithmetic: GiB a rank, for README's table
-    python -m bench.memory --measure --shape small                 runs anywhere: 8 ranks played on a CPU
+    python -m bench.memory                                         the estimate: GiB a rank, for docs/training.md
+    python -m bench.memory --measure --shape small                 runs anywhere: plays 8 ranks on a CPU
     python -m bench.memory --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
     python -m bench.memory --measure --shape 7b --stage finetune --limit 40
 
-The other ranks are PyTorch's fake process group: collectives return at once and move nothing, so peak memory and
-computing are a real rank's, communication costs no time, and the numbers in the tensors mean nothing. (Stage 1 is
-played without it: its DDP only adds up the projector's gradient in place.) Weights are random. The share of FLOP/s
-counts what the model needs, without what is computed again, against this device's own best matmul.
+The other ranks are PyTorch's fake process group: collectives return at once and move nothing. So peak memory and
+computing are those of a real rank, communication takes no time, and the values in the tensors mean nothing. Stage 1 is
+played without other ranks: its DDP only sums the projector's gradient in place. Weights are random. The share of FLOP/s
+counts the model's own operations, without recomputation, against the best matmul of this device.
 """
 import gc
-import resource
 import time
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -19,12 +18,12 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from bench.common import memory, random_batch, reset_peak, step_loss
 from common.flags import option, parse, run
 from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, wrap
-from data import IGNORE, Batch
-from losses import LOSSES, Objective, count_terms
+from data import Batch
+from losses import LOSSES, Objective
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from train import backward
 from training.settings import TrainConfig, settings
 from training.setup import is_trained
 
@@ -39,17 +38,17 @@ SHAPES = {
 
 @dataclass
 class Bench:
-    """GiB a rank of stage 1 and stage 2; with --measure, of steps really made."""
-    measure: bool = option(False, "make steps, instead of the arithmetic alone")
+    """Estimate the GiB a rank needs in stage 1 and stage 2; with --measure, make steps and measure."""
+    measure: bool = option(False, "make steps, instead of the estimate alone")
     shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
     stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
     moca: bool = option(False, "with MoCa")
-    ranks: int = option(8, "of which this process plays the first")
+    ranks: int = option(8, "ranks, of which this process plays the first")
     micro_batch: int | None = option(None, "samples; unset: 32 in stage 1, 16 in stage 2")
     text: int | None = option(None, "text tokens a sample; unset: 32 in stage 1, 256 in stage 2")
-    steps: int = option(3, "that are timed, after two that are not")
-    limit: float | None = option(None, "GiB of the GPU that may be used")
+    steps: int = option(3, "steps that are timed, after two that are not")
+    limit: float | None = option(None, "GiB of the GPU that may be used; unset: all")
     compile: bool = option(False, "compile the layers")
 
 
@@ -61,7 +60,7 @@ def on_meta(shape: str) -> Llava:
 
 # ------------------------------------------------------------------------------------------------ arithmetic
 def estimate(shape: str, stage: str, ranks: int, micro: int, text: int) -> dict[str, float]:
-    """GiB by what holds it, for bfloat16 computing, float32 training, activation checkpointing."""
+    """Return GiB by purpose, for bfloat16 computing, float32 training and activation checkpointing."""
     model, (v, t) = on_meta(shape), SHAPES[shape]
     cfg = settings(TrainConfig(data="-", template="v1"), stage, 1)
     size = {True: 0, False: 0}
@@ -75,10 +74,11 @@ def estimate(shape: str, stage: str, ranks: int, micro: int, text: int) -> dict[
     parts = {
         "weights": (4 * size[True] + 2 * size[False]) / cut, "moments": 8 * size[True] / cut,
         "gradients": 4 * size[True] / cut,
-        # the root unit and its gradient in float32; two blocks gathered; a block's gradient, twice on its way
+        # The root unit and its gradient in float32; two gathered blocks; a block's gradient, and its copy in transit.
         "gathered": 0 if cut == 1 else 8 * ends + 2 * 2 * block + (2 + 4) * block,
-        "kept": 2 * tokens * t.hidden_size * t.num_hidden_layers,           # what enters each block
-        "working": 2 * tokens * (10 * t.hidden_size + 2 * inner) + 10 * 1024 * t.vocab_size}      # a block; the head
+        # Each block's input; one block's activations and a chunk of the head's.
+        "kept": 2 * tokens * t.hidden_size * t.num_hidden_layers,
+        "working": 2 * tokens * (10 * t.hidden_size + 2 * inner) + 10 * 1024 * t.vocab_size}
     return {k: b / 2**30 for k, b in parts.items()}
 
 
@@ -88,14 +88,16 @@ def table() -> None:
         for stage, text, micros, ranks in (("pretrain", 32, (32, 8), (1,)),
                                            ("finetune", 256, (16, 4, 1), (1, 2, 4, 8, 16))):
             for micro in micros:
-                row = {r: sum(estimate(shape, stage, r, micro, text).values()) for r in ranks}
-                print(f"{shape:4} {stage:9} micro-batch {micro:2}" + "".join(
-                    f"   {'any rank' if stage == 'pretrain' else f'{r} ranks'} {gib:6.1f}" for r, gib in row.items()))
+                line = f"{shape:4} {stage:9} micro-batch {micro:2}"
+                for r in ranks:
+                    gib = sum(estimate(shape, stage, r, micro, text).values())
+                    line += f"   any rank {gib:6.1f}" if stage == "pretrain" else f"   {r} ranks {gib:6.1f}"
+                print(line)
 
 
 # ------------------------------------------------------------------------------------------------ measured
 def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """The objective as training wraps it, with random weights: cut on the meta device, then given memory."""
+    """The objective as training wraps it, with random weights: sharded on the meta device, then given memory."""
     model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
     if b.moca:
         with torch.device("meta"):
@@ -115,20 +117,16 @@ def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     return wrap(Objective(model, cfg), ranks)
 
 
-def make_batch(v: VisionConfig, t: DecoderConfig, micro: int, text: int) -> Batch:
-    n = v.image_tokens
-    ids = torch.randint(3, t.vocab_size, (micro, n + text))
-    image = torch.zeros(micro, n + text, dtype=torch.bool)
-    image[:, 1:1 + n] = True
-    labels = ids.clone()
-    labels[:, :n + text // 2] = IGNORE
-    yes = torch.ones(micro, n + text, dtype=torch.bool)
-    return Batch(ids, labels, image, yes, torch.randn(micro, 3, v.image_size, v.image_size), yes[:, 0],
-                 torch.arange(micro) % 2 == 0)
+def make_batch(b: Bench, micro: int, text: int) -> Batch:
+    """The second half of the text is supervised. VDEP: every second sample is the image alone."""
+    v, t = SHAPES[b.shape]
+    supervised = torch.arange(v.image_tokens + text) >= v.image_tokens + text // 2
+    alone = torch.arange(micro) % 2 == 0 if b.loss == "vdep" else None
+    return random_batch(micro, v, t.vocab_size, text, supervised, alone)
 
 
 def flops(b: Bench, tokens: int, text: int) -> float:
-    """Floating-point operations that one step of the model needs."""
+    """Return the floating-point operations of one step, without recomputation."""
     model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
     T = v.image_tokens + text
     blocks = sum(p.numel() for p in model.language_model.model["layers"].parameters())
@@ -139,7 +137,7 @@ def flops(b: Bench, tokens: int, text: int) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """This device's best FLOP/s in a square matmul."""
+    """Return this device's best FLOP/s in a square matmul."""
     n = 8192 if device.type == "cuda" else 1024
     a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
     for _ in range(10):
@@ -156,6 +154,30 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def time_steps(b: Bench, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> float:
+    """Make steps as train.py does. Returns the seconds of the fastest."""
+    objective = make(b, cfg, ranks)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    seconds = []
+    for step in range(2 + b.steps):
+        if step == 2:
+            gc.collect()
+            if ranks.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+        wait(ranks.device)
+        start = time.perf_counter()
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
+            terms = objective(batch)
+        step_loss(b.loss, terms, batch).backward()
+        clip_gradients(trained, ranks, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        wait(ranks.device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[2:])
+
+
 def measured(b: Bench) -> None:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     device, dtype = choose_device("auto")
@@ -165,35 +187,18 @@ def measured(b: Bench) -> None:
     ranks = Ranks(0, 1, device, dtype)
     micro, text = b.micro_batch or 32, b.text or 32
     if b.stage == "finetune":
-        ranks = over(replace(ranks, ranks=b.ranks), sharded=True)
+        ranks = over(replace(ranks, count=b.ranks), sharded=True)
         micro, text = b.micro_batch or 16, b.text or 256
     cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
     ceiling = matmul_ceiling(device, dtype)
-    objective = make(b, cfg, ranks)
-    trained = [p for p in objective.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    batch = make_batch(*SHAPES[b.shape], micro, text)
-    count, tokens = {n: c.to(device).float() for n, c in count_terms(b.loss, batch).items()}, batch.input_ids.numel()
-    seconds = []
-    for step in range(2 + b.steps):
-        if step == 2:
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-        wait(device)
-        start = time.perf_counter()
-        backward(objective, [batch], count, ranks, hold=True)
-        clip_gradients(trained, ranks, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        wait(device)
-        seconds.append(time.perf_counter() - start)
-    best = min(seconds[2:])
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    guess = sum(estimate(b.shape, b.stage, b.ranks, micro, text).values())
-    print(f"{b.shape} {b.stage} {b.loss}{' + MoCa' * b.moca}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch "
-          f"{micro} × {tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
+    batch = make_batch(b, micro, text).to(device)
+    reset_peak()
+    best = time_steps(b, cfg, ranks, batch)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory("VmHWM") / 2**10
+    guess, tokens = sum(estimate(b.shape, b.stage, b.ranks, micro, text).values()), batch.input_ids.numel()
+    name = f"{b.loss} + MoCa" if b.moca else b.loss
+    print(f"{b.shape} {b.stage} {name}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch {micro} × "
+          f"{tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
           f"{tokens / best:,.0f} tokens/s, {flops(b, tokens, text) / best / ceiling:.1%} of "
           f"{ceiling / 1e12:.2f} TFLOP/s")
     dist.destroy_process_group()
@@ -201,7 +206,10 @@ def measured(b: Bench) -> None:
 
 def main() -> None:
     b = parse(Bench)
-    measured(b) if b.measure else table()
+    if b.measure:
+        measured(b)
+    else:
+        table()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Tokens a second by number of ranks: train.py as a user runs it, on the toy's backbones or on folders that are given.
+"""Tokens a second by number of ranks: train.py as a user runs it, on the toy's backbones or on given folders.
 
     python -m bench.scaling                                             1 and 2 ranks of this machine, both stages
     python -m bench.scaling --ranks 1,2,4,8 --micro-batch 16 --flags "--vision DIR --llm DIR --data FILE --images DIR"
 
-A rank has the same micro-batch on any number of ranks (weak scaling); efficiency is against the first number given.
-Ranks beyond the machine's cores or GPUs share them, and then it says nothing.
+A rank has the same micro-batch on any number of ranks (weak scaling). Efficiency is relative to the first number given.
+Ranks beyond the machine's cores or GPUs share them; efficiency then has no meaning.
 """
-import json
 import os
 import statistics
 import subprocess
@@ -15,19 +14,36 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import read_jsonl
 from common.flags import UserError, option, parse, run
+from toy import world
 
 ROOT = Path(__file__).resolve().parent.parent
-from toy import world
 
 
 @dataclass
 class Bench:
-    """Tokens a second of training by number of ranks."""
-    ranks: str = option("1,2", "numbers of ranks, with commas between")
-    micro_batch: int = option(16, "samples a rank works on at a time")
-    steps: int = option(12, "of which the first 4 are not counted")
-    flags: str = option("", "for train.py, beside --stage")
+    """Measure tokens a second of training by number of ranks."""
+    ranks: str = option("1,2", "numbers of ranks, separated by commas")
+    micro_batch: int = option(16, "samples of a rank at a time")
+    steps: int = option(12, "steps, of which the first 4 are not counted")
+    flags: str = option("", "for train.py, in addition to --stage; unset: a small toy data set")
+
+
+def train(b: Bench, stage: str, ranks: int, data: Path, out: Path) -> list[dict]:
+    """Train for some steps. Returns the lines of metrics.jsonl."""
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += ["train.py", "--stage", stage, "--out", str(out), "--max-steps", str(b.steps), "--micro-batch",
+                str(b.micro_batch), "--global-batch", str(b.micro_batch * ranks)]
+    command += b.flags.split() or ["--data", str(data / f"{stage}.json"), "--images", str(data / "images")]
+    if stage == "finetune" and "--projector" not in b.flags:
+        command += ["--projector", "random"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    if done.returncode:
+        raise UserError(f"train.py on {ranks} ranks stopped: {done.stderr.strip().splitlines()[-1]}")
+    return read_jsonl(out / "metrics.jsonl")
 
 
 def main() -> None:
@@ -39,17 +55,7 @@ def main() -> None:
         for stage in ("pretrain", "finetune"):
             first = None
             for ranks in map(int, b.ranks.split(",")):
-                out = Path(folder) / f"{stage}-{ranks}"
-                torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                given = b.flags.split() or ["--data", data / f"{stage}.json", "--images", data / "images"]
-                done = subprocess.run(
-                    [sys.executable, *(torchrun if ranks > 1 else []), "train.py", "--stage", stage, "--out", out,
-                     "--max-steps", str(b.steps), "--micro-batch", str(b.micro_batch), "--global-batch",
-                     str(b.micro_batch * ranks), *given], cwd=ROOT, capture_output=True, text=True,
-                    env={"OMP_NUM_THREADS": "1", **os.environ})
-                if done.returncode:
-                    raise UserError(f"train.py on {ranks} ranks stopped: {done.stderr.strip().splitlines()[-1]}")
-                lines = [json.loads(line) for line in (out / "metrics.jsonl").open()]
+                lines = train(b, stage, ranks, data, Path(folder) / f"{stage}-{ranks}")
                 rate = statistics.median(line["tokens_per_s"] for line in lines[4:])
                 first = first or rate / ranks
                 print(f"{stage:9} {ranks:3} ranks   {rate:10,.0f} tokens/s   {rate / ranks / first:5.0%} a rank   peak "

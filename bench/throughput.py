@@ -1,15 +1,14 @@
-"""Training steps a second and peak memory: ours against transformers' LlavaForConditionalGeneration, the same weights
-and batch, stage 1 and stage 2. Needs transformers (5.x), which nothing else here does.
+"""Training steps a second and peak memory, compared with transformers' LlavaForConditionalGeneration: the same weights
+and batch, stage 1 and stage 2. Needs transformers (5.x), as bench/evaluate.py does.
 
     python -m bench.throughput                      ViT 6×256 at 112 px, LLaMA 8×512, vocabulary 32000, on 2 threads
     python -m bench.throughput --vision-layers 24 --vision-width 1024 --image-size 336 --layers 32 --width 4096 ...
 
 A sample has 112 tokens: 64 of the image, 48 of text, of which 47 are supervised in stage 1 (a caption) and 24 in stage
-2 (half question, half answer). A step is forward, backward, clipping to norm 1, fused AdamW. The sides take turns, each
-in a process of its own, so that what else the machine does hits both; peak is what a step needs beyond what was there
-before the first one (gradients and AdamW's moments included).
+2 (half question, half answer). A step is forward, backward, clipping to norm 1, fused AdamW. Each side has a process of
+its own, and they make steps in turn, so that other load on the machine slows both. Peak is what a step needs beyond
+what was there before the first one; it includes gradients and AdamW's moments.
 """
-import multiprocessing
 import statistics
 import tempfile
 import time
@@ -18,16 +17,18 @@ from pathlib import Path
 
 import torch
 
+from bench.common import SPAWN, memory, random_batch, reset_peak, step_loss
 from common.flags import UserError, option, parse, run
-from data import IGNORE, Batch
+from data import Batch
 from hub.checkpoint import load_model
-from losses import Objective, count_terms
+from losses import Objective
+from model import VisionConfig
 from training.settings import TrainConfig
 
 
 @dataclass
 class Shape:
-    """Ours against transformers, a training step of stage 1 and of stage 2."""
+    """Compare a training step with one of transformers, in stage 1 and in stage 2."""
     batch: int = option(8, "samples")
     text: int = option(48, "text tokens a sample")
     vision_layers: int = option(6, "of the vision encoder")
@@ -59,29 +60,25 @@ def make_weights(s: Shape, folder: Path) -> None:
 
 
 def make_batch(s: Shape, stage: str) -> Batch:
-    torch.manual_seed(1)
     n = (s.image_size // 14) ** 2
-    T = n + s.text
-    ids = torch.randint(3, s.vocabulary - 2, (s.batch, T))
-    ids[:, 0] = 1
-    image = torch.zeros(s.batch, T, dtype=torch.bool)
-    image[:, 1:1 + n] = True
-    labels = ids.clone()
-    labels[:, :1 + n + (0 if stage == "pretrain" else s.text // 2 - 1)] = IGNORE
-    ids[image] = s.vocabulary - 1                           # transformers finds the image by this id, ours by the mask
-    everywhere = torch.ones(s.batch, T, dtype=torch.bool)
-    return Batch(ids, labels, image, everywhere, torch.randn(s.batch, 3, s.image_size, s.image_size),
-                 everywhere[:, 0], ~everywhere[:, 0])
+    position = torch.arange(n + s.text)
+    supervised = position > n
+    if stage == "finetune":
+        supervised = position >= n + s.text // 2
+    vision = VisionConfig(image_size=s.image_size, patch_size=14)
+    batch = random_batch(s.batch, vision, s.vocabulary - 1, s.text, supervised)
+    batch.input_ids[batch.image_mask] = s.vocabulary - 1     # transformers finds the image by this id, ours by the mask
+    return batch
 
 
 def ours(folder: Path, batch: Batch, stage: str):
-    """(model, a function that makes the loss) with what the stage trains asking for gradients."""
+    """Return (model, a function that computes the loss). What the stage trains asks for gradients."""
     model = load_model(folder)
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    objective, count = Objective(model, TrainConfig(stage=stage)), count_terms("ce", batch)
-    return model, lambda: sum(t.weight * t.total / count[t.name] for t in objective(batch))
+    objective = Objective(model, TrainConfig(stage=stage))
+    return model, lambda: step_loss("ce", objective(batch), batch)
 
 
 def theirs(folder: Path, batch: Batch, stage: str):
@@ -95,20 +92,14 @@ def theirs(folder: Path, batch: Batch, stage: str):
                                 attention_mask=batch.attention_mask, use_cache=False).loss
 
 
-def memory(field: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process, in MiB."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
 def side(make, s: Shape, folder: Path, stage: str, pipe) -> None:
-    """A step each time the pipe says so: sends (loss, seconds, peak MiB so far)."""
+    """Make a step whenever the pipe says True. Sends (loss, seconds, peak MiB so far)."""
     torch.set_num_threads(s.threads)
     model, loss_of = make(folder, make_batch(s, stage), stage)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")           # sets the peak back to the present
+    reset_peak()
     pipe.send(sum(p.numel() for p in trained))
     while pipe.recv():
         start = time.perf_counter()
@@ -120,35 +111,39 @@ def side(make, s: Shape, folder: Path, stage: str, pipe) -> None:
         pipe.send((loss.item(), time.perf_counter() - start, memory("VmHWM") - before))
 
 
+def compare(s: Shape, folder: Path, stage: str) -> None:
+    """Let the two sides make steps in turn, and print both."""
+    pipes, processes, sizes, steps = {}, {}, {}, {"theirs": [], "ours": []}
+    for make in (theirs, ours):
+        pipe, other_end = SPAWN.Pipe()
+        process = SPAWN.Process(target=side, args=(make, s, folder, stage, other_end), daemon=True)
+        process.start()
+        other_end.close()
+        pipes[make.__name__], processes[make.__name__], sizes[make.__name__] = pipe, process, pipe.recv()
+    for _ in range(1 + s.rounds):
+        for name, pipe in pipes.items():
+            pipe.send(True)
+            steps[name].append(pipe.recv())
+    rates, peaks = {}, {}
+    for name, pipe in pipes.items():
+        pipe.send(False)
+        processes[name].join()
+        seconds = [t for _, t, _ in steps[name][1:]]
+        rates[name], peaks[name] = s.batch / statistics.median(seconds), steps[name][-1][2]
+        print(f"{stage:9} {name:7} {sizes[name]:11,} trained   first loss {steps[name][0][0]:.5f}   "
+              f"{rates[name]:6.2f} samples/s ({s.batch / max(seconds):.2f} to {s.batch / min(seconds):.2f})   "
+              f"peak {peaks[name]:6.0f} MiB")
+    assert abs(steps["ours"][0][0] - steps["theirs"][0][0]) < 1e-4, "the two sides do not compute the same loss"
+    print(f"{stage:9} ours / theirs: samples/s {rates['ours'] / rates['theirs']:.2f} ×   "
+          f"peak {peaks['ours'] / peaks['theirs']:.2f} ×", flush=True)
+
+
 def main() -> None:
     s = parse(Shape)
-    spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         make_weights(s, Path(folder))
         for stage in ("pretrain", "finetune"):
-            sides = []
-            for make in (theirs, ours):
-                here, there = spawn.Pipe()
-                process = spawn.Process(target=side, args=(make, s, Path(folder), stage, there), daemon=True)
-                process.start()
-                sides.append((make.__name__, here, process, here.recv()))
-            steps = {name: [] for name, *_ in sides}
-            for _ in range(1 + s.rounds):
-                for name, pipe, *_ in sides:
-                    pipe.send(True)
-                    steps[name].append(pipe.recv())
-            rows = {}
-            for name, pipe, process, trained in sides:
-                pipe.send(False)
-                process.join()
-                loss, seconds = steps[name][0][0], [t for _, t, _ in steps[name][1:]]
-                rows[name] = s.batch / statistics.median(seconds), steps[name][-1][2], loss
-                print(f"{stage:9} {name:7} {trained:11,} trained   first loss {loss:.5f}   {rows[name][0]:6.2f} samples"
-                      f"/s ({s.batch / max(seconds):.2f} to {s.batch / min(seconds):.2f})   peak {rows[name][1]:6.0f} "
-                      "MiB")
-            assert abs(rows["ours"][2] - rows["theirs"][2]) < 1e-4, "the two sides do not compute the same loss"
-            print(f"{stage:9} ours / theirs: samples/s {rows['ours'][0] / rows['theirs'][0]:.2f} ×   "
-                  f"peak {rows['ours'][1] / rows['theirs'][1]:.2f} ×", flush=True)
+            compare(s, Path(folder), stage)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
-"""Scorers of the benchmarks: pure functions of answers and references that give the reference scorers' numbers.
+"""Scorers of the benchmarks: pure functions of predictions and references. They give the reference scorers' numbers.
 
     rule  functions              benchmarks                          reference scorer
     R1    vqa_norm, vqa_acc      VQAv2, OK-VQA, TextVQA, VizWiz      M4C (= EvalAI); m4c=False: lmms-eval's VQAv2
-    R2    exact, accuracy        GQA; the toy                        lmms-eval's exact_match
+    R2    exact                  GQA, own questions                  lmms-eval's exact_match
     R3    pope_parse, pope       POPE                                the authors', as LLaVA runs it
     R4    mme_parse, mme         MME                                 lmms-eval; the authors' on real answers
     R5    circular               MMBench                             VLMEvalKit's circular evaluation
-    R6    pick_choice            every multiple-choice benchmark     none: one rule that never guesses
-    R7    mmmu_open              open questions of MMMU              the authors'; lists kept as strings are read
+    R6    pick_choice            every multiple-choice benchmark     our own: one rule that never guesses
+    R7    mmmu_open              open questions of MMMU              the authors'
     R8    ocrbench               OCRBench                            the authors'
     R9    anls                   DocVQA                              lmms-eval's anls
     R10   ptb_tokenize, cider    RefCOCO, RefCOCO+, RefCOCOg         pycocoevalcap
     R11   realworldqa            RealWorldQA                         lmms-eval 0.7
 
-One answer's score is a bool or in 0..1. Ratios (`pope`, `circular`) are in 0..1, 0/0 being 0; `accuracy`, `mme` and
-`cider` have scales of their own. The references of one question are a list; a single string is a list of one.
-ValueError: rows that the rule cannot score.
+One answer's score is a bool or a number in 0..1. Ratios (`pope`, `circular`) are in 0..1, and 0/0 is 0; `mme` and
+`cider` have scales of their own. The references of one question are a list; a single string counts as a list of one.
+Functions raise ValueError for rows that the rule cannot score.
 """
-import ast
 import math
 import re
 import string
@@ -35,8 +34,8 @@ APOSTROPHES = """ain't aren't can't could've couldn't didn't doesn't don't hadn'
     you're you've 'ow's'at y'all'll y'all'd've""".split()
 APOSTROPHES += [f"{x}'d've" for x in "he I it she somebody someone something there they we who you".split()]
 APOSTROPHES += [f"{x}n't've" for x in "could had might should would".split()]
-# A word is known by its spelling with any one of its apostrophes lost; three oddities of the official table follow. Its
-# "Im" and the like have a capital, which no normalised answer has: they are without effect.
+# Each word is found by its spelling without one of its apostrophes. Then come three oddities of the official table. Its
+# entries with a capital ("Im") have no effect: a normalised answer is in lower case.
 CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in APOSTROPHES for i, c in enumerate(word) if c == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
@@ -44,7 +43,7 @@ COGNITION = "commonsense_reasoning numerical_calculation text_translation code_r
 
 
 def listed(answers: str | list[str]) -> list[str]:
-    """The references of one question. Raises ValueError if there is none."""
+    """Return the references of one question as a list. Raises ValueError if there is none."""
     answers = [answers] if isinstance(answers, str) else list(answers)
     if not answers:
         raise ValueError("a question without a reference answer has no score")
@@ -56,7 +55,7 @@ def ratio(part: float, whole: float) -> float:
 
 
 def vqa_norm(text: str, m4c: bool = True) -> str:
-    """R1: an answer as VQA accuracy compares it. m4c=False leaves the first step out, as VQAv2 does, and differs on
+    """R1: return an answer as VQA accuracy compares it. m4c=False skips the first step, as VQAv2 does; that changes
     commas and possessives."""
     if m4c:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -66,13 +65,13 @@ def vqa_norm(text: str, m4c: bool = True) -> str:
     for p in ";/[]\"{}()=+\\_-><@`,?!":
         if p in before:
             text = text.replace(p, "" if comma or p + " " in before or " " + p in before else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)      # the 32 is the official scorer's: a flag passed as a count
+    text = re.sub(r"\.(?!\d)", "", text, count=32)      # 32: the official scorer passes a flag as the count
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_acc(pred: str, answers: list[str], m4c: bool = True) -> float:
-    """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for 0..4 of 10 matching.
+    """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for 0..4 matches of 10.
     Fewer than 4 references cannot give 1, and a single one gives 0."""
     pred, answers = vqa_norm(pred, m4c), [vqa_norm(answer, m4c) for answer in listed(answers)]
     n, m = len(answers), answers.count(pred)
@@ -85,25 +84,15 @@ def exact(prediction: str, reference: str) -> bool:
     return a == b
 
 
-def accuracy(rows: list[tuple[str, str, str]]) -> dict[str, float]:
-    """Percent of exact matches per category, and their mean: rows of (category, prediction, reference)."""
-    hits = {}
-    for category, prediction, reference in rows:
-        hits.setdefault(category, []).append(exact(prediction, reference))
-    result = {category: 100 * sum(h) / len(h) for category, h in hits.items()}
-    return {**result, "mean": sum(result.values()) / len(result)} if result else {}
-
-
 def pope_parse(text: str) -> str:
-    """R3: "no" if a word before the first full stop is exactly No, no or not; all else is "yes", even "NO" and ""."""
+    """R3: "no" if a word before the first full stop is exactly No, no or not; else "yes", even for "NO" and ""."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
-    """R3: acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. preds are
-    answers, parsed here, or "yes" and "no", which stay so; labels are "yes" or "no". LLaVA reports the mean f1 of the
-    three categories, one call each."""
+    """R3: return acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. Labels
+    are "yes" or "no". LLaVA reports the mean f1 of the three categories, one call each."""
     if len(preds) != len(labels):
         raise ValueError(f"POPE has {len(labels)} labels, and there are {len(preds)} answers")
     if odd := set(labels) - {"yes", "no"}:
@@ -116,25 +105,27 @@ def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
 
 
 def mme_parse(text: str) -> str:
-    """R4: yes, no or other. Of a longer answer the first four characters count: "not", "know" and "nope" are no."""
+    """R4: yes, no or other. Only the first four characters count: "not", "know" and "nope" are no."""
     text = text.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
-    return next((word for word in ("yes", "no") if word in text[:4]), "other")
+    if "yes" in text[:4]:
+        return "yes"
+    return "no" if "no" in text[:4] else "other"
 
 
 def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) -> dict[str, float]:
     """R4: rows of (category, question_id, prediction, answer), two an image → {category: score, perception, cognition}.
 
-    A category's score is the percentage of right answers plus that of images with both right, so at most 200. The two
-    sums are over the categories present. drop_incomplete: leave out images with one question, and count them (dropped).
+    A category's score is the percentage of right answers plus that of images with both right: at most 200. The sums
+    are over the categories present. drop_incomplete: leave out images with one question and count them (dropped).
     Raises ValueError for other than 2 questions an image, and for an unknown category or answer."""
     images = {}
     for category, question_id, prediction, answer in rows:
         if category not in PERCEPTION + COGNITION or answer.strip().lower() not in ("yes", "no"):
             raise ValueError(f"MME has no category {category!r} with answer {answer!r} (image {question_id})")
         images.setdefault((category, question_id), []).append(mme_parse(prediction) == answer.strip().lower())
-    odd = [image for image, hits in images.items() if len(hits) > 2 or len(hits) == 1 and not drop_incomplete]
+    odd = [image for image, hits in images.items() if len(hits) > 2 or (len(hits) == 1 and not drop_incomplete)]
     if odd:
         raise ValueError(f"{len(odd)} of {len(images)} MME images do not have exactly 2 questions, the first of them "
                          f"{odd[0][1]} ({odd[0][0]})")
@@ -145,18 +136,19 @@ def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) ->
             scores[name] = 100 * (sum(map(sum, pairs)) / 2 + sum(map(all, pairs))) / len(pairs)
     result = {**scores, "perception": sum(scores.get(name, 0.0) for name in PERCEPTION),
               "cognition": sum(scores.get(name, 0.0) for name in COGNITION)}
-    return {**result, "dropped": sum(len(hits) == 1 for hits in images.values())} if drop_incomplete else result
+    if drop_incomplete:
+        result["dropped"] = sum(len(hits) == 1 for hits in images.values())
+    return result
 
 
 def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = None,
              drop_incomplete: bool = False) -> dict[str, float]:
-    """R5: rows of (index, hit), rotation k of question i being row i + k·10⁶ → circular = hits / groups, where a group
-    is a hit if all its rows are; vanilla = accuracy of the rows below 10⁶; hits, groups, dropped. For a category, pass
-    its rows.
+    """R5: rows of (index, hit); rotation k of question i has index i + k·10⁶. Returns circular = hits / groups (a group
+    is a hit if all its rows are), vanilla = accuracy of the rows below 10⁶, hits, groups, dropped.
 
-    sizes: {i: options of question i}, as many as it has rows. Without it a group must hold rotations 0, 1, … without a
-    gap, at least two, and the absence of the last is not seen. drop_incomplete: leave groups with a row missing out of
-    circular and count them. Raises ValueError for such a group otherwise, and for an index that comes twice."""
+    sizes: {i: options of question i}, which is how many rows it has. Without it a group must hold rotations 0, 1, …, at
+    least two, without a gap, and a missing last one goes unnoticed. drop_incomplete: leave incomplete groups out of
+    circular and count them. Else raises ValueError for them; always for an index that comes twice."""
     groups = {}
     for index, hit in rows:
         rotation, question = divmod(int(index), 10 ** 6)
@@ -174,74 +166,81 @@ def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = 
             "groups": len(whole), "dropped": len(dropped)}
 
 
-def pick_choice(pred: str, letters: str | list[str], options: list[str] | dict[str, str] | None = None) -> str | None:
-    """R6: the letter that an answer chooses, or None, which is wrong: nothing is guessed. letters: the valid capitals.
-    options: their texts in the same order, or {letter: text}, or none. The first rule that fires decides, by its last
-    hit."""
-    letters, said = list(letters), normalize("NFKC", pred).strip()
-    alone = re.sub(r"^\W+|\W+$", "", said).upper()
-    if alone in letters:
+def pick_choice(pred: str, letters: str, options: list[str] | None = None) -> str | None:
+    """R6: return the letter that an answer chooses, or None: nothing is guessed. letters: the valid capitals; options:
+    their texts in the same order. The first pattern that matches decides, by its last match."""
+    text = normalize("NFKC", pred).strip()
+    alone = re.sub(r"^\W+|\W+$", "", text).upper()
+    if alone in list(letters):
         return alone
-    one = f"([{re.escape(''.join(letters))}])"
+    one = f"([{re.escape(letters)}])"
     for pattern in (rf"(?i:answer(?: is)?|option(?: is)?|choice(?: is)?)\s*:?\s*[(\[*]*{one}(?![A-Za-z0-9'])",
                     rf"^\**{one}[.:)\n*](?![A-Za-z0-9])",
                     rf"\({one}\)",
                     rf"(?<![A-Za-z0-9'_.-])(?![AI] [a-z]){one}(?![A-Za-z0-9'_-])"):
-        if hits := re.findall(pattern, said):
+        if hits := re.findall(pattern, text):
             return hits[-1]
-    pairs = options.items() if isinstance(options, dict) else zip(letters, options or [])
-    texts = {letter: normalize("NFKC", text).strip().lower() for letter, text in pairs}
-    texts = {letter: text for letter, text in texts.items() if text and not re.fullmatch("[a-z]", text)}
-    said = said.lower()
-    equal = [letter for letter, text in texts.items() if text.rstrip(". ") == said.rstrip(". ")]
-    inside = [letter for letter, text in texts.items()
-              if re.search(rf"(?<![A-Za-z0-9]){re.escape(text)}(?![A-Za-z0-9])", said)]
-    return next((hits[0] for hits in (equal, inside) if len(hits) == 1), None)
+
+    # No letter: the answer must be the text of exactly one option, or contain exactly one.
+    text = text.lower()
+    equal, inside = [], []
+    for letter, option in zip(letters, options or []):
+        option = normalize("NFKC", option).strip().lower()
+        if option and not re.fullmatch("[a-z]", option):
+            if option.rstrip(". ") == text.rstrip(". "):
+                equal.append(letter)
+            if re.search(rf"(?<![A-Za-z0-9]){re.escape(option)}(?![A-Za-z0-9])", text):
+                inside.append(letter)
+    if len(equal) == 1:
+        return equal[0]
+    return inside[0] if len(inside) == 1 else None
 
 
 def mmmu_values(texts: list[str]) -> list[str | float]:
-    """Numbers as floats of two decimals, the rest in lower case; one character must stand beside a space to count."""
+    """Return numbers as floats of two decimals, other texts in lower case, a single character beside a space."""
     values = []
-    for text in map(str.strip, texts):
+    for text in texts:
+        text = text.strip().lower()
         try:
             values.append(round(float(text.replace(",", "")), 2))
         except ValueError:
-            text = text.lower()
             values += [" " + text, text + " "] if len(text) == 1 else [text]
     return values
 
 
 def mmmu_open(pred: str, gold: str | list[str]) -> bool:
-    """R7: does an answer give one of the references? What counts is the text after "is ", "answer " and the like in
-    each line, else the whole answer, and the numbers in it. gold: a string, a list, or a list kept as a string."""
-    if isinstance(gold, str) and re.fullmatch(r"\s*\[.*\]\s*", gold, re.DOTALL):
-        try:
-            gold = ast.literal_eval(gold.strip())
-        except (ValueError, SyntaxError):
-            pass
-    keys = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+    """R7: True if an answer gives one of the references. What counts of each line is the shortest text after "is ",
+    "answer " and the like, if there is none the whole answer; and the numbers in these texts."""
     whole = pred.strip().strip(".").lower()
     tails, lines = [], whole.split("\n")
-    for i, line in enumerate(lines):
+    for line in lines:
+        keys = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "]
+        if line is lines[-1]:
+            keys.append("=")
         tail = ""
-        for key in keys + ["="] * (i == len(lines) - 1):
+        for key in keys:
             if key in line:
                 after = line.split(key)[-1].strip()
-                tail = after if not tail or len(after) < len(tail) else tail
+                if not tail or len(after) < len(tail):          # "" too, as in the authors' scorer
+                    tail = after
         if tail not in ("", *":,.!?;'"):
             tails.append(tail)
-    tails = tails or [whole]
-    numbers = [number for tail in tails for pattern in (
-        r"-?\b\d{1,3}(?:,\d{3})+\b",                                                # 1,234
-        r"-?\d+(?:\.\d+)?e[+-]?\d+",                                                # 1e3
-        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?!e[+-]?\d+)(?![,\d])"                         # 12, 3.4, .5
-    ) for number in re.findall(pattern, tail)]
-    values, golds = mmmu_values(tails + numbers), mmmu_values(map(str, listed(gold)))
-    return any(g in v if isinstance(v, str) and isinstance(g, str) else g == v for v in values for g in golds)
+    texts = tails or [whole]
+    for tail in list(texts):
+        for pattern in (r"-?\b\d{1,3}(?:,\d{3})+\b",                                       # 1,234
+                        r"-?\d+(?:\.\d+)?e[+-]?\d+",                                       # 1e3
+                        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?!e[+-]?\d+)(?![,\d])"):              # 12, 3.4, .5
+            texts += re.findall(pattern, tail)
+    for value in mmmu_values(texts):
+        for reference in mmmu_values([str(g) for g in listed(gold)]):
+            both_text = isinstance(value, str) and isinstance(reference, str)
+            if value == reference or (both_text and reference in value):
+                return True
+    return False
 
 
 def ocrbench(pred: str, answers: str | list[str], dataset: str) -> bool:
-    """R8: is some reference a substring of the answer? In HME100k (formulae) case counts and spaces do not."""
+    """R8: True if a reference is a substring of the answer. In HME100k (formulae) case counts and spaces do not."""
     def plain(text):
         if dataset == "HME100k":
             return text.strip().replace("\n", " ").replace(" ", "")
@@ -250,7 +249,7 @@ def ocrbench(pred: str, answers: str | list[str], dataset: str) -> bool:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Edits between two strings: O(len(a)·len(b)) steps, one row of the table at a time."""
+    """Return the number of edits between two strings, in O(len(a)·len(b)) steps, one row of the table at a time."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -260,8 +259,8 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def anls(pred: str, answers: list[str]) -> float:
-    """R9: 1 − the least normalised edit distance to a reference, 0 below one half (one half stays). Case and runs of
-    white space do not count as edits, but the lengths are those of the strings as written."""
+    """R9: 1 − the least normalised edit distance to a reference, and 0 if that is below one half. Case and runs of
+    white space are no edits, but the lengths are those of the strings as written."""
     pred, distances = pred.strip(), []
     for answer in listed(answers):
         edits = levenshtein(" ".join(answer.lower().split()), " ".join(pred.lower().split()))
@@ -271,7 +270,7 @@ def anls(pred: str, answers: list[str]) -> float:
 
 
 def realworldqa(pred: str, ref: str) -> bool:
-    """R11: a letter by R6 where the reference is A, B, C or D; else equal but for case and final full stops."""
+    """R11: by R6 if the reference is A, B, C or D; else equal except for case and final full stops."""
     if ref in ("A", "B", "C", "D"):
         return pick_choice(pred, "ABCD", []) == ref
     return pred.lower().strip().rstrip(".") == ref.lower()
@@ -293,16 +292,16 @@ TOKEN = re.compile(r"""
 
 
 def ptb_tokenize(text: str) -> list[str]:
-    """R10: the words that pycocoevalcap's tokeniser (Java's PTBTokenizer in lower case, punctuation dropped) leaves of
-    a sentence; as there, brackets stay as -lrb- and -rrb-, and runs like "!!" stay. The two differ on about 1 sentence
-    in 300: smileys, rare abbreviations, a full stop after a single letter."""
+    """R10: split a sentence into words as pycocoevalcap's tokeniser does (Java's PTBTokenizer in lower case, without
+    punctuation). As there, brackets stay as -lrb- and -rrb-, and runs like "!!" stay. The two differ on about 1
+    sentence in 300: smileys, rare abbreviations, a full stop after a single letter."""
     text = re.sub(r"--+|\.\.+", " ", text.lower().translate(BRACKETS))
     return [token for token in TOKEN.findall(text) if token not in tuple("'.?!,:-;")]
 
 
 def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
-    """R10: mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence each; refs: its references.
-    Words weigh by their rarity among the cases given, so part of a split does not compare with the whole."""
+    """R10: return the mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence each; refs: its
+    references. Words weigh by their rarity among these cases, so a part of a split does not compare with the whole."""
     if len(hyps) != len(refs) or not refs:
         raise ValueError(f"{len(hyps)} sentences for {len(refs)} sets of references")
 
@@ -319,7 +318,12 @@ def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
         return ratio(sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r), norms)
 
     ref_counts = [[count(ref) for ref in listed(group)] for group in refs]
-    frequency = Counter(gram for group in ref_counts for gram in {gram for ref in group for n in ref for gram in n})
+    frequency = Counter()                                   # in how many cases a gram occurs
+    for group in ref_counts:
+        grams = set()
+        for ref in group:
+            grams.update(*ref)
+        frequency.update(grams)
     scores = []
     for hyp, group in zip(map(count, hyps), ref_counts):
         total = 0.0

@@ -1,210 +1,272 @@
 """Rows → samples: what is asked about which image, and the reference answer."""
+import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from common.flags import UserError
 from evaluation.benchmarks import BENCHMARKS, LETTER, OCR, SHORT, UNANSWERABLE, YES_OR_NO, Benchmark, Source
-from evaluation.files import Cell, missing, outline, read
+from evaluation.files import Cell, missing, outline, read_rows
 
 
 @dataclass
 class Sample:
-    id: str                         # question_id, or question_id#2 where a file repeats it
-    prompt: str                     # as it is asked, <image> left out where it comes first
-    image: Path | str | Cell | None
-    answer: str | list[str] | None  # None: not public
-    category: str | None
-    options: list[str]
-    record: dict                    # what else scorers and submissions need
-    region: tuple | None = None     # see `picture`
+    id: str                                     # question_id; question_id#2 where a file repeats it
+    prompt: str                                 # as asked; <image> is left out where it comes first
+    image: Path | str | Cell | None = None      # a file, base64 text or a cell of a parquet file
+    region: tuple | None = None                 # drawn on the image: see `picture`
+    answer: str | list[str] | None = None       # None: not public
+    category: str | None = None
+    options: list[str] = field(default_factory=list)
+    record: dict = field(default_factory=dict)  # what else scorers and submissions need
 
 
-def bare(text: str) -> str:
-    """The question of a text that is already a prompt."""
-    lines = [line for line in text.split("\n") if not line.startswith(OCR.strip()) and
-             "\n" + line not in (SHORT, LETTER, UNANSWERABLE)]
-    return "\n".join(lines)
+@dataclass
+class Reading:
+    """How to read a benchmark's files."""
+    images: Path | None = None                  # the folder of the images
+    labels: Path | None = None                  # file or folder of the labels; None: beside the questions
+    split: str | None = None                    # None: that of the first files found
+    style: str | None = None                    # ask as "llava" or "lmms" does; None: lmms for parquet, else llava
+    ocr: bool | None = None                     # TextVQA's OCR line; None: as the style has it
+    region: str = "bbox"                        # drawn for RefCOCO, or "seg"
 
 
-def join_key(record: dict, names: tuple) -> tuple:
-    """What records are matched by: case and white space do not count, nor how MME's question ends."""
-    def plain(value):
-        return " ".join(str(value).split()).lower().removesuffix(YES_OR_NO.lower()).strip()
-    return tuple(plain(record[name]) for name in names)
+@dataclass
+class Loaded:
+    """A benchmark as it was read."""
+    samples: list[Sample]                       # in the file's order
+    settings: dict                              # what of Reading changes the score
+    files: list[str]
+    counts: dict[str, int] = field(default_factory=dict)        # what a reader should know → how often
 
 
-def looked_for(source: Source, split: str | None) -> list[str]:
+@dataclass
+class Questions:
+    """One set of questions to a checkpoint, and where its results go."""
+    name: str                   # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
+    bench: str                  # key of BENCHMARKS
+    benchmark: Benchmark
+    loaded: Loaded
+    samples: list[Sample]       # the first --limit of loaded.samples, their images shuffled or not
+    settings: dict              # what the results depend on
+    out: Path
+
+
+def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loaded:
+    """Read a benchmark. data: its file, or the folder that holds it. Raises UserError."""
+    benchmark = BENCHMARKS[name]
+    reading = replace(reading or Reading())
+    source, files = choose_source(name, data, reading.split)
+    reading.split = reading.split or source.split
+    if reading.style is None:
+        reading.style = "lmms" if files[0].suffix == ".parquet" else "llava"
+    found = records(source, files)
+    written = "text" in source.columns or ("prompt" in source.columns and name != "own")
+    if reading.style == "lmms" and written:
+        raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; give raw ones")
+    loaded = Loaded([], {"split": reading.split, "style": reading.style}, [str(p) for p in files])
+    if source.labels is not None:
+        labels = find_labels(source, reading, files[0], data)
+        loaded.files += [str(p) for p in labels]
+        loaded.counts["labels without a question"] = join_labels(found, source, files, labels, reading.split)
+
+    of_split = [r for r in found if r.get("split") in (None, "", reading.split)]
+    if not of_split:
+        other = found[0]["split"]
+        raise UserError(f"{files[0]} holds split {other}, not {reading.split}: --split {other}?")
+    kept = [r for r in of_split if benchmark.keep(r)]
+    several = [r for r in kept if isinstance(r.get("image"), list) and len(r["image"]) > 1]
+    loaded.counts["questions of another kind left out"] = len(found) - len(kept)
+    loaded.counts["samples of which only the first image is shown"] = len(several)
+
+    set_ocr(name, kept, reading, files[0])
+    loaded.samples = make_samples(benchmark, kept, reading, files[0])
+    if name == "textvqa":
+        lines = sum(OCR in s.prompt for s in loaded.samples)
+        loaded.settings["ocr"] = f"on for {lines} of {len(kept)}"
+        if lines in (0, len(kept)):
+            loaded.settings["ocr"] = "on" if lines else "off"
+    if name.startswith("refcoco"):
+        loaded.settings["region"] = reading.region
+    return loaded
+
+
+# ------------------------------------------------------------------------------------------------ which files
+def patterns(source: Source, split: str | None) -> list[str]:
+    """Return the file names of a source, as patterns, with the split filled in."""
     split = split or source.split
     return [p.replace("{split}", split).replace("{SPLIT}", split.upper()) for p in source.files.split()]
 
 
-def find(source: Source, folder: Path, split: str | None) -> list[Path]:
-    """The files of a source in a folder (or that folder itself), of the first of its patterns that any matches. Raises
-    UserError where several match that are not parts of one."""
-    for pattern in looked_for(source, split):
+def find_files(source: Source, folder: Path, split: str | None) -> list[Path]:
+    """Return the files in a folder that match the first pattern that any matches; or the path itself, if it matches.
+    Raises UserError if several match that are not shards of one file."""
+    for pattern in patterns(source, split):
         hits = [folder] if fnmatch(folder.name, pattern) else sorted(folder.glob(pattern))
         if len(hits) > 1 and not source.shards:
-            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: say which one with --data FILE")
+            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: choose one with --data FILE")
         if hits:
             return hits
     return []
 
 
-def choose(name: str, data: Path, split: str | None) -> tuple[Source, list[Path]]:
-    """The first source of a benchmark whose files are there. Raises UserError naming all that was looked for, or what
-    benchmark and split a file is of by its name, if not of these."""
+def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, list[Path]]:
+    """Return the first source of a benchmark whose files are there, and the files. Raises UserError."""
     if not data.exists():
         raise UserError(f"--data {data} does not exist")
-    sources = BENCHMARKS[name].sources
-    # A split that no source is called by is one of those whose names say it: refcoco's testA.
-    sources = [s for s in sources if split in (None, s.split)] or [s for s in sources if "{split}" in s.files]
+    # A split that no source is named after may be part of a file's name: RefCOCO's testA.
+    sources = [s for s in BENCHMARKS[name].sources if split in (None, s.split)]
+    sources = sources or [s for s in BENCHMARKS[name].sources if "{split}" in s.files]
+    for s in sources:
+        files = find_files(s, data, split)
+        if files:
+            return s, files
+    asked = f"{name}, split {split}" if split else name
     if data.is_file():
-        def fits(s, split):
-            return any(fnmatch(data.name, Path(p).name) for p in looked_for(s, split))
-        for s in sources:
-            if fits(s, split):
-                return s, [data]
-        others = [(n, s.split) for n, b in BENCHMARKS.items() for s in b.sources
-                  if ".parquet" not in s.files and fits(s, None)]
-        if others and name != "own":
-            theirs, ours = others[0], (name, split) if split else (name,)
-            raise UserError(f"{data} is by its name of {', split '.join(theirs)}; asked for is {', split '.join(ours)}")
+        # The name tells nothing: refuse a file of another benchmark, then go by the suffix.
+        for other, benchmark in BENCHMARKS.items():
+            for s in benchmark.sources:
+                if name != "own" and ".parquet" not in s.files and find_files(s, data, None):
+                    raise UserError(f"{data} is by its name of {other}, split {s.split}, not of {asked}")
         for s in sources:
             if Path(s.files.split()[0]).suffix == data.suffix:
                 return s, [data]
-    else:
-        for s in sources:
-            files = find(s, data, split)
-            if files:
-                return s, files
-    wanted = dict.fromkeys(p for s in sources for p in looked_for(s, split))
-    there = sorted(p.name for p in data.iterdir()) if data.is_dir() else [data.name]
-    raise UserError(f"{data} holds no file of {name}{f', split {split}' if split else ''}: looked for "
-                    f"{', '.join(wanted)}; there is {', '.join(there[:8]) or 'nothing'}")
+    wanted = ", ".join(dict.fromkeys(p for s in sources for p in patterns(s, split)))
+    there = sorted(p.name for p in data.iterdir())[:8] if data.is_dir() else [data.name]
+    raise UserError(f"{data} holds no file of {asked}: looked for {wanted}; there is {', '.join(there) or 'nothing'}")
 
 
+# ------------------------------------------------------------------------------------------------ rows and labels
 def records(source: Source, files: list[Path]) -> list[dict]:
-    """Rows under our names. Raises UserError for a column that is not there, naming those that are."""
+    """Read rows and give their columns our names. Raises UserError for a missing column, with the columns there are."""
     found = []
     for path in files:
-        for row in read(path):
+        for row in read_rows(path):
             record = {}
             for name, column in source.columns.items():
                 try:
-                    if callable(column):
-                        record[name] = column(row)
-                    elif column.startswith("?"):
-                        record[name] = row.get(column[1:])
-                    else:
-                        record[name] = column.format(**row) if "{" in column else row[column]
+                    record[name] = value_of(row, column)
                 except (KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
-                    what = f"no column {e}" if isinstance(e, KeyError) else f"a {name} that cannot be used ({e})"
-                    raise UserError(f"{path}: row {row['_n'] + 1} has {what}; its columns are "
-                                    f"{', '.join(k for k in row if not k.startswith('_'))}") from None
-            if "text" in record:
-                record["question"] = bare(str(record["text"]))
+                    what = f"no column {e}" if isinstance(e, KeyError) else f"an invalid {name} ({e})"
+                    columns = ", ".join(k for k in row if not k.startswith("_"))
+                    raise UserError(f"{path}: row {row['_n'] + 1} has {what}; its columns are {columns}") from None
             for name in ("text", "prompt", "question"):
                 if not isinstance(record.get(name, ""), str):
                     raise UserError(f"{path}: row {row['_n'] + 1} has no text in {name}: {record[name]!r}")
+            if "text" in record:
+                record["question"] = bare(record["text"])
             found.append(record)
     return found
 
 
-def attach(questions: list[dict], source: Source, files: list[Path], labels: list[Path], split: str | None) -> int:
-    """Gives questions what their labels say; → labels left over. A question that is asked twice with two labels gets
-    them in order. Raises UserError for a question without a label, two labels for one, and, where labels are strict,
-    for labels left over: the files are then of different releases."""
-    answers = {}
-    names, theirs = [", ".join(p.name for p in group) for group in (files, labels)]
+def value_of(row: dict, column):
+    """Return a row's value: by a function, "?column" (None if absent), a format over columns, or a column's name."""
+    if callable(column):
+        return column(row)
+    if column.startswith("?"):
+        return row.get(column[1:])
+    return column.format(**row) if "{" in column else row[column]
+
+
+def bare(text: str) -> str:
+    """Return the question of a text that is written as LLaVA asks it: without OCR tokens and instructions."""
+    lines = [line for line in without_ocr(text).split("\n") if "\n" + line not in (SHORT, LETTER, UNANSWERABLE)]
+    return "\n".join(lines)
+
+
+def without_ocr(text: str) -> str:
+    return "\n".join(line for line in text.split("\n") if not line.startswith(OCR.strip()))
+
+
+def match_text(text) -> str:
+    """Return what texts are matched by: no case, single spaces, without the end of MME's questions."""
+    return " ".join(str(text).split()).lower().removesuffix(YES_OR_NO.lower()).strip()
+
+
+def find_labels(source: Source, reading: Reading, file: Path, data: Path) -> list[Path]:
+    """Return the files of labels: --labels, or those beside the questions."""
+    place = reading.labels or (data if data.is_dir() else data.parent)
+    labels = [place] if place.is_file() else find_files(source.labels, place, reading.split)
+    if not labels:
+        raise UserError(f"{place} holds no labels for {file.name}: looked for "
+                        f"{', '.join(patterns(source.labels, reading.split))} (--labels says where they are)")
+    return labels
+
+
+def join_labels(questions: list[dict], source: Source, files: list[Path], labels: list[Path], split: str) -> int:
+    """Give questions what their labels say. Returns the number of labels left over.
+
+    A question that is asked twice with two labels gets them in order. Raises UserError for a question without a label,
+    for two labels of one question, and, where labels are strict, for labels left over."""
+    def key_of(record):
+        return tuple(match_text(record[name]) for name in source.join)
+
+    names, label_names = [", ".join(p.name for p in group) for group in (files, labels)]
+    by_key = {}
     for label in records(source.labels, labels):
-        if label.pop("split", None) in (None, split or source.split):
-            answers.setdefault(join_key(label, source.join), []).append(label)
-    keys = [join_key(q, source.join) for q in questions]
-    lost = [key for key in keys if key not in answers]
+        if label.pop("split", None) in (None, split):
+            by_key.setdefault(key_of(label), []).append(label)
+    keys = [key_of(q) for q in questions]
+    lost = [key for key in keys if key not in by_key]
     if lost:
-        raise UserError(f"{len(lost)} of {len(keys)} questions of {names} have no label in {theirs}, the first "
+        raise UserError(f"{len(lost)} of {len(keys)} questions of {names} have no label in {label_names}, the first "
                         f"{' · '.join(lost[0])}: the two are of different releases or splits")
     times, used = Counter(keys), Counter()
     for question, key in zip(questions, keys):
-        same = all(label == answers[key][0] for label in answers[key])
-        if not same and len(answers[key]) != times[key]:
-            raise UserError(f"{theirs}: different labels for one question, {' · '.join(key)}")
-        label = answers[key][0 if same else used[key]]
+        same = all(label == by_key[key][0] for label in by_key[key])
+        if not same and len(by_key[key]) != times[key]:
+            raise UserError(f"{label_names}: different labels for one question, {' · '.join(key)}")
+        label = by_key[key][0 if same else used[key]]
         used[key] += 1
         question.update({k: v for k, v in label.items() if k not in ("id", "question")})
-    left = len(answers) - len(used)
+    left = [key for key in by_key if key not in used]
     if left and source.labels.strict:
-        first = next(key for key in answers if key not in used)
-        raise UserError(f"{left} labels of {theirs} have no question in {names}, the first {' · '.join(first)}: the "
-                        "two are of different releases")
-    return left
+        raise UserError(f"{len(left)} labels of {label_names} have no question in {names}, the first "
+                        f"{' · '.join(left[0])}: the two are of different releases")
+    return len(left)
 
 
-def load_benchmark(name: str, data: Path, images: Path | None = None, labels: Path | None = None, split: str | None = None,
-         style: str | None = None, ocr: bool | None = None, region: str = "bbox") -> tuple[list[Sample], dict]:
-    """The samples of a benchmark in the file's order, and what was read: files, split, style, ocr, n, counts.
-
-    data: its file or folder; labels: where those are, if elsewhere; style: ask as llava or lmms does (None: as the
-    family of the files); ocr: TextVQA's OCR line (None: as the style has it). Raises UserError."""
-    benchmark = BENCHMARKS[name]
-    source, files = choose(name, data, split)
-    split = split or source.split
-    style = style or ("lmms" if files[0].suffix == ".parquet" else "llava")
-    info = {"files": [str(p) for p in files], "split": split, "style": style, "counts": {}}
-    found = records(source, files)
-    if style == "lmms" and ("text" in source.columns or "prompt" in source.columns and name != "own"):
-        raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; give raw ones")
-    if source.labels is not None:
-        home = labels or (data if data.is_dir() else data.parent)
-        there = [home] if home.is_file() else find(source.labels, home, split)
-        if not there:
-            raise UserError(f"{home} holds no labels for {files[0].name}: looked for "
-                            f"{', '.join(looked_for(source.labels, split))} (--labels says where they are)")
-        info["files"] += [str(p) for p in there]
-        info["counts"]["labels without a question"] = attach(found, source, files, there, split)
-    of_split = [r for r in found if r.get("split") in (None, "", split)]
-    if not of_split:
-        other = found[0]["split"]
-        raise UserError(f"{files[0]} holds split {other}, asked for is {split}: --split {other}?")
-    kept = [r for r in of_split if benchmark.keep(r)]
-    info["counts"]["questions of another kind left out"] = len(found) - len(kept)
-    info["counts"]["samples of which only the first image is shown"] = sum(
-        isinstance(r.get("image"), list) and len(r["image"]) > 1 for r in kept)
-    wants_ocr = style == "llava" if ocr is None else ocr
+def set_ocr(name: str, rows: list[dict], reading: Reading, file: Path) -> None:
+    """Remove OCR tokens from records unless they are to be shown."""
+    ocr = reading.ocr
     if ocr is not None and name != "textvqa":
         raise UserError(f"--ocr and --no-ocr are about textvqa's OCR line; {name} has none")
-    if ocr and not any(r.get("ocr") is not None or OCR in r.get("text", "") for r in kept):
-        raise UserError(f"--ocr: {files[0].name} holds no OCR tokens; llava_textvqa_val_v051_ocr.jsonl and parquet do")
-    samples, seen = [], Counter()
-    for r in kept:
-        if not wants_ocr:
-            r["ocr"] = None
-            if OCR in r.get("text", ""):
-                r["text"] = "\n".join(line for line in r["text"].split("\n") if not line.startswith(OCR.strip()))
-        image = r.get("image")
+    if ocr and not any(r.get("ocr") is not None or OCR in r.get("text", "") for r in rows):
+        raise UserError(f"--ocr: {file.name} holds no OCR tokens; llava_textvqa_val_v051_ocr.jsonl and parquet do")
+    if ocr or (ocr is None and reading.style == "llava"):
+        return
+    for r in rows:
+        r["ocr"] = None
+        if "text" in r:
+            r["text"] = without_ocr(r["text"])
+
+
+# ------------------------------------------------------------------------------------------------ samples
+def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file: Path) -> list[Sample]:
+    """Turn records into samples. Raises UserError for an id that is there twice, unless the benchmark repeats ids."""
+    samples, times = [], Counter()
+    for r in rows:
+        number = str(r["id"])
+        times[number] += 1
+        if times[number] > 1:
+            if not benchmark.repeats:
+                raise UserError(f"{file}: question id {number} is there twice")
+            number = f"{number}#{times[number]}"
+        image, category = r.get("image"), r.get("category")
         if isinstance(image, list):
             image = image[0] if image else None
-        number = str(r["id"])
-        seen[number] += 1
-        if seen[number] > 1 and not benchmark.repeats:
-            raise UserError(f"{files[0]}: question id {number} is there twice")
-        category = None if missing(r.get("category")) or r["category"] == "default" else str(r["category"])
         samples.append(Sample(
-            number if seen[number] == 1 else f"{number}#{seen[number]}", prompt_of(benchmark, r, style),
-            locate(image, images, files[0]), reference(r.get("answer")), category,
-            [str(o) for o in r.get("options") or []], r, outline(r, region)))
-    if name == "textvqa":
-        lines = sum(OCR in s.prompt for s in samples)
-        info["ocr"] = "on" if lines == len(samples) else "off" if not lines else f"on for {lines} of {len(samples)}"
-    if name.startswith("refcoco"):
-        info["region"] = region
-    return samples, {**info, "n": len(samples), "released": list(benchmark.sizes)}
+            id=number, prompt=prompt_of(benchmark, r, reading.style), image=locate(image, reading.images, file),
+            region=outline(r, reading.region), answer=reference(r.get("answer")),
+            category=None if missing(category) or category == "default" else str(category),
+            options=[str(o) for o in r.get("options") or []], record=r))
+    return samples
 
 
 def prompt_of(benchmark: Benchmark, r: dict, style: str) -> str:
-    """A record's question with its suffix, once."""
+    """Return a record's question with its suffix, once."""
     if "prompt" in r:
         return r["prompt"]
     text = r["text"] if "text" in r else benchmark.body(r, style)
@@ -212,29 +274,40 @@ def prompt_of(benchmark: Benchmark, r: dict, style: str) -> str:
     return text if text.endswith(suffix) else text + suffix
 
 
-def locate(image, images: Path | None, source: Path) -> Path | str | Cell | None:
-    """A row's image: a file's path in --images, or what the file holds itself."""
+def locate(image, images: Path | None, file: Path) -> Path | str | Cell | None:
+    """Return a row's image: a file's path in --images, or what the file itself holds."""
     if missing(image):
         return None
-    if isinstance(image, (Path, Cell)) or source.suffix == ".tsv":
+    if isinstance(image, (Path, Cell)) or file.suffix == ".tsv":
         return image
     if images is None:
-        raise UserError(f"{source} names images, such as {image}: say with --images in which folder they are")
+        raise UserError(f"{file} names images, such as {image}: say with --images in which folder they are")
     return images / image
 
 
 def reference(answer) -> str | list[str] | None:
-    """An answer, or the list of them; None where it is not public."""
+    """Return a reference answer, or the list of them; None if it is not public."""
     if isinstance(answer, list):
         answers = [str(a["answer"] if isinstance(a, dict) else a) for a in answer]
         return answers if any(answers) else None
     return None if answer is None or answer != answer or answer in ("", "nan", "?") else str(answer)
 
 
-def absent(samples: list[Sample]) -> None:
-    """Raises UserError if image files are not there, with their number and the first."""
+def check_images_exist(samples: list[Sample]) -> None:
+    """Raises UserError if image files are missing, with their number and the first of them."""
     files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
-    lost = [f for f in files if not f.is_file()]
+    lost = [file for file in files if not file.is_file()]
     if lost:
         raise UserError(f"{len(lost)} of {len(files)} images are not there, such as {lost[0]}: is --images the folder "
                         "that the names are relative to?")
+
+
+def shuffle_images(samples: list[Sample]) -> list[Sample]:
+    """Give each question another one's image, by a fixed permutation: the score of a model that ignores the image."""
+    images = [(s.image, s.region) for s in samples if s.image is not None]
+    images = iter(random.Random(0).sample(images, len(images)))
+    shuffled = []
+    for s in samples:
+        image, region = next(images) if s.image is not None else (None, None)
+        shuffled.append(replace(s, image=image, region=region))
+    return shuffled

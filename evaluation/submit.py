@@ -1,105 +1,109 @@
 """Files that a benchmark's server or official script takes."""
-import json
-import re
-import zipfile
+from importlib.util import find_spec
 from pathlib import Path
-from xml.sax.saxutils import escape
 
-from common.files import read_jsonl
+from common.files import read_jsonl, write_json
+from common.flags import UserError
 from evaluation import metrics
 from evaluation.benchmarks import Benchmark
+from evaluation.files import write_jsonl
 from evaluation.questions import Sample
 
 
-def file_name(s: Sample) -> str:
-    return s.record.get("file") or (s.image.name if isinstance(s.image, Path) else s.id)
+def vqa_rows(pairs):
+    return [{"question_id": int(s.id) if s.id.isdigit() else s.id, "answer": metrics.vqa_norm(r["prediction"] or "")}
+            for s, r in pairs]
 
 
-def table_mmbench(samples, answers, parsed):
-    columns = ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
-    for s, p in zip(samples, answers):
-        cells = dict(zip("ABCD", s.options), index=int(s.id), question=s.record["question"], prediction=p or "",
-                     answer=s.answer or "", split=s.record["split"] or "")
-        yield {c: cells.get(c, "") for c in columns if c != "answer" or s.answer is not None}
+def vizwiz_rows(pairs):
+    rows = []
+    for s, r in pairs:
+        name = s.record.get("file") or (s.image.name if isinstance(s.image, Path) else s.id)
+        rows.append({"image": name, "answer": metrics.vqa_norm(r["prediction"] or "")})
+    return rows
 
 
-def plain(answer: str | None) -> str:
-    return "" if answer is None else metrics.vqa_norm(answer)
+def mmbench_rows(pairs):
+    rows = []
+    for s, r in pairs:
+        row = {"index": int(s.id), "question": s.record["question"], **dict.fromkeys("ABCD", "")}
+        row.update(zip("ABCD", s.options))
+        row["prediction"] = r["prediction"] or ""
+        if s.answer is not None:
+            row["answer"] = s.answer
+        rows.append({**row, "split": s.record["split"] or ""})
+    return rows
 
 
-def normed(samples, answers, parsed):
-    return [{"question_id": as_number(s.id), "answer": plain(p)} for s, p in zip(samples, answers)]
+def parsed_by_id(pairs):
+    return {s.id: r["parsed"] or r["prediction"] or "" for s, r in pairs}
 
 
-SUBMISSIONS = {   # name → (file ending, (samples, predictions, parsed) → what is written)
-    "vqav2": ("json", normed),
-    "textvqa": ("json", normed),
-    "vizwiz": ("json", lambda ss, ps, parsed: [{"image": file_name(s), "answer": plain(p)} for s, p in zip(ss, ps)]),
-    "gqa": ("json", lambda ss, ps, parsed: [{"questionId": s.id, "prediction": (p or "").rstrip(".").lower()}
-                                            for s, p in zip(ss, ps)]),
-    "docvqa": ("json", lambda ss, ps, parsed: [{"questionId": int(s.id), "answer": p or ""} for s, p in zip(ss, ps)]),
-    "mmmu": ("json", lambda ss, ps, parsed: {s.id: q or p or "" for s, p, q in zip(ss, ps, parsed)}),
-    "mmt": ("json", lambda ss, ps, parsed: {s.id: q or p or "" for s, p, q in zip(ss, ps, parsed)}),
-    "mmvet": ("json", lambda ss, ps, parsed: {"v1_" + s.id.removeprefix("v1_"): p or "" for s, p in zip(ss, ps)}),
-    "seed": ("jsonl", lambda ss, ps, parsed: [{"question_id": s.id, "prediction": p or ""} for s, p in zip(ss, ps)]),
-    "mmbench": ("xlsx", lambda ss, ps, parsed: list(table_mmbench(ss, ps, parsed))),
+SUBMISSIONS = {   # name → (file ending, pairs of (sample, row of `score`) → what is written)
+    "vqav2": ("json", vqa_rows),
+    "textvqa": ("json", vqa_rows),
+    "vizwiz": ("json", vizwiz_rows),
+    "gqa": ("json", lambda pairs: [{"questionId": s.id, "prediction": (r["prediction"] or "").rstrip(".").lower()}
+                                   for s, r in pairs]),
+    "docvqa": ("json", lambda pairs: [{"questionId": int(s.id), "answer": r["prediction"] or ""} for s, r in pairs]),
+    "mmmu": ("json", parsed_by_id),
+    "mmt": ("json", parsed_by_id),
+    "mmvet": ("json", lambda pairs: {"v1_" + s.id.removeprefix("v1_"): r["prediction"] or "" for s, r in pairs}),
+    "seed": ("jsonl", lambda pairs: [{"question_id": s.id, "prediction": r["prediction"] or ""} for s, r in pairs]),
+    "mmbench": ("xlsx", mmbench_rows),
 }
 
 
-def as_number(number: str) -> int | str:
-    return int(number) if number.isdigit() else number
-
-
-def write_xlsx(path: Path, rows: list[dict]) -> None:
-    """A table as the least that spreadsheet programs and openpyxl read: one sheet, texts written in their cells."""
-    def cell(value) -> str:
-        if isinstance(value, int):
-            return f"<c><v>{value}</v></c>"
-        text = escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", "", str(value)))
-        return f'<c t="inlineStr"><is><t xml:space="preserve">{text}</t></is></c>'
-    lines = [list(rows[0]), *([row[c] for c in rows[0]] for row in rows)]
-    sheet = "".join(f"<row>{''.join(map(cell, line))}</row>" for line in lines)
-    site, kind = "http://schemas.openxmlformats.org/", "application/vnd.openxmlformats-"
-    main, office = site + "spreadsheetml/2006/main", site + "officeDocument/2006/relationships"
-    package, sheets = site + "package/2006/", kind + "officedocument.spreadsheetml."
-    parts = {
-        "[Content_Types].xml":
-            f'<Types xmlns="{package}content-types">'
-            f'<Default Extension="rels" ContentType="{kind}package.relationships+xml"/>'
-            f'<Override PartName="/xl/workbook.xml" ContentType="{sheets}sheet.main+xml"/>'
-            f'<Override PartName="/xl/sheet1.xml" ContentType="{sheets}worksheet+xml"/></Types>',
-        "_rels/.rels":
-            f'<Relationships xmlns="{package}relationships">'
-            f'<Relationship Id="r1" Type="{office}/officeDocument" Target="xl/workbook.xml"/></Relationships>',
-        "xl/_rels/workbook.xml.rels":
-            f'<Relationships xmlns="{package}relationships">'
-            f'<Relationship Id="r1" Type="{office}/worksheet" Target="sheet1.xml"/></Relationships>',
-        "xl/workbook.xml":
-            f'<workbook xmlns="{main}" xmlns:r="{office}">'
-            '<sheets><sheet name="Sheet1" sheetId="1" r:id="r1"/></sheets></workbook>',
-        "xl/sheet1.xml": f'<worksheet xmlns="{main}"><sheetData>{sheet}</sheetData></worksheet>'}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
-        for name, text in parts.items():
-            z.writestr(name, '<?xml version="1.0" encoding="UTF-8"?>' + text)
+def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
+    """Raise UserError if the spreadsheet is all that there will be, because no answer is public, and openpyxl, which
+    writes it, is missing. Call before answering."""
+    private = all(s.answer is None for s in samples)
+    if benchmark.submission == "mmbench" and private and not find_spec("openpyxl"):
+        raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: pip install openpyxl")
 
 
 def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
-                     out: Path) -> Path | None:
-    """The file that the benchmark's server or official script takes, if there is such; rows are those of `score`."""
+                     out: Path) -> str | None:
+    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if there is none, or openpyxl is missing.
+
+    rows: those of `score`; data: the folder of the questions."""
     if benchmark.submission is None:
         return None
     ending, make = SUBMISSIONS[benchmark.submission]
-    value = make(samples, [r["prediction"] for r in rows], [r["parsed"] for r in rows])
-    if benchmark.submission == "vqav2":                         # the server wants an answer for all of test
-        folder = data if data.is_dir() else data.parent
-        given = {a["question_id"]: a["answer"] for a in value}
-        every = [r["question_id"] for p in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl") for r in read_jsonl(p)]
-        value = [{"question_id": i, "answer": given.get(i, "")} for i in every] or value
-    path = out / f"submission.{ending}"
-    if ending == "xlsx":
-        write_xlsx(path, value)
+    path, value = out / f"submission.{ending}", make(list(zip(samples, rows)))
+    if benchmark.submission == "vqav2":
+        value = fill_test2015(value, data)
+    if ending == "json":
+        write_json(path, value, indent=None)
     elif ending == "jsonl":
-        path.write_text("".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value), encoding="utf-8")
+        write_jsonl(path, value)
+    elif find_spec("openpyxl"):
+        write_xlsx(path, value)
     else:
-        path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
-    return path
+        return None
+    return str(path)
+
+
+def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
+    """VQAv2's server takes an answer to every question of test2015: add "" for those that were not asked."""
+    by_id = {a["question_id"]: a["answer"] for a in answers}
+    rows = []
+    for path in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl"):
+        for r in read_jsonl(path):
+            rows.append({"question_id": r["question_id"], "answer": by_id.get(r["question_id"], "")})
+    return rows or answers
+
+
+def write_xlsx(path: Path, rows: list[dict]) -> None:
+    """Write a table of one sheet: a header, then a line a row. Texts stay texts, also "=1+1"."""
+    from openpyxl import Workbook
+    from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
+    book = Workbook()
+    for n, values in enumerate([list(rows[0]), *(row.values() for row in rows)], 1):
+        for column, value in enumerate(values, 1):
+            if isinstance(value, str):
+                cell = book.active.cell(n, column, ILLEGAL_CHARACTERS_RE.sub("", value))
+                cell.data_type = "s"
+            else:
+                book.active.cell(n, column, value)
+    book.save(path)

@@ -1,12 +1,13 @@
-"""config.json of released checkpoints → VisionConfig, DecoderConfig."""
+"""config.json of a folder of weights → VisionConfig, DecoderConfig."""
 import dataclasses
+import re
 from pathlib import Path
 
 from common.files import read_json
 from common.flags import UserError
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
-# Fields that a released config.json leaves out, because they are its class's defaults; then what every model has.
+# A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
 DECODERS = {
     "llama": dict(),
     "mistral": dict(num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072,
@@ -22,66 +23,101 @@ DECODERS = {
 }
 VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6,
                                                                    hidden_act="gelu_tanh", class_token=False)}
-ACTS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
-LLAVA_HF, LLAVA_L, TINY = "llava", "llava_llama", "tinyllava"
+# Names of activations in released files → in model.py. Export writes the first name of each.
+ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
+HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
 
 
-def from_fields(cls, defaults: dict, fields: dict, keep=()):
-    """A config dataclass from a config.json's fields that it knows; `keep` are not the file's to say."""
-    known = {f.name for f in dataclasses.fields(cls)} - set(keep)
-    given = {k: v for k, v in fields.items() if k in known and (v is not None or k == "sliding_window")}
-    return cls(**defaults | given)                                          # a window of null is a word: none
+def refuse_hub_id(folder: str | Path) -> None:
+    """Raise UserError if `folder` is no folder but reads like a Hugging Face id."""
+    name = str(folder)
+    if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
+        raise UserError(f"there is no folder {name}, and nothing is downloaded here: if that is a Hugging Face id, run "
+                        f"huggingface-cli download {name} --local-dir DIR, then give DIR")
+
+
+def read_config(folder: str | Path) -> dict:
+    """Return the config.json of a folder. Raises UserError if there is none."""
+    refuse_hub_id(folder)
+    path = Path(folder) / "config.json"
+    c = read_json(path)
+    if not isinstance(c, dict):
+        raise UserError(f"{path} is not a JSON object: download it again")
+    return c
+
+
+def check_supported(path: Path, fields: list[tuple[str, object, bool]]) -> None:
+    """Raise UserError for the first of (field of the file, its value, is it supported) that is not supported."""
+    for field, value, supported in fields:
+        if not supported:
+            raise UserError(f"{path} asks for {field} {value!r}, which is not supported")
+
+
+def from_fields(cls, defaults: dict, c: dict, fixed=()):
+    """Return a config dataclass: `defaults`, replaced by the fields of config.json `c` that `cls` has. The file cannot
+    change the fields in `fixed`."""
+    known = {f.name for f in dataclasses.fields(cls)} - set(fixed)
+    # null means unset, except for sliding_window, where it means no window.
+    given = {k: v for k, v in c.items() if k in known and (v is not None or k == "sliding_window")}
+    return cls(**defaults | given)
 
 
 def vision_config(folder: str | Path) -> VisionConfig:
-    """Of a CLIP or SigLIP folder (the whole model or the tower), of a llava-hf or TinyLLaVA one, or of ours."""
-    path = Path(folder) / "config.json"
-    c = read_json(path)
-    if c.get("model_type") == "nanoalign":
+    """Return the config of a vision encoder. Reads folders of CLIP or SigLIP (both towers, or the vision tower alone),
+    llava-hf, TinyLLaVA, and our checkpoints. Raises UserError for any other."""
+    path, c = Path(folder) / "config.json", read_config(folder)
+    kind = c.get("model_type")
+    if kind == OURS:
         return VisionConfig(**c["vision_config"])
-    kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(c.get("model_type"), c.get("model_type"))
+    kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(kind, kind)
     if "vision_config" in c:
-        nested = c["vision_config"]
-        kind = nested.get("model_type") or (kind if kind in VISION else "clip_vision_model")
-        c = {**nested}
+        c = c["vision_config"]
+        kind = c.get("model_type") or (kind if kind in VISION else "clip_vision_model")
     if kind not in VISION:
         raise UserError(f"{path} has model_type {kind!r}; a CLIP or SigLIP vision encoder is supported")
+
     act = c.get("hidden_act", VISION[kind].get("hidden_act", "quick_gelu"))
-    act = ACTS.get(act, act)
-    if act not in ("quick_gelu", "gelu", "gelu_tanh"):
-        raise UserError(f"{path} has hidden_act {act!r}, which is not supported")
+    act = ACTIVATION_NAMES.get(act, act)
+    check_supported(path, [("hidden_act", act, act in ("quick_gelu", "gelu", "gelu_tanh"))])
     return from_fields(VisionConfig, VISION[kind], {**c, "hidden_act": act}, ("class_token", "drop_first_patch"))
 
 
 def decoder_config(folder: str | Path) -> DecoderConfig:
-    """Of a LLaMA, Mistral, Phi-2, Phi-3 or Gemma folder, of a LLaVA one, or of ours."""
-    path = Path(folder) / "config.json"
-    c = top = read_json(path)
-    if c.get("model_type") == "nanoalign":
-        return DecoderConfig(**c["text_config"])
+    """Return the config of a language model. Reads folders of LLaMA, Mistral, Phi-2, Phi-3, Gemma, LLaVA, and our
+    checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
+    path, top = Path(folder) / "config.json", read_config(folder)
+    if top.get("model_type") == OURS:
+        return DecoderConfig(**top["text_config"])
+    c = top
     if c.get("model_type") in (LLAVA_HF, TINY) and "text_config" in c:
         c = {"model_type": "llama", **c["text_config"]}
-    kind = {LLAVA_L: "llama", LLAVA_HF: "llama"}.get(c.get("model_type"), c.get("model_type"))
+    kind = c.get("model_type")
+    if kind in (LLAVA_L, LLAVA_HF):
+        kind = "llama"                                          # liuhaotian's: LLaMA's fields, not nested
     if kind not in DECODERS:
         raise UserError(f"{path} has model_type {kind!r}; supported are {', '.join(DECODERS)}")
+
+    # transformers 5 keeps everything about rotary positions in rope_parameters, earlier ones in separate fields.
     rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     act = c.get("hidden_activation") or c.get("hidden_act") or DECODERS[kind].get("hidden_act", "silu")
-    act = "gelu_tanh" if kind == "gemma" else ACTS.get(act, act)            # Gemma's files say gelu, and mean tanh
-    for field, value, ok in [("rope scaling", scaling, scaling == "default"), ("hidden_act", act, act in ACTIVATIONS),
-                             ("attention_bias", True, not c.get("attention_bias")),
-                             ("mlp_bias", True, not c.get("mlp_bias")),
-                             ("qk_layernorm", True, not c.get("qk_layernorm")),
-                             ("quantization_config", "…", "quantization_config" not in {**c, **top})]:
-        if not ok:
-            raise UserError(f"{path} asks for {field} {value!r}, which is not supported")
-    fields = {**c, "hidden_act": act}
-    for name in ("rope_theta", "partial_rotary_factor"):                    # transformers 5 keeps them in there
+    act = ACTIVATION_NAMES.get(act, act)
+    if kind == "gemma":
+        act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
+    quantized = "quantization_config" in c or "quantization_config" in top
+    switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
+    check_supported(path, [("rope scaling", scaling, scaling == "default"), ("hidden_act", act, act in ACTIVATIONS),
+                           ("quantization_config", "…", not quantized)] + switches)
+
+    fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
+    for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
     fields["rms_norm_eps"] = c.get("layer_norm_eps" if kind == "phi" else "rms_norm_eps")
-    fields["moca"] = bool(top.get("use_moca"))
-    keep = ("norm", "norm_plus_one", "gated", "bias", "head_bias", "parallel", "embed_scale")
+    fixed = ["norm", "norm_plus_one", "gated", "bias", "head_bias", "parallel", "embed_scale"]
     if kind not in ("mistral", "phi3"):
-        keep += ("sliding_window",)
-    config = from_fields(DecoderConfig, DECODERS[kind], fields, keep)
-    return dataclasses.replace(config, embed_scale=config.hidden_size ** 0.5) if kind == "gemma" else config
+        fixed.append("sliding_window")                          # the other families ignore the field
+    config = from_fields(DecoderConfig, DECODERS[kind], fields, fixed)
+    if kind == "gemma":
+        config.embed_scale = config.hidden_size ** 0.5
+    return config

@@ -1,102 +1,128 @@
-"""What a folder of weights holds, and what is wrong with it."""
+"""python -m hub inspect DIR: what a folder of weights holds, and what is wrong with it."""
+from dataclasses import dataclass
 from pathlib import Path
 
-from common.files import read_json
 from common.flags import UserError
 from data import FAMILY_TEMPLATE, ImageProcessor, bos_ids, eos_id
-from hub.checkpoint import checkpoints, load_model
-from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, TINY, VISION
-from hub.released import PARTS, find_tensors, load_llm, load_vision
+from hub.checkpoint import checkpoints, is_whole, load_model
+from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, read_config
+from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
 from hub.tensors import open_tensors, weight_files
 from hub.tokenizer import load_tokenizer
+from model import Decoder, DecoderConfig, VisionConfig, ViT
 
-KINDS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP",
-         "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3": "Phi-3", "gemma": "Gemma",
-         LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout", TINY: "TinyLLaVA"}
+TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
+KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3": "Phi-3", "gemma": "Gemma",
+         LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout", TINY: "TinyLLaVA",
+         OURS: "nanoalign checkpoint"}
+
+
+@dataclass
+class InspectFlags:
+    """Print in about ten lines what DIR (weights, a checkpoint or a run) holds, and what is wrong with it."""
+
+
+def attempt(problems: list[str], f, *args, **options):
+    """Return f(…), or None after an error of any kind, which is noted: the rest of a folder can still be reported."""
+    try:
+        return f(*args, **options)
+    except Exception as e:
+        text = str(e) if isinstance(e, UserError) else f"{f.__name__} stops with {type(e).__name__}: {e}"
+        problems.append(" ".join(text.split()))
 
 
 def inspect(folder: str | Path) -> str:
-    """What a folder holds, in about ten lines, and what is wrong with it. Of the weights only headers are read: put in
-    place on the meta device, their names and shapes are checked. Raises UserError if it is no model that we know."""
+    """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
-        folder = checkpoints(folder)[-1]                    # a run's folder
-    c = read_json(folder / "config.json")
-    kind = c.get("model_type") if isinstance(c, dict) else None
-    ours, tower_alone = kind == "nanoalign", kind in ("clip", "siglip", *VISION)
-    if not ours and kind not in KINDS:
-        raise UserError(f"{folder}/config.json has model_type {kind!r}; known are {', '.join([*KINDS, 'nanoalign'])}")
-
-    def attempt(f, *args, **options):
-        """f(…), or None and a line on why not. Whatever it is: the rest of the folder can still be looked at."""
-        try:
-            return f(*args, **options)
-        except Exception as e:
-            text = str(e) if isinstance(e, UserError) else f"{f.__name__} stops with {type(e).__name__}: {e}"
-            problems.append(" ".join(text.split()))
-
-    if ours:
-        lines = [("kind", f"nanoalign checkpoint: stage {c.get('stage')}, step {c.get('step')} of {c.get('steps')}, "
-                          f"loss {c.get('loss')}"), ("built on", f"{c.get('vision')}, {c.get('llm')}")]
-    else:
-        lines = [("kind", KINDS[kind] + ", with MoCa" * bool(c.get("use_moca")))]
-    files = attempt(weight_files, folder) or []
-    found = attempt(find_tensors, folder) if files else {}
-    vit = llm = None
-    if found and tower_alone:
-        vit = attempt(load_vision, folder, device="meta")
-    elif found and kind in DECODERS:
-        llm = attempt(load_llm, folder, device="meta")
-    elif found:
-        whole = attempt(load_model, folder, device="meta")
-        vit, llm = (whole.vision_tower, whole.language_model) if whole else (None, None)
-        if whole is None and any(n.startswith("language_model.model.") for n in found):
-            llm = attempt(load_llm, folder, device="meta")  # of a LLaVA that lacks its tower, say
-    if vit:
-        v = vit.config
-        lines.append(("vision", f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
-                                f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens"))
-    if llm:
-        t = llm.config
-        pairs = f" ({t.num_key_value_heads} of keys)" * (t.num_key_value_heads != t.num_attention_heads)
-        lines.append(("language", f"{t.num_hidden_layers} layers, width {t.hidden_size}, {t.num_attention_heads} heads"
-                                  f"{pairs}, vocabulary {t.vocab_size}, {t.max_position_embeddings} positions"
-                                  + f", window {t.sliding_window}" * bool(t.sliding_window) + ", MoCa" * t.moca))
-    stored = attempt(sizes, found) if found else {}
-    for part, what in PARTS.items():
-        here = [s for name, s in stored.items() if name.startswith(part + ".")] if stored else []
-        if here:
-            dtypes = sorted({dtype for _, dtype in here})
-            lines.append(("stored", f"{what}, {sum(n for n, _ in here) / 1e6:,.2f} M parameters, {', '.join(dtypes)}"))
+        folder = checkpoints(folder)[-1]                            # of a run, its newest checkpoint
+    c = read_config(folder)
+    kind = c.get("model_type")
+    if kind not in KINDS:
+        raise UserError(f"{folder}/config.json has model_type {kind!r}; known are {', '.join(KINDS)}")
+    lines = describe_kind(c)
+    files = attempt(problems, weight_files, folder) or []
+    found = files and attempt(problems, find_tensors, folder)
+    vit, llm = load_parts(problems, folder, kind, found) if found else (None, None)
+    lines += describe_parts(vit and vit.config, llm and llm.config)
+    if found:
+        lines += attempt(problems, describe_stored, found) or []
     if files:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} …"
         lines.append(("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"))
-    tokenizer = None if tower_alone else attempt(load_tokenizer, folder)
-    if tokenizer:
-        first, size = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)], tokenizer.get_vocab_size()
-        lines.append(("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with "
-                                   f"{first[0] if first else 'no token of its own'}"))
-        if llm and size > llm.config.vocab_size:
-            problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
-    if (folder / "preprocessor_config.json").is_file() or vit:
-        p = attempt(ImageProcessor.from_folder, folder)
-        if p:
-            lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}" if p.stretch else
-                          f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"))
-    if not tower_alone:
-        name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
-        lines.append(("template", name + ", unless --template picks another" * (not ours)))
-        if tokenizer:
-            attempt(eos_id, tokenizer, name)
-    lines += [("problem", p) for p in dict.fromkeys(problems)] or [("problems", "none")]
-    return "\n".join([str(folder)] + [f"  {name:11}{text}" for name, text in lines])
+    if kind not in TOWERS:
+        lines += describe_tokenizer(problems, folder, c, llm)
+    if vit or (folder / "preprocessor_config.json").is_file():
+        p = attempt(problems, ImageProcessor.from_folder, folder)
+        if p and p.stretch:
+            lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}"))
+        elif p:
+            text = f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"
+            lines.append(("images", text))
+    lines += [("problem", text) for text in dict.fromkeys(problems)] or [("problems", "none")]
+    return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in lines])
 
 
-def sizes(found: dict[str, tuple[Path, str]]) -> dict[str, tuple[int, str]]:
-    """Number of elements and dtype of each tensor that `find_tensors` found; the data itself stays on the disk."""
-    out = {}
-    for path in {path for path, _ in found.values()}:
+def load_parts(problems: list[str], folder: Path, kind: str, found) -> tuple[ViT | None, Decoder | None]:
+    """Load what a folder holds onto the meta device: that checks every name and shape, and reads no weights."""
+    if kind in TOWERS:
+        return attempt(problems, load_vision, folder, device="meta", found=found), None
+    if kind not in DECODERS:
+        whole = attempt(problems, load_model, folder, device="meta")
+        if whole:
+            return whole.vision_tower, whole.language_model
+        if not is_whole(folder, found):
+            return None, None
+    llm = attempt(problems, load_llm, folder, device="meta", found=found)   # alone, or in a LLaVA without its tower
+    return None, llm
+
+
+def describe_kind(c: dict) -> list[tuple[str, str]]:
+    text = KINDS[c["model_type"]]
+    if c["model_type"] == OURS:
+        text += f": stage {c.get('stage')}, step {c.get('step')} of {c.get('steps')}, loss {c.get('loss')}"
+        return [("kind", text), ("built on", f"{c.get('vision')}, {c.get('llm')}")]
+    return [("kind", f"{text}, with MoCa" if c.get("use_moca") else text)]
+
+
+def describe_parts(v: VisionConfig | None, t: DecoderConfig | None) -> list[tuple[str, str]]:
+    lines = []
+    if v:
+        lines.append(("vision", f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
+                                f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens"))
+    if t:
+        keys = f" ({t.num_key_value_heads} of keys)" if t.num_key_value_heads != t.num_attention_heads else ""
+        text = (f"{t.num_hidden_layers} layers, width {t.hidden_size}, {t.num_attention_heads} heads{keys}, "
+                f"vocabulary {t.vocab_size}, {t.max_position_embeddings} positions")
+        if t.sliding_window:
+            text += f", window {t.sliding_window}"
+        lines.append(("language", f"{text}, MoCa" if t.moca else text))
+    return lines
+
+
+def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
+    """A line for each part: the number of its parameters, and their dtypes as stored."""
+    counts, dtypes = dict.fromkeys(PARTS, 0), {part: set() for part in PARTS}
+    for path in {place.path for place in found.values()}:
         with open_tensors(path) as f:
-            here = {name: f.get_tensor(key) for name, (place, key) in found.items() if place == path}
-            out |= {name: (t.numel(), str(t.dtype).split(".")[1]) for name, t in here.items()}
-    return out
+            for name, place in found.items():
+                if place.path == path:
+                    tensor, part = f.get_tensor(place.key), name.split(".")[0]      # mapped, not read
+                    counts[part] += tensor.numel()
+                    dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
+    return [("stored", f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
+            for part, what in PARTS.items() if counts[part]]
+
+
+def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
+    name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
+    template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
+    tokenizer = attempt(problems, load_tokenizer, folder)
+    if not tokenizer:
+        return [template]
+    attempt(problems, eos_id, tokenizer, name)
+    size = tokenizer.get_vocab_size()
+    if llm and size > llm.config.vocab_size:
+        problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
+    first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
+    return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]

@@ -1,10 +1,10 @@
-"""A file of millions of LLaVA samples, opened without reading it: an index of where each one lies.
+"""A file of millions of LLaVA samples, opened without reading it: an index says where each one lies.
 
-    data.json ── elements (of .jsonl: lines) ─→ sample after sample ── entry ─→ .data.json.index ── mapped ─→ SampleFile
+    data.json ─ elements (.jsonl: lines) ─→ samples ─ entry ─→ .data.json.index ─ mapped ─→ SampleFile
 
-The index is made once, by reading the file from end to end, and belongs to one size and time of change of it. It holds
-what a run asks of all samples at its start: lengths, which have an image, which cannot be used. Every process of a
-machine maps the same pages of it, and reads a sample from the file when it is that sample's turn.
+The index is made once, by reading the file from end to end, and is valid for one size and modification
+time of it. It holds what a run needs of all samples at its start: lengths, images, which are malformed.
+Every process of a machine maps the same pages of it, and reads a sample from the file when it is used.
 """
 import codecs
 import hashlib
@@ -26,20 +26,20 @@ from common.flags import UserError
 from data import IMAGE
 
 SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
-BLOCK = 1 << 22       # bytes read at a time
+BLOCK = 1 << 22                                                 # bytes read at a time
 DECODE = json.JSONDecoder().raw_decode
-WHITE_SPACE = re.compile(r"[ \t\r\n]*")                               # what JSON calls white space
-HEADER = struct.Struct("<8sqqI")                                # VERSION, the data's size and mtime, crc of the entries
+WHITE_SPACE = re.compile(r"[ \t\r\n]*")                         # as JSON defines it
+HEADER = struct.Struct("<8sqqI")                # VERSION, the data's size and mtime, crc of the entries
 VERSION = b"samples1"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
-                  ("image", "<u8"),                             # `image_key` of its file's name; 0: text alone
+                  ("image", "<u8"),                             # image_key of its file; 0: text alone
                   ("characters", "<u4"),                        # of all its turns
                   ("answered", "?"), ("malformed", "?")])
 
 
-# ------------------------------------------------------------------------------------------------ one sample
+# ------------------------------------------------------------------------------------- one sample
 def sample_problem(s) -> str | None:
-    """What keeps `s` from being a LLaVA sample, or None."""
+    """Return why `s` is not a LLaVA sample, or None."""
     if not isinstance(s, dict) or not isinstance(s.get("conversations"), list) or not s["conversations"]:
         return "lacks conversations, a list of {from, value} turns"
     image = s.get("image")
@@ -57,43 +57,46 @@ def sample_problem(s) -> str | None:
     if count > 1:
         return f"has {count} {IMAGE} marks: one image a sample is supported"
     if count != (image is not None):
-        return f"has {'a file' if image else 'no file'} in image but {'no' if image else 'an'} {IMAGE} mark in its text"
+        has = "no file in image but an" if count else "a file in image but no"
+        return f"has {has} {IMAGE} mark in its text"
     try:
         "".join([image or "", *(t["value"] for t in turns)]).encode()
     except UnicodeEncodeError:
-        return "has half a character in its text (an escape of \\ud800 to \\udfff alone): no tokenizer takes that"
+        return "has half a character in its text (a lone escape of \\ud800 to \\udfff), which no tokenizer takes"
 
 
 def image_key(name: str) -> int:
-    """64 bits that stand for an image's file name; never 0."""
+    """Return 64 bits that stand for an image's file name; never 0."""
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little") | 1
 
 
 def entry(start: int, size: int, s) -> tuple:
-    """What the index says of a sample."""
+    """Return the ENTRY of a sample that lies at these bytes."""
     if sample_problem(s):
         return start, size, 0, 0, False, True
     turns, image = s["conversations"], s.get("image")
-    return (start, size, 0 if image is None else image_key(image), sum(len(t["value"]) for t in turns),
-            any(t["from"] == "gpt" for t in turns[1:]), False)
+    key = 0 if image is None else image_key(image)
+    answered = any(t["from"] == "gpt" for t in turns[1:])       # an answer to a question before it
+    return start, size, key, sum(len(t["value"]) for t in turns), answered, False
 
 
-# ------------------------------------------------------------------------------------------------ one file
+# --------------------------------------------------------------------------------------- one file
 class Window:
-    """The part of a UTF-8 file that is in memory: `text[at:]`, from byte `start` of the file on."""
+    """The part of a UTF-8 file in memory: `text[at:]`, which begins at byte `start` of the file."""
     def __init__(self, file, block: int):
         self.file, self.block, self.start = file, block, file.tell()
         self.text, self.at, self.ended = "", 0, False
         self.decode = codecs.getincrementaldecoder("utf-8")().decode
 
     def byte(self, at: int) -> int:
-        """The byte of the file at which character `at` of the window begins."""
+        """Return the byte of the file at which character `at` of `text` begins."""
         return self.start + len(self.text[self.at:at].encode())
 
     def advance(self, at: int) -> None:
         self.start, self.at = self.byte(at), at
 
     def more(self, size: int) -> None:
+        """Append `size` bytes of the file. Raises ValueError with the byte that is not UTF-8."""
         block = self.file.read(size)
         self.ended = not block
         try:
@@ -102,7 +105,7 @@ class Window:
             raise ValueError(f"not UTF-8, {e.reason}: byte {self.byte(len(self.text)) + e.start}") from None
 
     def peek(self) -> str:
-        """The next character that is not white space; "" at the end of the file."""
+        """Skip white space and return the next character; "" at the end of the file."""
         self.advance(WHITE_SPACE.match(self.text, self.at).end())
         while self.at == len(self.text) and not self.ended:
             self.more(self.block)
@@ -110,28 +113,29 @@ class Window:
         return self.text[self.at:self.at + 1]
 
     def value(self):
-        """The JSON value that begins here. Raises ValueError with the byte at which it is none."""
+        """Read the JSON value that begins here. Raises ValueError with the byte that is not JSON."""
         size = self.block
         while True:
             try:
                 value, end = DECODE(self.text, self.at)
-                if end + 2 < len(self.text) or self.ended:      # else it may be a number's start: 1 of 1e+9
+                if end + 2 < len(self.text) or self.ended:      # else it may go on: 1 of 1e+9
                     self.advance(end)
                     return value
             except json.JSONDecodeError as e:
-                # Where a value is cut off, the decoder objects to its last characters: at most those of "-Infinity" or
-                # "\ud83d\ude00"; or to a string without an end. All else is wrong however the text goes on.
+                # Of a value that goes on after the window, the decoder rejects the last characters
+                # (at most those of "-Infinity" or "\ud83d\ude00"), or a string without an end.
+                # Anything else is invalid however the text goes on.
                 cut = e.pos > len(self.text) - 16 or e.msg.startswith("Unterminated string")
                 if self.ended or not cut:
                     raise ValueError(f"{e.msg}: byte {self.byte(e.pos)}") from None
             except RecursionError:
                 raise ValueError(f"nested too deeply: byte {self.start}") from None
             self.more(size)
-            size *= 2                                           # so that a value of many blocks is not tried too often
+            size *= 2                                           # a long value is retried a few times only
 
 
 def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
-    """(first byte, bytes, value) of each element of a JSON list. Raises UserError with the byte of what is no JSON."""
+    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError with an invalid byte."""
     window = Window(file, block)
     try:
         if window.peek() != "[":
@@ -158,7 +162,7 @@ def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
 
 
 def lines(file, path: Path) -> Iterator[tuple]:
-    """The same of a JSONL file, a value a line. Raises UserError with the number of the line that is none."""
+    """Yield the same of a JSONL file, a value a line. Raises UserError with the invalid line."""
     start = file.tell()
     for n, line in enumerate(file, 1):
         try:
@@ -169,33 +173,33 @@ def lines(file, path: Path) -> Iterator[tuple]:
         start += len(line)
 
 
-def write_index(path: Path, place: Path) -> None:
-    """Makes the index of a file. Raises UserError if the file is no list of samples, OSError if there is no room."""
+# --------------------------------------------------------------------------------------- its index
+def make_index(path: Path) -> bytes:
+    """Return the index of a file: HEADER and an ENTRY a sample. Raises UserError if it has no samples."""
+    parts = []
+    with open(path, "rb") as file:
+        stat = os.fstat(file.fileno())
+        file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
+        found = lines(file, path) if path.suffix == ".jsonl" else elements(file, path)
+        with tqdm(total=stat.st_size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=2,
+                  leave=False) as bar:
+            while rows := [entry(*f) for f in islice(found, 1 << 14)]:
+                parts.append(np.array(rows, ENTRY).tobytes())
+                bar.update(file.tell() - bar.n)
+    if not parts:
+        raise UserError(f"{path} is not {SAMPLES}")
+    entries = b"".join(parts)
+    return HEADER.pack(VERSION, stat.st_size, stat.st_mtime_ns, zlib.crc32(entries)) + entries
+
+
+def write_index(path: Path, place: Path, index: bytes) -> None:
+    """Write an index whole or not at all: other processes may read and write there at the same time."""
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, delete=False) as out:
         try:
-            with open(path, "rb") as file:
-                stat = os.fstat(file.fileno())
-                file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
-                found = (lines if path.suffix == ".jsonl" else elements)(file, path)
-                crc, size = 0, 0
-                out.write(bytes(HEADER.size))
-                with tqdm(total=stat.st_size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=2,
-                          leave=False) as bar:
-                    while rows := [entry(*f) for f in islice(found, 1 << 14)]:
-                        rows = np.array(rows, ENTRY).tobytes()
-                        crc, size = zlib.crc32(rows, crc), size + len(rows)
-                        out.write(rows)
-                        bar.update(file.tell() - bar.n)
-            if not size:
-                raise UserError(f"{path} is not {SAMPLES}")
-            now = path.stat()
-            if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-                raise UserError(f"{path} changed while it was read: start again when it is whole")
-            out.seek(0)
-            out.write(HEADER.pack(VERSION, stat.st_size, stat.st_mtime_ns, crc))
+            out.write(index)
             out.flush()
-            os.chmod(out.name, stat.st_mode & 0o666)            # who may read the data may read its index
+            os.chmod(out.name, path.stat().st_mode & 0o666)     # who may read the data may read its index
             os.replace(out.name, place)
         except BaseException:
             Path(out.name).unlink(missing_ok=True)
@@ -203,7 +207,7 @@ def write_index(path: Path, place: Path) -> None:
 
 
 def read_index(path: Path, place: Path) -> np.ndarray | None:
-    """The entries of an index, mapped; None if it is absent, damaged, or of another version or state of the file."""
+    """Map the entries of an index. None if it is absent, damaged, or not of this state of the file."""
     stat = path.stat()
     try:
         with open(place, "rb") as f:
@@ -215,31 +219,33 @@ def read_index(path: Path, place: Path) -> np.ndarray | None:
 
 
 def open_index(path: Path) -> np.ndarray:
-    """The index of a file, (samples,) of ENTRY, mapped; made if need be, beside the file or in the user's cache."""
+    """Map the index of a file, (samples,) of ENTRY. Made on first use, beside the file or, where that
+    folder cannot be written, in the user's cache. Raises UserError if neither has room."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
     for place in places:
         if (entries := read_index(path, place)) is not None:
             return entries
+    index = make_index(path)
     for place in places:
         try:
-            write_index(path, place)
+            write_index(path, place, index)
         except OSError as e:
             why = e.strerror
             continue
         if (entries := read_index(path, place)) is not None:
             return entries
         raise UserError(f"{path} changed while it was read: start again when it is whole")
-    raise UserError(f"the index of {path} can be written neither beside it nor in {cache} ({why}): set XDG_CACHE_HOME "
-                    "to a folder with room")
+    raise UserError(f"the index of {path} can be written neither beside it nor in {cache} ({why}): set "
+                    "XDG_CACHE_HOME to a folder with room")
 
 
-# ------------------------------------------------------------------------------------------------ its samples
+# ------------------------------------------------------------------------------------- its samples
 class SampleFile:
-    """file[i] → a sample, read when it is asked for. `numbers` (n,): which samples of the file these are.
+    """file[i] → a sample, read on access. numbers (n,): which samples of the file these are.
 
-    A copy in another process (a worker that is spawned) maps the same index again."""
+    A copy in another process (a spawned worker) maps the same index again."""
     def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
         self.path = Path(path)
         try:
@@ -257,35 +263,35 @@ class SampleFile:
 
     def __getitem__(self, i: int) -> dict:
         e = self.entries[self.numbers[i]]
-        raw = os.pread(self.file.fileno(), int(e["size"]), int(e["start"]))      # processes share no position
+        raw = os.pread(self.file.fileno(), int(e["size"]), int(e["start"]))      # keeps no position
         try:
             return json.loads(raw)
         except ValueError:
             raise UserError(f"{self.path} changed after it was opened: start again") from None
 
     def column(self, name: str) -> np.ndarray:
-        """(n,) of what the index says of each sample."""
+        """Return a field of ENTRY for each sample, (n,)."""
         return self.entries[name][self.numbers]
 
     def keep(self, mask: np.ndarray) -> None:
-        """Goes on with those samples alone for which mask (n,) bool is true."""
+        """Keep only the samples for which mask (n,) bool is true."""
         self.numbers = self.numbers[mask]
 
     def with_image(self, names: list[str]) -> np.ndarray:
-        """(n,) bool: whose image is one of these?"""
+        """Return (n,) bool: true for samples whose image is one of these."""
         return np.isin(self.column("image"), np.array([image_key(n) for n in names], np.uint64))
 
     def lengths(self) -> np.ndarray:
-        """(n,) int32, rough length of each sample in characters, negative for text alone: enough to batch like with
-        like."""
+        """Return the characters of each sample, (n,) int32, negative for text alone: enough to batch
+        samples of about the same length."""
         size = np.maximum(self.column("characters"), 1).astype(np.int32)
         return np.where(self.column("image") != 0, size, -size)
 
 
 def read_samples(path: str | Path) -> tuple[SampleFile, int]:
-    """The samples of a LLaVA JSON (or JSONL) file that have an answer, and how many have none.
+    """Return the samples of a LLaVA JSON or JSONL file that have an answer, and how many have none.
 
-    Raises UserError with the number and id of the first sample that is not in LLaVA's format."""
+    Raises UserError with the number and id of the first malformed sample."""
     samples = SampleFile(path)
     malformed = np.flatnonzero(samples.column("malformed"))
     if len(malformed):
@@ -297,10 +303,10 @@ def read_samples(path: str | Path) -> tuple[SampleFile, int]:
     return samples, int((~answered).sum())
 
 
-# ------------------------------------------------------------------------------------------------ questions
+# -------------------------------------------------------------------------------------- questions
 def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
-    """Rows of an evaluation file: JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
-    the line's number, no image, no answer, category "all". Raises UserError naming the line."""
+    """Read JSONL of {question_id, image, text, answer, category}. All but `text` may be absent: then
+    the line's number, no image, no answer, "all". Raises UserError with the invalid line."""
     rows, seen = [], set()
     for n, r in enumerate(read_jsonl(Path(path)), 1):
         if not isinstance(r, dict) or not isinstance(r.get("text"), str):
@@ -314,14 +320,15 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
         rows.append(r)
     if not rows:
         raise UserError(f"{path} is empty: it holds no question")
-    missing = [r["image"] for r in rows if r["image"] is not None and not (Path(images) / r["image"]).is_file()]
+    named = [r["image"] for r in rows if r["image"] is not None]
+    missing = [name for name in named if not (Path(images) / name).is_file()]
     if missing:
         raise UserError(f"{len(missing)} of the images that {path} names are not in {images}, such as {missing[0]}")
     return rows
 
 
 def question_file(ckpt: Path, data: str | None, images: str | None, default: str) -> tuple[Path, Path | None]:
-    """(question file, image folder): those given, or the toy's beside a toy run's checkpoint."""
+    """Return (question file, image folder): the given ones, or the toy's beside its checkpoint."""
     if data is not None:
         return Path(data), None if images is None else Path(images)
     toy = ckpt.parent / "data"

@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,57 +14,59 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.files import read_json
+from common.files import read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
+MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 
-def check_start(path: Path) -> None:
-    """Raises UserError for what is downloaded instead of weights when a download goes wrong."""
+
+def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(400)
     if head.startswith(b"version https://git-lfs"):
-        real = re.search(rb"size (\d+)", head)
+        real = re.search(rb"size (\d{8,})", head)
         real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
-        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not the weights{real}: run git lfs pull")
-    if size < 8:
-        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
     if re.match(rb"\s*<(!doctype|html)|Access to model|Entry not found|\s*\{\"error", head, re.I):
         start = " ".join(head[:60].decode(errors="replace").split())
-        raise UserError(f"{path} is a web page or an error message, not weights; it starts with {start!r}. Gated "
+        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
                         "repositories need an accepted licence and a token")
+    if size < least:
+        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
 
 def check_safetensors(path: Path) -> None:
-    """Raises UserError unless the file is whole; the library's own messages do not name the cause."""
-    check_start(path)
+    """Raise UserError unless the file is as long as its header says. (The library's own messages name no cause.)"""
+    check_download(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
-        n = struct.unpack("<Q", f.read(8))[0]
-        if n > 100_000_000:
-            raise UserError(f"{path} is not a safetensors file (unreadable header): download it again")
-        if size < 8 + n:
+        length = struct.unpack("<Q", f.read(8))[0]                      # of the header, which follows
+        if length <= MAX_HEADER and size < 8 + length:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
-        try:
-            header = json.loads(f.read(n))
-            end = 8 + n + max([t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"], default=0)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is not a safetensors file (unreadable header): download it again") from None
+        header = f.read(length) if length <= MAX_HEADER else b""
+    try:
+        ends = [t["data_offsets"][1] for name, t in json.loads(header).items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path} is not a safetensors file (unreadable header): download it again") from None
+    end = 8 + length + max(ends, default=0)
     if size != end:
         problem = "cut off" if size < end else "too long"
         raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
 
 
 def is_mapped(path: Path) -> bool:
-    """Are tensors read from the file where they are asked for? Not in a .bin of before PyTorch 1.6, which is no zip."""
+    """True if tensors are read from the file on access. A .bin from before PyTorch 1.6 is no zip: it is read whole."""
     with open(path, "rb") as f:
         return path.suffix == ".safetensors" or f.read(2) == b"PK"
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .bin file, mapped into memory (a legacy one, of before PyTorch 1.6, is read)."""
-    check_start(path)
+    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but
+    a dict of tensors; no code in the file is run."""
+    check_download(path)
     zipped = is_mapped(path)
     if zipped and not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
@@ -76,17 +79,16 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): download it again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
-    odd = [k for k, t in value.items() if not isinstance(t, torch.Tensor)]
-    if odd:
-        inner = " (a dict: save what is under that key)" if isinstance(value[odd[0]], dict) else ""
-        kind = type(value[odd[0]]).__name__
-        raise UserError(f"{path} does not hold a dict of tensors: {odd[0]!r} is a {kind}{inner}")
+    for key, t in value.items():
+        if not isinstance(t, torch.Tensor):
+            hint = " (save what is under that key)" if isinstance(t, dict) else ""
+            raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}{hint}")
     return value
 
 
 @contextlib.contextmanager
-def open_tensors(path: Path):
-    """Something with keys() and get_tensor(name)."""
+def open_tensors(path: Path) -> Iterator:
+    """Open a file of weights: an object with keys() and get_tensor(name). Raises UserError for a damaged file."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
         with safe_open(path, "pt") as f:
@@ -97,7 +99,8 @@ def open_tensors(path: Path):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights: safetensors before .bin. Never `*.bin`: optimizers end so too."""
+    """Return the files that hold a folder's weights; safetensors win over .bin. Raises UserError if there are none.
+    Never matches *.bin: optimizer states end in .bin too."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
@@ -112,7 +115,7 @@ def weight_files(folder: Path) -> list[Path]:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "
                                 f"{', '.join(absent[:3])}; download them too")
             return [folder / s for s in shards]
-    # TinyLLaVA Factory's own output keeps each part in a folder; LLaVA's stage 1 saves the projector alone.
+    # TinyLLaVA Factory keeps each part in a folder of its own; LLaVA's stage 1 saves the projector alone.
     names = [f"{part}/pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
     parts = [folder / name for name in [*names, "mm_projector.bin"] if (folder / name).is_file()]
     if parts:
@@ -121,26 +124,32 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors, pytorch_model.bin or index of shards; it holds {holds}")
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], write: bool = True, limit: float = 5e9) -> None:
-    """model.safetensors, or shards of it with an index, as the hub cuts them: `limit` bytes each, and no more than that
-    is in this process's memory at a time. Tensors that are cut over ranks are gathered one by one: then every rank must
-    call, and write=False where nothing is to be written."""
-    groups, size = [[]], 0
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, write: bool = True,
+                 limit: float = 5e9) -> None:
+    """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
+
+    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are
+    gathered one by one: every rank must call, with write=False on all but the one that writes."""
+    shards, size, total = [[]], 0, 0
     for name, t in tensors.items():
-        size += t.numel() * t.element_size()
-        if size > limit and groups[-1]:
-            groups, size = [*groups, []], t.numel() * t.element_size()
-        groups[-1].append(name)
-    files = [f"model-{i:05}-of-{len(groups):05}.safetensors" for i in range(1, len(groups) + 1)]
-    for file, names in zip(files if len(files) > 1 else ["model.safetensors"], groups):
+        bytes_ = t.numel() * (dtype or t.dtype).itemsize
+        if shards[-1] and size + bytes_ > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+        total += bytes_
+    places = {}
+    for n, names in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
         part = {}
         for name in names:
             full = whole(tensors[name].detach())
             if write:
-                part[name] = full.cpu().contiguous()
+                part[name] = full.to("cpu", dtype).contiguous()
         if write:
             save_file(part, folder / file, metadata={"format": "pt"})
-            os.chmod(folder / file, 0o644)                # the library makes it for its owner alone
-    if write and len(files) > 1:
-        places = {name: file for file, names in zip(files, groups) for name in names}
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}, indent=1) + "\n")
+            os.chmod(folder / file, 0o644)                # the library makes it readable for its owner alone
+        places |= dict.fromkeys(names, file)
+    if write and len(shards) > 1:
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})

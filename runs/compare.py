@@ -1,57 +1,118 @@
-"""The table of runs/compare.sh: mean ± standard deviation over seeds, and Welch's t against ce.
+"""Tables of toy runs: mean ± standard deviation over seeds, and Welch's t against ce.
 
-    python runs/compare.py out/compare
+    python -m runs.compare out/compare            runs named METHOD-SEED in a folder, as runs/compare.sh makes them
+    python -m runs.compare out/toy-seed*          any runs: each gives its results.json, together they are one column
+    python -m runs.compare --by-category DIR …    accuracy by category instead, a row for each question file
+
+Prints Markdown. Needs finished runs of the toy; reads results.json alone.
 """
-import json
 import statistics
 import sys
 from pathlib import Path
 
+from common.files import read_json
+from common.flags import UserError, run
+
 ONE, TWO = "pretrain", "finetune"
+FIRST = ["ce", "vdep", "vista", "basic", "moca"]        # the order of the columns; other methods follow
+T_ROWS = ("mean", "unseen pairs", "caption CE, 1", "MIR, 2")
+FILES = {"test": ("accuracy", "test"), "unseen pairs": ("accuracy", "composition"),
+         "test, images shuffled": ("shuffled", "test")}
+SCALES = {"MIR": "mir", "norm V": "V_norm", "var V": "V_var", "norm h": "h_norm"}
 
 
-def columns(r: dict) -> dict[str, float]:
-    """What the table shows of one run's results.json."""
-    answers = {}
-    if TWO in r["stages"]:
-        unseen = r["accuracy"]["composition"]
-        answers = {**r["accuracy"]["test"], "unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
-                   "unseen adversarial": unseen["adversarial"], "shuffled": r["shuffled"]["test"]["mean"]}
-    return {**answers, "caption CE, 1": r["stages"][ONE]["ce"],
-            **{f"{name}, {n}": r["stages"][stage][key] for n, stage in [(1, ONE), (2, TWO)] if stage in r["stages"]
-               for name, key in [("MIR", "mir"), ("norm V", "V_norm"), ("var V", "V_var"), ("norm h", "h_norm")]}}
+def numbers_of(results: dict) -> dict[str, float]:
+    """Return what the table shows of one run's results.json, by row."""
+    rows = {}
+    if TWO in results["stages"]:
+        unseen = results["accuracy"]["composition"]
+        rows |= results["accuracy"]["test"]
+        rows |= {"unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
+                 "unseen adversarial": unseen["adversarial"], "shuffled": results["shuffled"]["test"]["mean"]}
+    rows["caption CE, 1"] = results["stages"][ONE]["ce"]
+    for n, stage in [(1, ONE), (2, TWO)]:
+        if stage in results["stages"]:
+            rows |= {f"{name}, {n}": results["stages"][stage][key] for name, key in SCALES.items()}
+    return rows
 
 
 def show(values: list[float]) -> str:
-    """mean ± standard deviation, to a useful number of digits; nothing of no values."""
+    """mean ± standard deviation, with as many digits as help; nothing for no values."""
     if not values:
         return ""
-    digits = 3 if max(map(abs, values)) < 10 else 1 if max(map(abs, values)) < 1000 else 0
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+    largest = max(map(abs, values))
+    if largest < 10:
+        digits = 3
+    elif largest < 1000:
+        digits = 1
+    else:
+        digits = 0
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
 
 
 def welch(a: list[float], b: list[float]) -> str:
-    """Welch's t of a against b; with three runs each, beyond about 3 to 4 is more than noise."""
+    """Welch's t of a against b. With three runs each, less than about 3 to 4 is noise."""
     error = (statistics.variance(a) / len(a) + statistics.variance(b) / len(b)) ** 0.5
     return f"{(statistics.mean(a) - statistics.mean(b)) / error:+.1f}" if error else "0"
 
 
-def main(folder: Path) -> None:
+def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
+    """Return method → the results.json of its runs. Raises UserError for a folder without any."""
     runs = {}
-    for path in sorted(folder.glob("*/results.json")):
-        runs.setdefault(path.parent.name.rsplit("-", 1)[0], []).append(columns(json.loads(path.read_text())))
-    first = ["ce", "vdep", "vista", "basic", "moca"]
-    names = [n for n in first if n in runs] + sorted(set(runs) - set(first))
-    print("| | " + " | ".join(f"{n} (n = {len(runs[n])})" for n in names) + " |\n" + "|---" * (len(names) + 1) + "|")
-    for column in next(iter(runs.values()))[0]:
-        print(f"| {column} | " + " | ".join(show([r[column] for r in runs[n] if column in r]) for n in names)
-              + " |")
-    for column in ("mean", "unseen pairs", "caption CE, 1", "MIR, 2"):
-        values = {n: [r[column] for r in runs[n] if column in r] for n in names}
-        print(f"| t of {column} against ce | " + " | ".join(
-            welch(values[n], values["ce"]) if n != "ce" and len(values[n]) > 1 else "" for n in names) + " |")
+    for folder in folders:
+        paths = [folder / "results.json"] if (folder / "results.json").is_file() else \
+            sorted(folder.glob("*/results.json"))
+        if not paths:
+            raise UserError(f"{folder} has no results.json, and no folder in it has one: give runs of the toy")
+        for path in paths:
+            method = path.parent.name.rsplit("-", 1)[0]
+            runs.setdefault(method, []).append(read_json(path))
+    return runs
+
+
+def compare(runs: dict[str, list[dict]]) -> str:
+    """Return the table with a column per method."""
+    names = [n for n in FIRST if n in runs] + sorted(set(runs) - set(FIRST))
+    numbers = {name: [numbers_of(r) for r in runs[name]] for name in names}
+    lines = ["| | " + " | ".join(f"{n} (n = {len(runs[n])})" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    values = {}                                            # row → method → values
+    for name in names:
+        for row in numbers[name]:
+            for key, value in row.items():
+                values.setdefault(key, {n: [] for n in names})[name].append(value)
+    for key, of in values.items():
+        lines.append(f"| {key} | " + " | ".join(show(of[n]) for n in names) + " |")
+    for key in T_ROWS:
+        of = values.get(key, {})
+        if len(names) > 1 and len(of.get("ce", [])) > 1:
+            cells = [welch(of[n], of["ce"]) if n != "ce" and len(of[n]) > 1 else "" for n in names]
+            lines.append(f"| t of {key} against ce | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def by_category(runs: dict[str, list[dict]]) -> str:
+    """Return the table of accuracy, %, with a column per category, and MIR after each stage."""
+    results = [r for of in runs.values() for r in of]
+    categories = list(results[0]["accuracy"]["test"])
+    lines = ["| | " + " | ".join(categories) + " |", "|---" * (len(categories) + 1) + "|"]
+    for name, (kind, split) in FILES.items():
+        cells = [show([r[kind][split][c] for r in results]) for c in categories]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append("")
+    for stage in results[0]["mir"]:
+        lines.append(f"MIR after {stage}: {show([r['mir'][stage] for r in results])}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    table = by_category if "--by-category" in words else compare
+    folders = [Path(w) for w in words if w != "--by-category"]
+    print(table(read_runs(folders or [Path("out/compare")])))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "out/compare"))
+    run(main)

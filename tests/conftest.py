@@ -1,21 +1,23 @@
-"""Fixtures that several test files share."""
-import contextlib
-import importlib
-import io
+"""Fixtures that several test files share, and a run of train.py on a small toy world."""
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT, call, launch, shell, start, start_server  # noqa: F401, tests import them from here
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
-from common.flags import run
+from toy import world
 
-ROOT = Path(__file__).resolve().parent.parent
+STEPS = 12                                      # of a run of `command`
 torch.set_num_threads(1)                        # the inputs are tiny: a second thread would cost more than it gives
+
+
+@pytest.fixture(scope="session", autouse=True)
+def program_server():
+    start_server()
+
 
 # Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization reach.
 LLAMA_PIECES = {
@@ -44,43 +46,57 @@ def llama_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def launch(*command: str, ranks: int = 1, **options) -> subprocess.CompletedProcess:
-    """Runs a script of the repository as a user would, on one thread a process."""
-    start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                 f"--nproc_per_node={ranks}"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run([*start, *map(str, command)], cwd=ROOT, capture_output=True, text=True, env=env, timeout=170,
-                          **options)
-
-
-def call(script: str, *arguments) -> subprocess.CompletedProcess:
-    """The same inside this process: what starting Python and PyTorch takes is most of a short run."""
-    module = importlib.import_module({"hub": "hub.__main__"}.get(script, script.removesuffix(".py")))
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    before = sys.argv, os.getcwd()
-    sys.argv = [script, *map(str, arguments)]
-    os.chdir(ROOT)
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            run(module.main)
-    except SystemExit as e:
-        code = e.code
-    finally:
-        sys.argv = before[0]
-        os.chdir(before[1])
-    return subprocess.CompletedProcess([script, *arguments], code, out.getvalue(), err.getvalue())
-
-
+# ------------------------------------------------------------------------------------------------ what runs leave
 def losses_of(out: Path, stage: str) -> list[float]:
-    """The loss of each step of a run."""
+    """Return the loss of each step of a run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if line["stage"] == stage and "loss" in line]
 
 
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def same(a, b) -> bool:
+    """True if two values are equal bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# ------------------------------------------------------------------------------------------------ a small world
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> Path:
-    """A small toy data set: 96 pictures, 6 pictures a question file."""
-    from toy import world
+    """A small toy data set: 96 pictures, 6 pictures per question file."""
     out = tmp_path_factory.mktemp("world")
     world.make(out, seed=1, images=96, conversations=1, scenes=6)
     return out
+
+
+def command(small_world, out, stage="finetune", steps=STEPS, **options) -> list[str]:
+    """Return the command line of a run on the small world, with rates at which it learns quickly."""
+    defaults = {"stage": stage, "data": small_world / f"{stage}.json", "images": small_world / "images", "out": out,
+                "global-batch": 16, "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32"}
+    if stage == "pretrain":
+        defaults["lr"] = 5e-3
+    else:
+        defaults |= {"lr": 5e-4, "projector": "random"}
+    words = ["train.py"]
+    for name, value in {**defaults, **options}.items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+@pytest.fixture(scope="session")
+def trained(small_world, tmp_path_factory) -> dict[str, Path]:
+    """A run of each stage, by one process with one micro-batch a step: what others must equal. Read only."""
+    outs = {}
+    for stage in ("pretrain", "finetune"):
+        outs[stage] = tmp_path_factory.mktemp("trained") / stage
+        done = call(*command(small_world, outs[stage], stage))
+        assert done.returncode == 0, done.stderr
+    return outs

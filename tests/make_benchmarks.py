@@ -1,7 +1,8 @@
-"""Small synthetic files of every benchmark, in the names, columns and layouts of the released ones, of both families.
+"""Small synthetic files of every benchmark, with the names, columns and layouts of the released ones of both families.
 
-Each function writes a benchmark into a folder and returns a Case: what must be asked, to the character and in order,
-answers to give, and what they must score, worked out by hand. parquet needs pyarrow; nothing else does."""
+Each function writes a benchmark into a folder and returns a Case: the prompts that must be asked, to the character and
+in order, answers to give, and the scores that these must get, worked out by hand. Only parquet needs pyarrow.
+"""
 import base64
 import csv
 import io
@@ -23,8 +24,8 @@ class Case:
     answers: list[str]
     expect: dict                                # metrics
     ids: list | None = None                     # None: 1, 2, …
-    flags: list = field(default_factory=list)   # further, for evaluate.py
-    submission: object = None
+    flags: list = field(default_factory=list)   # more flags for evaluate.py
+    submission: object = None                   # what the submission file must hold
 
 
 def jpeg(n: int = 0) -> bytes:
@@ -64,7 +65,7 @@ def cell(n: int = 0) -> dict:
 
 
 def parquet(path: Path, rows: list[dict]) -> None:
-    """In row groups of two, as a released file has several."""
+    """Write row groups of two rows: a released file has several groups too."""
     import pyarrow
     import pyarrow.parquet
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,10 +73,14 @@ def parquet(path: Path, rows: list[dict]) -> None:
 
 
 def ten(*counts: tuple[str, int]) -> list[str]:
-    return [a for answer, n in counts for a in [answer] * n]
+    """("down", 4), ("up", 6) → ten answers."""
+    answers = []
+    for answer, n in counts:
+        answers += [answer] * n
+    return answers
 
 
-# ------------------------------------------------------------------------------------------------ LLaVA's, the authors'
+# ------------------------------------------------------------------------------------------------ LLaVA and the authors
 def vqav2(root: Path) -> Case:
     rows = [(262148000, 262148, "Where is he looking?", ten(("down", 4), ("up", 6))),
             (262148001, 262148, "How many?", ten(("2", 2), ("many", 8)))]
@@ -137,7 +142,7 @@ def gqa_raw(root: Path) -> Case:
 
 
 def textvqa(root: Path, ocr: bool | None = None) -> Case:
-    """question_id is the image's: two questions share one."""
+    """A question_id is its image's, and two questions share one."""
     asked = [("003a8ae2ef43b901", "what is the brand?", "nous, NOUS", "nous", 34602),
              ("003a8ae2ef43b901", "what year is it?", "nous", "1999", 34603),
              ("00c359f294f7dcd9", "who wrote this?", "", "poe", 34604)]
@@ -191,7 +196,7 @@ def vizwiz_test(root: Path) -> Case:
 
 
 def sqa(root: Path) -> Case:
-    """Three of the test split, one of them without an image, and a problem of another split."""
+    """Three problems of the test split, one without an image, and a problem of another split."""
     one = "<image>\nWhich is it?\nContext: A map.\nA. Maine\nB. Ohio" + LETTER
     whole(root / "llava_test_CQM-A.json", [
         {"id": "4", "image": "4/image.png", "conversations": [{"from": "human", "value": one},
@@ -231,7 +236,7 @@ def docvqa_test(root: Path) -> Case:
 
 
 def pope(root: Path) -> Case:
-    """Two questions a category on one image, that of adversarial in another order than its labels. Right: 2, 1, 0."""
+    """Two questions a category about one image; adversarial in another order than its labels. Right: 2, 1, 0."""
     words = {"adversarial": [("snowboard", "yes"), ("car", "no")], "random": [("dog", "yes"), ("cat", "no")],
              "popular": [("cup", "yes"), ("tie", "no")]}
     rows, first = [], {"adversarial": 0, "random": 10 ** 7, "popular": 2 * 10 ** 7}
@@ -255,13 +260,13 @@ def pope_raw(root: Path) -> Case:
     case = pope(root)
     rows = [json.loads(x) for x in (root / "llava_pope_test.jsonl").read_text().splitlines()]
     (root / "llava_pope_test.jsonl").unlink()
-    order = [1, 0, 4, 5, 2, 3]                                      # the label files' own, by name
+    order = [1, 0, 4, 5, 2, 3]                                      # that of the label files, sorted by name
     return Case("pope", [case.prompts[i] for i in order], [case.answers[i] for i in order], case.expect,
                 [f"{rows[i]['category']}/{rows[i]['question_id'] % 10 ** 7}" for i in order])
 
 
 def mme(root: Path) -> Case:
-    """Both layouts of a category, and a question with two spaces before "Please". Right: both, one, none of two."""
+    """Both layouts of a category, and a question with two spaces before "Please". Right of each two: 2, 1, 0."""
     release = root / "MME_Benchmark_release_version"
     (release / "code_reasoning").mkdir(parents=True)
     (release / "code_reasoning/0020.txt").write_text("Is it Hello?  Please answer yes or no.\tYes\n"
@@ -314,7 +319,7 @@ BENCH_IDS = [index for index, *_ in BENCH]
 
 
 def mmbench_en(root: Path) -> Case:
-    """Question 1 right in all three rotations, question 7 in one of two."""
+    """Question 1 is right in all three rotations, question 7 in one of two."""
     tsv(root / "mmbench_dev_20230712.tsv", bench_rows())
     return Case("mmbench_en", BENCH_PROMPTS, ["A", "C. cat", "B", "B", "B"],
                 {"circular": 50.0, "vanilla": 100.0, "groups": 2, "category": {"coarse": 100.0, "fine": 0.0}},
@@ -334,7 +339,7 @@ def mmbench_test(root: Path) -> Case:
 
 
 def seed(root: Path) -> Case:
-    """Two image questions and a video one, which does not count."""
+    """Two questions about images, and one about a video, which is left out."""
     options = {f"choice_{c}": w for c, w in zip("abcd", ("One", "Two", "Three", "Four"))}
     text = "How many?\nA. One\nB. Two\nC. Three\nD. Four" + LETTER
     whole(root / "SEED-Bench.json", {"question_type": {"Instances Counting": 5, "Action": 10}, "questions": [
@@ -369,7 +374,7 @@ def mmstar(root: Path) -> Case:
 
 
 def mmmu(root: Path) -> Case:
-    """TinyLLaVA's file: the prompt is ready, a question with several images has none."""
+    """TinyLLaVA's file: prompts are ready to be asked; a question with several images has no image."""
     rows = [("validation_Art_1", "multiple-choice", "Who?\nA. Klee\nB. Miro\n\nAnswer", {"A": "Klee", "B": "Miro"}),
             ("validation_Math_2", "open", "How much?\n\nAnswer", None),
             ("validation_Math_3", "multiple-choice", "Which?\nA. 1\nB. 2\n\nAnswer", {"A": "1", "B": "2"})]
@@ -437,7 +442,7 @@ def own(root: Path) -> Case:
     return Case("own", ["Say a.", "Pick."], ["an A, a", "c"], {"accuracy": 100.0}, [1, "b"], ["--metric", "contains"])
 
 
-# ------------------------------------------------------------------------------------------------ lmms-lab's
+# ------------------------------------------------------------------------------------------------ lmms-lab
 def vqav2_lmms(root: Path) -> Case:
     parquet(root / "data/validation-00000-of-00001.parquet", [
         {"question_id": 262148000 + n, "image_id": 262148, "question": "Where?", "image": cell(),
@@ -570,7 +575,7 @@ def ai2d(root: Path) -> Case:
 
 
 def mmmu_lmms(root: Path) -> Case:
-    """Lists as text; a question about its second image alone, and one of two images."""
+    """Lists kept as text; a question that names its second image alone, and one that names two."""
     none = {f"image_{n}": None for n in range(3, 8)}
     parquet(root / "data/validation-00000-of-00001.parquet", [
         {"id": "validation_Accounting_1", "question": "See <image 2>. How much?", "options": "['$6', '$7']",
@@ -603,7 +608,7 @@ def mmvet_lmms(root: Path) -> Case:
 
 
 def refcoco(root: Path, flags: tuple = ()) -> Case:
-    """Two regions of one picture. Each answer is exactly its reference, of four words: 10 of 10 for n = 1 to 4."""
+    """Two regions of one picture. Each answer equals its reference of four words: 10 of 10 for n = 1 to 4."""
     parquet(root / "data/val-00000-of-00001.parquet", [
         {"question_id": str(n), "image": cell(), "question": "Please carefully observe", "answer": [said],
          "segmentation": [2.0, 2.0, 9.0, 2.0 + n, 9.0, 9.0], "bbox": [2.0, 3.0, 8.0 + n, 6.0], "file_name": "x.jpg"}

@@ -1,13 +1,13 @@
-"""Writes tests/fixtures/models: tiny checkpoints of every family with the values that transformers computes from them.
+"""Write tests/fixtures/models: tiny checkpoints of every family with the values that transformers computes from them.
 
-Run by hand, where transformers 5.23 is installed (the tests need no transformers): python tests/make_fixtures.py
-Each folder is what `save_pretrained` writes, in float32, and golden.safetensors: inputs, every hidden state in
-transformers' convention (0 the embeddings, the last one of a decoder after its final norm), logits. Nothing here reads
-the code under test. Attention is "sdpa"; "attention", the mean over the heads in each layer, is of "eager", whose other
-values must agree. defaults.json holds what each config class of transformers says when its config.json says nothing.
+Run by hand, where transformers 5.23 is installed: python tests/make_fixtures.py (the tests do not need transformers).
+A folder holds what `save_pretrained` writes, in float32, and golden.safetensors: inputs, logits, and every hidden state
+as transformers counts them (0: embeddings; a decoder's last one: after its final norm). Attention is "sdpa". The tensor
+"attention", each layer's mean over heads, comes from "eager", whose logits must agree. defaults.json holds the defaults
+of each config class of transformers. Nothing here imports the code under test.
 
-Weights are 0.3 N(0,1) and norms 1 + 0.3 N(0,1) (Gemma's, which add 1 themselves, 0.3 N(0,1)): as initialised by
-transformers, norms are 1 and biases 0, which would hide errors. Where an epsilon has to be seen, inputs are small.
+Weights are 0.3 N(0,1) and norms 1 + 0.3 N(0,1) (Gemma's norms add 1 themselves: 0.3 N(0,1)). transformers initialises
+norms to 1 and biases to 0, which would hide errors. Some inputs are small, so that an epsilon matters.
 """
 import copy
 import json
@@ -25,7 +25,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 24}
 TEXT = {**SMALL, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "max_position_embeddings": 64,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 VISION = {**SMALL, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8}
-TEXT_TOWER = {**TEXT, "num_hidden_layers": 1, "vocab_size": 8, "max_position_embeddings": 4}    # only to be ignored
+TEXT_TOWER = {**TEXT, "num_hidden_layers": 1, "vocab_size": 8, "max_position_embeddings": 4}    # must be ignored
 CLIP = {**VISION, "image_size": 16}
 LLAMA = {**TEXT, "rms_norm_eps": 1e-5}
 
@@ -39,7 +39,7 @@ DECODERS = {  # family: model, its config, factor on the embeddings
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}), 0.1),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config(
         **TEXT, num_key_value_heads=2, sliding_window=11, rms_norm_eps=1e-5), 0.1),
-    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(                        # sqrt(20) is no number of bfloat16
+    "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(                        # sqrt(20) is rounded in bfloat16
         **TEXT | {"hidden_size": 20}, num_key_value_heads=1, head_dim=8), 0.1)}
 DEFAULTS = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "phi": hf.PhiConfig, "phi3": hf.Phi3Config,
             "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
@@ -50,7 +50,7 @@ KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """The same numbers for the same seed, whatever the order in which transformers makes its modules."""
+    """Draw the weights from the seed and the sorted names, not from the order in which transformers builds modules."""
     with torch.no_grad():
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             generator = torch.Generator().manual_seed(1000 * seed + i)
@@ -95,11 +95,11 @@ def decoder(family: str, seed: int) -> None:
 
 
 def encoder(family: str, seed: int) -> None:
-    """The whole two-tower model is saved, as it is released; only the vision tower is run."""
+    """Save the whole two-tower model, as it is released; run its vision tower only."""
     if family == "clip":
         config = hf.CLIPConfig(text_config=TEXT_TOWER, vision_config=CLIP, projection_dim=8)
         cls, scale = hf.CLIPModel, 1.0
-    else:                            # 18 pixels hold 2 patches of 8; dark pictures, or the epsilon would not be seen
+    else:                            # 18 pixels hold 2 patches of 8; dark pictures, so that the epsilon matters
         config = hf.SiglipConfig(text_config=TEXT_TOWER | {"projection_size": 16},
                                  vision_config=VISION | {"image_size": 18})
         cls, scale = hf.SiglipModel, 0.05
@@ -120,7 +120,7 @@ def llava(seed: int) -> None:
                             vision_feature_select_strategy="default")
     model = randomize(hf.LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa"), seed)
     input_ids = torch.randint(3, 60, (2, 12), generator=numbers(seed))
-    input_ids[0, 3:7] = IMAGE_ID                                                           # 4 patches, at two places
+    input_ids[0, 3:7] = IMAGE_ID                            # 4 patches, at another place in each sample
     input_ids[1, 1:5] = IMAGE_ID
     pixel_values = torch.randn((2, 3, 16, 16), generator=numbers(seed))
     with torch.no_grad():
@@ -135,8 +135,14 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     families = sys.argv[1:] or ["clip", "siglip", *DECODERS, "llava"]
     for seed, family in enumerate(["clip", "siglip", *DECODERS, "llava"], start=1):
-        if family in families:
-            llava(seed) if family == "llava" else (decoder if family in DECODERS else encoder)(family, seed)
+        if family not in families:
+            continue
+        if family == "llava":
+            llava(seed)
+        elif family in DECODERS:
+            decoder(family, seed)
+        else:
+            encoder(family, seed)
     defaults = {family: cls().to_dict() for family, cls in DEFAULTS.items()}
     defaults = {family: {k: v for k, v in fields.items() if k in KEPT} for family, fields in defaults.items()}
     (OUT / "defaults.json").write_text(json.dumps(defaults, indent=1) + "\n")

@@ -1,11 +1,11 @@
-"""Makes tests/fixtures/tokenizers, by hand: python tests/make_tokenizer_fixtures.py (needs sentencepiece).
+"""Write tests/fixtures/tokenizers. Run by hand: python tests/make_tokenizer_fixtures.py (needs sentencepiece).
 
-Two small SentencePiece models, trained on text made here, and what sentencepiece itself makes of strings made here:
-llama: as Llama-2's (a space put in front, bytes for unknown characters, runs of spaces that all score the same).
-gemma: as Gemma's (no space in front, user-defined symbols).
-For text after special tokens, the steps of transformers' slow tokenizers are done here on top of sentencepiece; on the
-same strings the real ones of 4.31.0 and 4.37.2 gave the same ids.
-The tests make the same strings again from the same seed: random.random() is the same in every version of Python.
+Two small SentencePiece models, trained on generated text, and the ids that sentencepiece gives to generated strings:
+llama: like Llama-2's (a space put in front, bytes for unknown characters, runs of spaces that all score the same).
+gemma: like Gemma's (no space in front, user-defined symbols).
+For text after special tokens, the steps of transformers' slow tokenizers are repeated here on top of sentencepiece. On
+the same strings, the real ones of 4.31.0 and 4.37.2 gave the same ids.
+The tests generate the same strings from the same seed: random.random() is the same in every version of Python.
 """
 import io
 import random
@@ -29,7 +29,7 @@ ODD = [*(" " * n for n in (2, 3, 7, 16, 17, 31, 40)), "\t", "\t\t", "\n", "\n\n"
 
 
 class Chance:
-    """What random.Random offers, from its random() alone."""
+    """What is needed of random.Random, from its random() alone."""
     def __init__(self, seed: int):
         self.random = random.Random(seed).random
 
@@ -41,7 +41,7 @@ class Chance:
 
 
 def words(number: int = 700) -> list[str]:
-    """Words of syllables: many share a beginning or an end, so that pieces overlap."""
+    """Return words made of syllables. Many share a beginning or an end, so that pieces overlap."""
     chance = Chance(1)
     syllables = [a + b + c for a in ["", *"b d f g k l m n p r s t w ch sh th".split()] for b in "a e i o u ea".split()
                  for c in ("", "", "n", "r", "s")]
@@ -49,7 +49,7 @@ def words(number: int = 700) -> list[str]:
 
 
 def lines(number: int = 4000):
-    """Text to train on: rare words and frequent ones, some capitals, digits, marks, runs of spaces, other scripts."""
+    """Yield text to train on: rare and frequent words, capitals, digits, punctuation, runs of spaces, other scripts."""
     chance, vocabulary = Chance(2), words()
     for _ in range(number):
         line = []
@@ -63,7 +63,7 @@ def lines(number: int = 4000):
 
 
 def fuzz_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
-    """Strings of words, parts of pieces that overlap, odd characters and long runs; `pieces`: the model's own."""
+    """Return strings of words, overlapping parts of the model's `pieces`, odd characters and long runs."""
     chance, vocabulary = Chance(seed), words()
     pieces = [p.replace("▁", " ") for p in pieces]
     out = []
@@ -75,7 +75,7 @@ def fuzz_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
                 parts.append(chance.pick(vocabulary) + chance.pick(["", " "]))
             elif kind < 5:
                 parts.append(chance.pick(ODD))
-            elif kind < 8:                                  # pieces glued together and cut: their borders are unclear
+            elif kind < 8:                                  # pieces joined and cut: their borders are ambiguous
                 glued = chance.pick(pieces) + chance.pick(pieces)
                 parts.append(glued[chance.below(2):len(glued) - chance.below(2)])
             elif kind == 8:
@@ -87,7 +87,7 @@ def fuzz_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
 
 
 def special_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
-    """The same with </s> inside, sometimes at an end or twice in a row."""
+    """Return such strings with </s> inside, sometimes at an end or twice in a row."""
     chance, parts = Chance(seed), fuzz_strings(2 * number, seed + 1, pieces)
     parts = [p if len(p) < 1000 else p[:40] for p in parts]
     out = []
@@ -98,13 +98,13 @@ def special_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
 
 
 def load(name: str):
-    """What is stored: {"crc", "ids", "lengths", "decodes"} and, for llama, the same under each rule."""
+    """Return the stored arrays: "crc", "ids", "ids_lengths", "decodes"; for llama also the ids under each rule."""
     with np.load(FOLDER / f"{name}.npz") as f:
         return {k: f[k] for k in f.files}
 
 
 def rows(stored: dict, name: str = "ids") -> list[list[int]]:
-    """The lists of ids under `name`."""
+    """Return the lists of ids stored under `name`."""
     return [row.tolist() for row in np.split(stored[name], np.cumsum(stored[name + "_lengths"])[:-1])]
 
 
@@ -114,7 +114,7 @@ def checksum(strings: list[str]) -> int:
 
 # ------------------------------------------------------------------------------------------------ by hand
 def message(number: int, value: bytes) -> bytes:
-    """A protobuf field that holds bytes (fewer than 128)."""
+    """Return a protobuf field that holds fewer than 128 bytes."""
     return bytes([8 * number + 2, len(value)]) + value
 
 
@@ -130,7 +130,7 @@ def train(name: str) -> bytes:
         normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
         character_coverage=1.0, num_threads=1, minloglevel=2, **options)
     model = out.getvalue()
-    if name == "llama":                                     # as Llama's own runs of spaces, but for those trained here
+    if name == "llama":                                     # add the runs of spaces that Llama's model has
         known, end = sentencepiece.SentencePieceProcessor(model_proto=model), 0
         while model[end] == 10:                             # over the pieces
             end += 2 + model[end + 1]
@@ -141,7 +141,7 @@ def train(name: str) -> bytes:
 
 
 def old_4_31(sp, segments: list[str]) -> list[int]:
-    """transformers 4.31.0, legacy=False, its _tokenize on the text between special tokens."""
+    """Encode as transformers 4.31.0 with legacy=False: its _tokenize on the text between special tokens."""
     ids = []
     for n, text in enumerate(segments):
         if n:
@@ -155,8 +155,8 @@ def old_4_31(sp, segments: list[str]) -> list[int]:
 
 
 def old_4_37(bare, segments: list[str]) -> list[int]:
-    """transformers 4.37.2, legacy=False: a model without the space in front, that space written by hand, and a mark
-    before the text that is taken off again. The lone space before a special token at the start is dropped."""
+    """Encode as transformers 4.37.2 with legacy=False: by a model that puts no space in front. The space is written
+    into the text, behind a mark that is removed again. A text that begins with a special token gets no space."""
     ids, mark = [], len(bare.encode("<unk>"))
     for n, text in enumerate(segments):
         text = text.replace("▁", " ")
@@ -172,7 +172,7 @@ def old_4_37(bare, segments: list[str]) -> list[int]:
 
 
 def legacy(sp, segments: list[str]) -> list[int]:
-    """Either, legacy=True."""
+    """Encode as either version with legacy=True."""
     ids = []
     for n, text in enumerate(segments):
         ids += ([sp.piece_to_id("</s>")] if n else []) + sp.encode(text)

@@ -3,14 +3,12 @@ import json
 import shutil
 
 import pytest
-from conftest import ROOT, call, launch
+from conftest import ROOT, call, launch, shell
 from PIL import Image
-
-SCRIPTS = ("train.py", "evaluate.py", "mir.py")
 
 
 def refuses(done, *says):
-    """The one line on stderr."""
+    """Check that a program ended with exit code 2 and one line, which says all of this."""
     assert done.returncode == 2, f"exit code {done.returncode}: {done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
@@ -23,14 +21,16 @@ def refuses(done, *says):
     ("train.py", "--loss vosta", ["--loss", "'vosta'", "ce"]),
     ("train.py", "--max-steps many", ["--max-steps", "invalid int value: 'many'"]),
     ("train.py", "--global-batch 7 --micro-batch 2", ["7 is not divisible by 1 ranks × --micro-batch 2"]),
-    ("train.py", "--lr 0.1", ["--lr, --epochs and --unlock-… are of one stage"]),
-    ("train.py", "--data x.json", ["--data is of one stage"]),
+    ("train.py", "--lr 0.1", ["--lr, --epochs and --unlock-… belong to one stage"]),
+    ("train.py", "--data x.json", ["--data belongs to one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
     ("train.py", "--vision absent", ["there is no folder absent"]),
     ("train.py", "--llm toy/clip", ["toy/clip/config.json", "supported are llama"]),
     ("train.py", "--vision tests", ["tests/config.json does not exist; the folder holds: adapters.py"]),
-    ("train.py", "--stage pretrain --projector x", ["--projector is where --stage finetune starts from"]),
+    ("train.py", "--stage pretrain --projector x", ["--projector is the start of --stage finetune"]),
     ("train.py", "--stage finetune --projector absent", ["absent does not exist"]),
+    ("train.py", "--stage finetune", ["give --projector", "--projector random"]),
+    ("train.py", "--resume --overwrite", ["give one of the two"]),
     ("train.py", "--out tests", ["tests is not empty", "adapters.py", "another --out"]),
     ("train.py", "--out tests --resume", ["tests holds no run"]),
     ("train.py", "--device cuda", ["no CUDA device here"]),
@@ -50,7 +50,7 @@ def test_a_wrong_command_line_is_one_line(script, arguments, says, tmp_path):
 # ------------------------------------------------------------------------------------------------ data
 @pytest.fixture
 def data(tmp_path):
-    """A good data set of three samples, to be spoiled."""
+    """A good data set of three samples, for tests to spoil."""
     samples = []
     for i in range(3):
         Image.effect_noise((40, 40), 90 + i).convert("RGB").save(tmp_path / f"{i}.png")
@@ -72,7 +72,7 @@ def test_data_that_cannot_be_used_is_one_line(data):
     refuses(train([{"id": "a"}], folder, out="3"), "sample 0 (id a) lacks conversations")
     only_questions = [{"conversations": s["conversations"][:1], "image": s["image"]} for s in samples]
     refuses(train(only_questions, folder, out="4"), "no samples left")
-    # A run that was refused leaves nothing that would be in the way of the next one.
+    # A run that was refused leaves nothing that would stop the next one.
     done = train(samples, folder)
     assert done.returncode == 0, done.stderr
 
@@ -93,8 +93,8 @@ def test_bad_images_are_listed_with_a_count_or_left_out_and_logged(data):
     refuses(train(samples, folder, "--skip-bad-images", out="2"), "no samples left")
 
 
-def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
-    """Both its ends are whole, so the look before training passes it."""
+def test_an_image_that_is_broken_inside_is_named_when_it_is_decoded(data):
+    """Its two ends are whole, so the check before training does not find it."""
     samples, folder = data
     whole = bytearray((folder / "1.png").read_bytes())
     whole[len(whole) // 2:len(whole) // 2 + 40] = b"\0" * 40
@@ -106,7 +106,7 @@ def test_an_image_that_breaks_inside_is_named_when_it_comes_up(data):
     assert done.returncode == 0 and "1.png" in (folder / "2" / "bad_images.txt").read_text()
 
 
-def test_one_look_before_a_run_counts_what_it_could_not_use(data):
+def test_check_counts_the_samples_that_a_run_cannot_use(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
     done = call("hub", "check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
@@ -130,20 +130,21 @@ def test_one_look_before_a_run_counts_what_it_could_not_use(data):
     assert [int(line.split()[1]) for line in listed] == [3, 4, 5, 6, 8, 9, 10, 11]
     assert listed[4] == "sample 8 lacks conversations, a list of {from, value} turns"
     (folder / "no.png").write_bytes((folder / "0.png").read_bytes())
-    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are looked at again each time
+    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are checked anew each time
 
 
-def test_a_look_at_what_is_not_there_is_one_line(data):
+def test_a_wrong_command_line_of_check_is_one_line(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
-    for arguments, says in [([], "say with --check FILE"), (["--check", folder / "x.json"], "x.json cannot be read"),
-                            (["--check", folder / "data.json"], "names images: say with --images"),
-                            (["--check", folder / "data.json", "--images", folder / "x"], "x is not a folder"),
-                            (["--check", folder / "data.json", "--images", folder, "--out", folder / "x" / "y"],
-                             "cannot be written: No such file"),
-                            (["--check", folder / "data.json", "--images", folder, "--llm", ROOT / "toy" / "llm",
-                              "--template", "gemma"], "which template gemma needs")]:
-        refuses(call("data.py", *arguments), says)
+    good = [folder / "data.json", "--images", folder]
+    for arguments, says in [([], "say python -m hub check FILE"), ([folder / "x.json"], "x.json cannot be read"),
+                            (["--images", folder, folder / "data.json"], "unrecognized arguments"),
+                            (good[:1], "names images: say with --images"),
+                            ([*good[:2], folder / "x"], "x is not a folder"),
+                            ([*good, "--out", folder / "x" / "y"], "cannot be written: No such file"),
+                            ([*good, "--llm", ROOT / "toy" / "llm", "--template", "gemma"],
+                             "which template gemma needs")]:
+        refuses(call("hub", "check", *arguments), says)
 
 
 def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
@@ -156,11 +157,11 @@ def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
     assert not (folder / "run").exists()
 
 
-def test_another_run_is_never_written_over(data):
+def test_a_run_is_never_written_over(data):
     samples, folder = data
     assert train(samples, folder).returncode == 0
     before = {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
-    refuses(train(samples, folder), "is not empty", "--resume to go on")
+    refuses(train(samples, folder), "is not empty", "--resume continues", "--overwrite")
     refuses(train(samples, folder, "--resume", "--seed", "2"), "was started with --seed 1 (now 2)")
     assert before == {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
 
@@ -171,7 +172,7 @@ def test_a_checkpoint_of_another_stage_or_cut_off_is_refused(data):
     done = train(samples, folder, "--stage", "finetune", "--projector", folder / "run", out="2")
     assert done.returncode == 0, done.stderr
     refuses(train(samples, folder, "--stage", "finetune", "--projector", folder / "2", out="3"),
-            "finetune-2 is a finetune checkpoint; a pretrain one is wanted here")
+            "finetune-2 is a finetune checkpoint; --projector takes a pretrain checkpoint")
     path = folder / "2" / "finetune-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
     refuses(call("evaluate.py", "--ckpt", folder / "2", "--image", folder / "0.png", "--prompt", "What?"),
@@ -197,11 +198,29 @@ def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
     refuses(train(samples, folder, "--vision", vision, out="2"), "preprocessor_config.json lacks size")
 
 
-def test_help_lists_every_flag_with_its_meaning():
-    for script in SCRIPTS:
-        done = call(script, "--help")
-        assert done.returncode == 0 and "--device" in done.stdout and not done.stderr
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "mir.py"])
+def test_help_lists_every_flag_and_its_meaning(script):
+    done = call(script, "--help")
+    assert done.returncode == 0 and "--device" in done.stdout and not done.stderr
+    assert "None" not in done.stdout, "a help text shows a default of None: say what unset means"
+
+
+@pytest.mark.parametrize("script", ["model.py", "losses.py", "data.py"])
+def test_a_file_that_is_no_program_says_where_to_go(script):
+    done = launch(script)
+    said = (done.stdout + done.stderr).splitlines()
+    assert done.returncode != 0 and len(said) == 1, f"python {script} printed {said}, exit code {done.returncode}"
+    assert "python " in said[0], f"python {script} names no command to run instead: {said[0]}"
 
 
 def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
-    refuses(launch("train.py", "--loss", "vosta"), "'vosta'")
+    refuses(shell("train.py", "--loss", "vosta"), "'vosta'")
+
+
+@pytest.mark.parametrize("command, flag", [("inspect DIR", "--help"), ("check FILE", "--max-length"),
+                                           ("export CKPT OUT", "--vision")])
+def test_every_command_of_hub_explains_itself(command, flag):
+    done = call("hub", command.split()[0], "--help")
+    assert done.returncode == 0 and not done.stderr
+    assert f"python -m hub {command} [flags]" in done.stdout and flag in done.stdout
+    assert f"python -m hub {command.split()[0]}" in call("hub", "--help").stdout

@@ -1,11 +1,14 @@
-"""evaluate.py: a user's own questions, from a checkpoint's folder to files."""
+"""evaluate.py: your own questions and the toy's, from a checkpoint's folder to files."""
 import json
+import shutil
 
 import pytest
 from conftest import call
 
 from common.flags import UserError
-from evaluate import Assistant, predict
+from evaluate import Assistant
+from evaluation.questions import Reading, Sample, load_benchmark, shuffle_images
+from evaluation.scores import Scored, summary_own
 from hub.samples import read_questions
 
 
@@ -14,61 +17,98 @@ def run(small_world, tmp_path_factory):
     """A finetune checkpoint of five steps: it answers, if badly."""
     out = tmp_path_factory.mktemp("run") / "run"
     done = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--images",
-                  small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3,
+                small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3,
                 "--workers", 0)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def test_answers_do_not_depend_on_the_batch(small_world, run):
+@pytest.fixture(scope="module")
+def samples(small_world):
+    return load_benchmark("own", small_world / "test.jsonl", Reading(small_world / "images")).samples
+
+
+def lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
+def test_answers_do_not_depend_on_the_batch(run, samples):
     assistant = Assistant.from_checkpoint(run)
-    rows = read_questions(small_world / "test.jsonl", small_world / "images")
-    answers = [predict(assistant, rows, small_world / "images", size, 8) for size in (1, 7, 64)]
-    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == len(rows)
+    answers = [[a for _, batch in assistant.answer_batches(samples, size, 8) for a in batch] for size in (1, 7, 64)]
+    assert answers[0] == answers[1] == answers[2] and len(answers[0]) == len(samples)
 
 
-def test_shuffling_gives_every_question_another_image_once(small_world, run, monkeypatch):
-    assistant = Assistant.from_checkpoint(run)
-    rows = read_questions(small_world / "test.jsonl", small_world / "images")
-    asked = []
-    monkeypatch.setattr(assistant, "prepare", lambda questions: asked.extend(questions) or [questions])
-    monkeypatch.setattr(assistant, "generate", lambda questions, new: [""] * len(questions))
-    predict(assistant, rows, small_world / "images", 8, 4, shuffle=True)
-    assert [text for text, _ in asked] == [r["text"] for r in rows], "the questions stay in their order"
-    own = [small_world / "images" / r["image"] for r in rows]
-    assert sorted(f for _, f in asked) == sorted(own)
-    assert sum(f != o for (_, f), o in zip(asked, own)) > len(rows) / 2
+def test_shuffling_gives_every_question_another_image_once(samples):
+    text_only = Sample("text", "Why?")
+    shuffled = shuffle_images([*samples[:5], text_only, *samples[5:]])
+    assert shuffled.pop(5).image is None
+    assert [s.prompt for s in shuffled] == [s.prompt for s in samples], "the questions stay in their order"
+    assert sorted(s.image for s in shuffled) == sorted(s.image for s in samples)
+    assert sum(s.image != o.image for s, o in zip(shuffled, samples)) > len(samples) / 2
 
 
-def test_predictions_and_results_are_written_and_add_up(small_world, run, tmp_path):
-    questions = tmp_path / "mine.jsonl"
+def test_accuracy_is_over_questions_and_the_mean_over_categories(samples):
+    count = [s for s in samples if s.category == "count"][:4]
+    colour = [s for s in samples if s.category == "colour"][:1]
+    assert summary_own(Scored(count + colour, [""] * 5, [1.0, 1.0, 1.0, 0.0, 0.0], "accuracy", False)) == {
+        "accuracy": 60.0, "mean": 37.5, "category": {"count": 75.0, "colour": 0.0}}
+
+
+def test_own_questions_give_predictions_and_results_that_add_up(small_world, run, tmp_path):
     rows = [{"question_id": "a", "image": "test_000000.png", "text": "Is there a circle?", "answer": "Yes"},
             {"question_id": "b", "text": "Why?", "answer": "because", "category": "text"},
             {"question_id": "c", "image": "test_000001.png", "text": "How many?"}]
-    questions.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = ("evaluate.py", "--ckpt", run, "--data", questions, "--images", small_world / "images", "--out",
-               tmp_path / "eval", "--max-new-tokens", 8)
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    command = ("evaluate.py", "--ckpt", run, "--data", tmp_path / "mine.jsonl", "--images", small_world / "images",
+               "--out", tmp_path / "eval", "--max-new-tokens", 8, "--shuffle-images")
     done = call(*command)
     assert done.returncode == 0, done.stderr
-    assert "all" in done.stdout and "images shuffled" in done.stdout
-    written = [json.loads(line) for line in (tmp_path / "eval" / "mine.predictions.jsonl").open()]
-    assert [w["question_id"] for w in written] == ["a", "b", "c"] and written[2]["correct"] is None
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert results["mine"]["n"] == 3 and results["mine"]["n_scored"] == 2
-    assert results["mine"]["accuracy"]["all"] == 100.0 * written[0]["correct"]
+    assert done.stdout.splitlines()[0].split() == ["all", "text", "mean"]
+    assert "mine, images shuffled" in done.stdout and "n 3  n_scored 2" in done.stdout
+    written = lines(tmp_path / "eval/mine/pred.jsonl")
+    assert [w["id"] for w in written] == ["a", "b", "c"] and written[2]["score"] is None
+    results = json.loads((tmp_path / "eval/mine/results.json").read_text())
+    assert results["n"] == 3 and results["n_scored"] == 2
+    assert results["metrics"]["category"]["all"] == 100.0 * written[0]["score"]
     assert results["checkpoint"].endswith("finetune-5") and results["settings"]["max_new_tokens"] == 8
-    again = call(*command)
-    assert again.returncode == 2 and "holds predictions for mine already" in again.stderr
-    assert call(*command, "--overwrite", "--limit", 1).returncode == 0
+    shuffled = lines(tmp_path / "eval/mine-shuffled/pred.jsonl")
+    assert {w["image"] for w in shuffled} == {w["image"] for w in written}
+
+
+def test_the_same_command_again_asks_nothing_and_another_setting_is_refused(small_world, run, tmp_path, monkeypatch):
+    command = ("evaluate.py", "--ckpt", run, "--data", small_world / "test.jsonl", "--images", small_world / "images",
+               "--out", tmp_path / "eval", "--max-new-tokens", 4)
+    first = call(*command)
+    with monkeypatch.context() as m:
+        m.setattr(Assistant, "from_checkpoint", lambda *_: pytest.fail("the model was loaded"))
+        again = call(*command)
+    assert first.returncode == again.returncode == 0 and first.stdout == again.stdout
+    for flags, says in ((["--max-new-tokens", 5], "another max_new_tokens"), (["--metric", "contains"], "metric")):
+        other = call(*command, *flags)
+        assert other.returncode == 2 and says in other.stderr and "--overwrite, or another --out" in other.stderr
+        assert call(*command, *flags, "--overwrite").returncode == 0
+
+
+def test_without_data_the_toys_questions_are_asked_with_right_and_with_shuffled_images(small_world, run, tmp_path):
+    shutil.copytree(run, tmp_path / "toy")
+    shutil.copytree(small_world, tmp_path / "toy/data")
+    done = call("evaluate.py", "--ckpt", tmp_path / "toy", "--max-new-tokens", 4)
+    assert done.returncode == 0, done.stderr
+    names = ["test", "test, images shuffled", "composition", "composition, images shuffled"]
+    table = done.stdout.splitlines()
+    assert table[0].split() == ["existence", "adversarial", "count", "colour", "row", "column", "mean"]
+    for line, name in zip(table[1:5], names):
+        assert line.startswith(name + "  ")
+    assert table[5] == f"written to {tmp_path / 'toy/eval/finetune-5'}" and len(table) == 6
+    folder = tmp_path / "toy/eval/finetune-5"
+    assert sorted(p.name for p in folder.iterdir()) == ["composition", "composition-shuffled", "test", "test-shuffled"]
 
 
 def test_one_question_is_answered_on_the_terminal(small_world, run):
-    done = call("evaluate.py", "--ckpt", run, "--image", small_world / "images" / "test_000000.png", "--prompt",
-                  "Is there a circle?")
+    image = small_world / "images" / "test_000000.png"
+    done = call("evaluate.py", "--ckpt", run, "--image", image, "--prompt", "Is there a circle?")
     assert done.returncode == 0 and done.stdout.strip() and not done.stderr
-    assistant = Assistant.from_checkpoint(run)
-    answer = assistant.answer([("Is there a circle?", small_world / "images" / "test_000000.png")])
-    assert done.stdout.strip() == answer[0]
+    assert done.stdout.strip() == Assistant.from_checkpoint(run).answer([("Is there a circle?", image)])[0]
 
 
 @pytest.mark.parametrize("content, says", [

@@ -1,11 +1,12 @@
-"""weights.py inspect and export: what is in a folder is said in a few lines; an export is the same to transformers.
+"""python -m hub inspect and export: a report says what is in a folder; an export is the same model to transformers.
 
-The tests with transformers run where it is installed; nothing else needs it.
+The last section needs transformers, and is skipped without it.
 """
 import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces
-from evaluate import Assistant, predict
+from evaluate import Assistant
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
 from hub.export import chat_template, export
 from hub.inspect import inspect
 from hub.released import PARTS
 from hub.samples import read_questions
+from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
@@ -43,11 +45,11 @@ MADE = {                                        # each with something that trans
 
 @pytest.fixture(scope="module")
 def run(small_world, tmp_path_factory):
-    """A run's folder with a finetune checkpoint of 30 steps."""
+    """The folder of a run with a finetune checkpoint of 30 steps."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--images",
-                  small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 30, "--lr", 2e-3,
-                  "--workers", 0)
+    done = call("train.py", "--stage", "finetune", "--projector", "random", "--data", small_world / "finetune.json",
+                "--images", small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 30, "--lr", 2e-3,
+                "--workers", 0)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -62,7 +64,7 @@ def exported(run, tmp_path_factory):
 
 
 def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) -> Path:
-    """A checkpoint of random weights, with the toy's tokenizer and the tower's preprocessing."""
+    """Make a checkpoint of random weights, with the toy's tokenizer and the tower's preprocessing."""
     torch.manual_seed(0)
     vit, llm = ViT(VisionConfig(**tower)), Decoder(DecoderConfig(**text))
     model = Llava(vit, Projector(tower["hidden_size"], text["hidden_size"]), llm, layer)
@@ -114,12 +116,13 @@ def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run
                      processor=ImageProcessor.from_folder(exported))
     assert theirs.processor == ours.processor
     rows = read_questions(small_world / "test.jsonl", small_world / "images")
-    answers = [predict(a, rows, small_world / "images", 16, 12) for a in (ours, theirs)]
+    questions = [(r["text"], small_world / "images" / r["image"]) for r in rows]
+    answers = [a.answer(questions, 12) for a in (ours, theirs)]
     assert answers[0] == answers[1] and len(set(answers[0])) > 1
 
 
 def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch):
-    monkeypatch.setattr("hub.export.SHARD", 300_000)
+    monkeypatch.setattr("hub.export.save_tensors", partial(save_tensors, limit=300_000))
     out = tmp_path / "new" / "out"
     export(run, out)
     shards = sorted(out.glob("model-*-of-*.safetensors"))
@@ -180,8 +183,9 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     out = tmp_path / "out"
     refuses(call("hub", "export", run, tmp_path / "taken"), "exists and is not an empty folder")
     refuses(call("hub", "export", run, tmp_path / "file"), "exists and is not an empty folder")
-    refuses(call("hub", "export", run), "python weights.py export CKPT OUT")
-    refuses(call("hub"), "python weights.py inspect DIR")
+    refuses(call("hub", "export", run), "say python -m hub export CKPT OUT")
+    refuses(call("hub"), "say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT")
+    refuses(call("hub", "exprot", run, out), "say python -m hub inspect DIR")
     refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
     refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
     refuses(call("hub", "export", exported, out), "is not a checkpoint of a run")
@@ -250,7 +254,7 @@ def test_inspect_knows_every_family(name, kind, says, template):
     assert template is None or f["template"][0].split(",")[0] == template
 
 
-def test_inspect_says_what_is_wrong_and_goes_on(run, tmp_path):
+def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
     def broken(change, base=ROOT / "toy/llm"):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(base, folder)
@@ -298,7 +302,7 @@ def test_inspect_says_what_is_wrong_and_goes_on(run, tmp_path):
 def test_inspect_refuses_what_is_no_model(tmp_path):
     refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
     refuses(call("hub", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
-    for content, says in [("{", "is not JSON"), ("[]", "has model_type None"),
+    for content, says in [("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "has model_type None"),
                           ('{"model_type": "qwen2"}', "has model_type 'qwen2'; known are clip")]:
         (tmp_path / "config.json").write_text(content)
         refuses(call("hub", "inspect", tmp_path), says)
@@ -311,7 +315,7 @@ def hf():
 
 
 def load_hf(hf, folder):
-    """transformers' model in float32, and its processor; every key must have been in its place."""
+    """Load transformers' model in float32, and its processor. Every key must be in its place."""
     load = hf.LlavaForConditionalGeneration.from_pretrained
     model, info = load(folder, output_loading_info=True, dtype=torch.float32)
     assert not any(info.values()), info
@@ -326,8 +330,8 @@ def pictures() -> list[Image.Image]:
 
 @torch.no_grad()
 def compare(hf, ckpt: Path, out: Path) -> float:
-    """Asserts that transformers renders, encodes and sees as we do; the largest difference of logits, as a share of
-    the largest logit: float32 rounds in proportion to it."""
+    """Assert that transformers gives the same prompt, ids and pixels. Returns the largest difference of logits as a
+    share of the largest logit (float32 rounds in proportion to it)."""
     model, processor = load_hf(hf, out)
     config = json.loads((checkpoint_folder(ckpt) / "config.json").read_text())
     ours, tokenizer = load_model(ckpt, dtype=torch.float32).eval(), load_tokenizer(checkpoint_folder(ckpt))
@@ -391,7 +395,7 @@ def test_transformers_answers_token_by_token_as_we_do(hf, small_world, run, expo
     ours = Assistant.from_checkpoint(run, device="cpu")
     rows = [r for r in read_questions(small_world / "test.jsonl", small_world / "images") if r["image"]][:20]
     assert len(rows) == 20
-    answers = predict(ours, rows, small_world / "images", 20, 12)
+    answers = ours.answer([(r["text"], small_world / "images" / r["image"]) for r in rows], 12)
     for row, answer in zip(rows, answers):
         messages = [{"role": "user", "content": IMAGE + "\n" + row["text"]}]
         text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

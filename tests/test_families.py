@@ -1,6 +1,6 @@
 """Every family of models: the values of transformers, each flag of each family, each layout of released checkpoints.
 
-The fixtures are tiny models with golden values, written by tests/make_fixtures.py; no transformers is needed here.
+The fixtures are tiny models with golden values, written by tests/make_fixtures.py. transformers is not needed here.
 """
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def golden(family):
 
 
 def gap(ours, theirs):
-    """The largest difference; infinite between tensors of different shapes and where there is a NaN."""
+    """Return the largest difference: infinite for tensors of different shapes, or with a NaN."""
     if ours.shape != theirs.shape:
         return float("inf")
     return (ours - theirs).abs().nan_to_num(float("inf")).max().item()
@@ -69,12 +69,12 @@ def llava_gap(model):
 
 
 def load(family, folder=None):
-    """A decoder or a tower, in the dtype it is stored in."""
+    """Load a decoder or a tower, in the dtype it is stored in."""
     return (load_vision if family in TOWERS else load_llm)(folder or MODELS / family)
 
 
 def build(family, **changes):
-    """A family's checkpoint under a config with some fields changed."""
+    """Load a family's checkpoint under a config with some fields changed."""
     folder = MODELS / family
     tower = family in TOWERS
     config = dataclasses.replace((vision_config if tower else decoder_config)(folder), **changes)
@@ -85,7 +85,7 @@ def build(family, **changes):
 
 
 def assert_same(a, b):
-    """Bitwise the same parameters under the same names, and the same config."""
+    """Assert that parameters have the same names and bits, and configs are equal."""
     a_parameters, b_parameters = dict(a.named_parameters()), dict(b.named_parameters())
     assert a_parameters.keys() == b_parameters.keys()
     for name, p in a_parameters.items():
@@ -134,7 +134,8 @@ def test_attention_of_every_layer_is_that_of_transformers(family):
     llm, g = load(family), golden(family)
     everything = torch.arange(12).expand(2, -1)
     maps = []
-    llm(llm.embed(g["input_ids"]), watch=lambda i, h, attention: maps.append(attention), attend=(everything, everything))
+    llm(llm.embed(g["input_ids"]), watch=lambda i, h, attention: maps.append(attention),
+        attend=(everything, everything))
     assert gap(torch.stack(maps), g["attention"]) < TOLERANCE
 
 
@@ -151,7 +152,7 @@ def test_norms_in_bfloat16_cast_where_those_of_transformers_do(family):
     g = golden(family)
     norm = load_llm(MODELS / family, torch.bfloat16).model["layers"][0].input_layernorm
     different = norm(g["embeds_bfloat16"]) != g["normed_bfloat16"]
-    assert different.float().mean() < 0.01          # none here; another machine may add the squares up in another order
+    assert different.float().mean() < 0.01          # 0 here; another machine may sum the squares in another order
 
 
 # ------------------------------------------------------------------------------------------------ each flag matters
@@ -213,7 +214,7 @@ def config_of(family):
 
 
 def store(folder, config, tensors, layout="safetensors"):
-    """A checkpoint folder in one of the layouts of released ones."""
+    """Write a checkpoint folder in one of the layouts that released ones have."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {name: t.contiguous().clone() for name, t in tensors.items()}
@@ -238,7 +239,7 @@ def store(folder, config, tensors, layout="safetensors"):
 
 
 def renamed(tensors, *rules):
-    """Each name by the first pattern that starts it; None drops the tensor."""
+    """Rename each tensor by the first rule whose pattern its name begins with; None drops the tensor."""
     out = {}
     for name, t in tensors.items():
         for pattern, new in rules:
@@ -312,7 +313,7 @@ def test_an_index_that_names_an_absent_bin_is_refused(tmp_path):
 
 # ------------------------------------------------------------------------------------------------ configs
 def old_style(c):
-    """As transformers 4 wrote it."""
+    """Return the config as transformers 4 wrote it."""
     c = {k: old_style(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in c.items()}
     rope = c.pop("rope_parameters", None)
     if rope:
@@ -327,7 +328,7 @@ def defaults():
 
 
 def terse(c):
-    """Without the fields that say what the class says anyway, as transformers writes a nested config."""
+    """Return the config without the fields that are the class's defaults, as transformers writes a nested config."""
     c = {k: terse(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in c.items()}
     known = defaults().get(c.get("model_type"), {})
     c = {k: v for k, v in c.items() if k not in known or v != known[k]}

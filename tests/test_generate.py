@@ -1,9 +1,10 @@
-"""Llava.generate where prompts share images and beginnings: the tokens are those of each prompt asked alone."""
+"""evaluation/generate.py, where prompts share images and prefixes: the tokens are those of each prompt alone."""
 import random
 
 import pytest
 import torch
-from test_model import N, prompts, tiny, without_cache
+from test_model import N, tiny, without_cache
+from test_model import prompts as random_prompts
 
 from evaluation.generate import generate, shared_prefix
 
@@ -19,36 +20,40 @@ KINDS = {
 
 
 def questions():
-    """(ids, masks, image_index, pixels): groups of different sizes with beginnings of different lengths, shuffled."""
+    """(ids, masks, image_index, pixels): groups of different sizes with prefixes of different lengths, shuffled."""
     g = torch.Generator().manual_seed(1)
 
     def words(n):
         return torch.randint(3, 50, (n,), generator=g)
     system, image, after, before = words(3), torch.zeros(N, dtype=torch.long), words(4), words(2)
-    asked = [(0, [system, image, words(n)]) for n in (1, 3, 9, 2, 5)]           # shared: up to the image's end
-    asked += [(1, [system, image, words(6)])]                                   # alone with its image
-    asked += [(2, [system, image, after, words(n)]) for n in (2, 6, 4)]         # 4 words more are shared
-    asked += [(3, [system, image, words(3)]), (3, [system, before, image, words(2)])]     # the image at two places
-    asked += [(4, [system, image, after])] * 2                                  # the same, asked twice
-    asked += [(5, [system, image])] * 2                                         # the image is the end
-    asked += [(6, [words(n), image, words(2)]) for n in (2, 3)]                 # nothing is shared
-    asked += [(i, [system, words(n)]) for i, n in ((2, 4), (0, 12), (0, 7))]    # no image
-    random.Random(0).shuffle(asked)
-    ids = [torch.cat(parts) for _, parts in asked]
-    masks = [torch.cat([torch.full((len(p),), p is image) for p in parts]) for _, parts in asked]
-    return ids, masks, [i for i, _ in asked], torch.randn(7, 3, 16, 16, generator=g)
+    prompts = [(0, [system, image, words(n)]) for n in (1, 3, 9, 2, 5)]           # shared: up to the image's end
+    prompts += [(1, [system, image, words(6)])]                                   # alone with its image
+    prompts += [(2, [system, image, after, words(n)]) for n in (2, 6, 4)]         # 4 words more are shared
+    prompts += [(3, [system, image, words(3)]), (3, [system, before, image, words(2)])]     # the image at two places
+    prompts += [(4, [system, image, after])] * 2                                  # the same, prompts twice
+    prompts += [(5, [system, image])] * 2                                         # the image is the end
+    prompts += [(6, [words(n), image, words(2)]) for n in (2, 3)]                 # nothing is shared
+    prompts += [(i, [system, words(n)]) for i, n in ((2, 4), (0, 12), (0, 7))]    # no image
+    random.Random(0).shuffle(prompts)
+    ids = [torch.cat(parts) for _, parts in prompts]
+    masks = [torch.cat([torch.full((len(p),), p is image) for p in parts]) for _, parts in prompts]
+    return ids, masks, [i for i, _ in prompts], torch.randn(7, 3, 16, 16, generator=g)
 
 
 def alone(model, ids, masks, index, pixels):
-    """Answers by a full forward of training for every token of every prompt, and the logits (B,new,V)."""
+    """Answer each prompt alone, by a full forward pass for every token. Returns answers and logits (B,new,V)."""
     answers, logits = zip(*[without_cache(model, i, m, pixels[n], NEW) for i, m, n in zip(ids, masks, index)])
     return list(answers), torch.stack(logits)
 
 
 def spy(monkeypatch, module):
-    """Every output of a module."""
+    """Return a list that collects every output of a module."""
     seen, forward = [], module.forward
-    monkeypatch.setattr(module, "forward", lambda *args, **named: seen.append(forward(*args, **named)) or seen[-1])
+
+    def keep(*args, **named):
+        seen.append(forward(*args, **named))
+        return seen[-1]
+    monkeypatch.setattr(module, "forward", keep)
     return seen
 
 
@@ -57,10 +62,21 @@ def test_what_is_shared_changes_no_token(kind, monkeypatch):
     model = tiny(torch.float32, **KINDS[kind])
     ids, masks, index, pixels = questions()
     wanted, logits = alone(model, ids, masks, index, pixels)
-    assert len({tuple(a) for a in wanted}) > 6, "all answers alike would prove nothing"
+    assert len({tuple(a) for a in wanted}) > 6, "if all answers were equal, the test would prove nothing"
     seen = spy(monkeypatch, model.language_model.lm_head)
     assert generate(model, ids, pixels, NEW, masks, image_index=index) == wanted
     torch.testing.assert_close(torch.stack(seen, dim=1), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_generate_of_the_model_gives_the_same_answers(kind):
+    model = tiny(torch.float32, **KINDS[kind])
+    ids, masks, index, pixels = questions()
+    free = generate(model, ids, pixels, NEW, masks, image_index=index)
+    for eos in (None, free[0][2]):
+        answers = generate(model, ids, pixels, NEW, masks, eos, index)
+        plain = [model.generate(ids[r], pixels[index[r]][None], masks[r], NEW, eos) for r in range(len(ids))]
+        assert answers == plain
 
 
 @pytest.mark.parametrize("kind", ["llama", "moca"])
@@ -74,7 +90,7 @@ def test_neither_order_nor_batch_size_changes_a_token(kind):
             rows = order[s:s + size]
             images = sorted({index[r] for r in rows}, reverse=True)             # only theirs, in another order
             answers = generate(model, [ids[r] for r in rows], pixels[images], NEW, [masks[r] for r in rows],
-                                     image_index=torch.tensor([images.index(index[r]) for r in rows]))
+                               image_index=torch.tensor([images.index(index[r]) for r in rows]))
             assert answers == [wanted[r] for r in rows]
 
 
@@ -87,7 +103,7 @@ def test_without_an_index_each_prompt_has_its_own_image():
 
 def test_the_same_question_about_two_images_has_two_answers():
     model = tiny(torch.float32)
-    ids, masks, pixels = prompts([12, 12])
+    ids, masks, pixels = random_prompts([12, 12])
     ids[1] = ids[0]
     a, b = generate(model, ids, pixels.float(), NEW, masks, image_index=[1, 0])
     assert a != b
@@ -97,7 +113,7 @@ def test_the_same_question_about_two_images_has_two_answers():
 
 def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(monkeypatch):
     model = tiny(torch.float32)
-    ids, masks, pixels = prompts([2 + N + 3] * 6 + [5], without_image=[6])
+    ids, masks, pixels = random_prompts([2 + N + 3] * 6 + [5], without_image=[6])
     for i in range(7):
         ids[i][:2] = ids[0][:2]
         ids[i][2 + N * masks[i].any()] = i + 3                                  # so nothing more is shared
@@ -109,7 +125,7 @@ def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(
 
 def test_text_alone_encodes_no_image(monkeypatch):
     model = tiny(torch.float32)
-    ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
+    ids, masks, pixels = random_prompts([5, 9], without_image=[0, 1])
     encoded = spy(monkeypatch, model.vision_tower)
     generate(model, ids, pixels[:1].float(), 2, masks, image_index=[0, 0])
     assert not encoded
@@ -125,7 +141,7 @@ def test_answers_end_at_different_steps_and_decoding_with_the_last_of_them(monke
         for rows in (range(len(ids)), ended):
             del decoded[:]
             stopped = generate(model, [ids[r] for r in rows], pixels, 16, [masks[r] for r in rows], end,
-                                     [index[r] for r in rows])
+                               [index[r] for r in rows])
             assert stopped == [free[r][:free[r].index(end)] if end in free[r] else free[r] for r in rows]
             steps = max(free[r].index(end) if end in free[r] else 15 for r in rows)
             assert len(decoded) == 2 + steps, "the prefix, the rest, then one a step until the last end token"
@@ -140,7 +156,7 @@ def test_a_single_new_token_needs_no_decoding(monkeypatch):
 
 
 IMAGE = [0] * N
-CASES = {  # prompts, the first image position in each (None: no image), what they share
+CASES = {  # prompts, the first image position in each (None: no image), length of their shared prefix
     "one alone keeps its last token, whose logits begin the answer": ([[1, 2, 3]], [None], 2),
     "one token alone shares nothing": ([[1]], [None], 0),
     "the same prompt twice": ([[1, *IMAGE, 5, 6]] * 2, [1, 1], 1 + N + 1),
@@ -155,7 +171,7 @@ CASES = {  # prompts, the first image position in each (None: no image), what th
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_shared_beginning_of(case):
+def test_the_shared_prefix_of(case):
     rows, firsts, shared = CASES[case]
     masks = [torch.zeros(len(r), dtype=torch.bool) for r in rows]
     for mask, first in zip(masks, firsts):

@@ -1,4 +1,4 @@
-"""LoRA, and what --unlock-llm and --unlock-vision train."""
+"""LoRA, and the parts that --unlock-llm and --unlock-vision train."""
 import re
 import shutil
 from dataclasses import replace
@@ -6,15 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, call, launch, losses_of
+from conftest import ROOT, call, command, launch, losses_of, tensors_of
 from safetensors.torch import load_file
-from test_train import command
 
 from common.parallel import Ranks
 from hub.checkpoint import load_model
 from methods.lora import LoRALinear, lora_start
 from training.settings import TrainConfig, settings
-from training.setup import build, groups
+from training.setup import build, parameter_groups
 
 
 @pytest.fixture
@@ -32,7 +31,7 @@ def test_it_adds_alpha_over_r_times_b_a_x(layer):
     assert torch.allclose(layer(x), wanted, atol=1e-5)
 
 
-def test_merging_changes_no_output_and_with_b_at_0_no_bit(layer):
+def test_merging_changes_no_output_and_no_bit_while_b_is_0(layer):
     x = torch.randn(64, 12)
     merged = F.linear(x, layer.merged(), layer.bias)
     assert torch.allclose(merged, layer(x), atol=1e-5), "the merged map computes something else"
@@ -43,20 +42,17 @@ def test_merging_changes_no_output_and_with_b_at_0_no_bit(layer):
 
 
 def test_training_starts_at_the_released_model_and_a_differs_by_tensor_and_seed():
-    start = [lora_start(f"{n}.lora_A", torch.Size([8, 100]), seed) for n, seed in [("q", 1), ("k", 1), ("q", 2)]]
-    assert not any(torch.equal(a, b) for a, b in [(start[0], start[1]), (start[0], start[2])])
-    assert start[0].abs().max() <= 0.1 and start[0].std() == pytest.approx(0.1 / 3 ** 0.5, rel=0.1)
+    first, other_tensor, other_seed = (
+        lora_start(f"{n}.lora_A", torch.Size([8, 100]), seed) for n, seed in [("q", 1), ("k", 1), ("q", 2)])
+    assert not torch.equal(first, other_tensor) and not torch.equal(first, other_seed)
+    assert first.abs().max() <= 0.1 and first.std() == pytest.approx(0.1 / 3 ** 0.5, rel=0.1)
     assert not lora_start("q.lora_B", torch.Size([3, 8]), 1).any()
     assert lora_start("q.weight", torch.Size([3]), 1) is None
 
 
-def changed(before: dict, after: dict) -> set[str]:
-    return {n for n in after if n not in before or not torch.equal(before[n].float(), after[n].float())}
-
-
 @pytest.fixture(scope="module")
 def base():
-    """The tensors that every run starts from, but for the projector."""
+    """The tensors that every run starts from, except the projector."""
     tower, llm = (load_file(ROOT / "toy" / f / "model.safetensors") for f in ("clip", "llm"))
     return ({n.replace("vision_model", "vision_tower"): t for n, t in tower.items() if n.startswith("vision_model")}
             | {f"language_model.{n}": t for n, t in llm.items()})
@@ -73,14 +69,14 @@ def base():
 def test_what_is_unlocked_is_trained_and_nothing_else(small_world, base, tmp_path, stage, flags, wanted):
     done = call(*command(small_world, tmp_path / "run", stage, steps=3), *flags.split())
     assert done.returncode == 0, done.stderr
-    after = load_file(tmp_path / "run" / f"{stage}-3" / "model.safetensors")
-    moved = changed(base, after)
+    after = tensors_of(tmp_path / "run" / f"{stage}-3")
+    moved = {n for n in after if n not in base or not torch.equal(base[n].float(), after[n].float())}
     assert moved == {n for n in after if re.fullmatch(wanted, n)}
-    model = load_model(tmp_path / "run")                  # all of it is stored, in stage 1 too
+    model = load_model(tmp_path / "run")                  # the whole model is stored, in stage 1 too
     assert torch.equal(model.language_model.lm_head.weight, after["language_model.lm_head.weight"])
 
 
-def test_lora_is_resumed_cut_over_ranks_and_merged_by_export(small_world, tmp_path):
+def test_lora_resumes_on_two_ranks_and_is_merged_by_export(small_world, tmp_path):
     flags = ["--unlock-llm", "lora", "--lora-rank", "4", "--lora-alpha", "8", "--projector-lr", "1e-4"]
     one, cut, out = tmp_path / "one", tmp_path / "cut", tmp_path / "exported"
     assert call(*command(small_world, one, steps=6), *flags).returncode == 0
@@ -102,18 +98,18 @@ def test_lora_is_resumed_cut_over_ranks_and_merged_by_export(small_world, tmp_pa
 def test_the_parts_have_their_own_learning_rates(small_world, tmp_path):
     cfg = settings(TrainConfig(data="x", unlock_llm="lora", unlock_vision="half", vision_lr=1e-6), "finetune", 1)
     assert (cfg.lr, cfg.projector_lr) == (2e-4, 2e-5), "LLaVA's rates for LoRA"
-    model = build(replace(cfg, data=None, lora_rank=2), None,
-                        Ranks(0, 1, torch.device("cpu"), torch.float32))
-    rates = {g["peak"]: len(g["params"]) for g in groups(model, cfg)}
+    cfg = replace(cfg, lora_rank=2, projector="random")
+    model = build(cfg, None, Ranks(0, 1, torch.device("cpu"), torch.float32))
+    rates = {g["peak"]: len(g["params"]) for g in parameter_groups(model, cfg)}
     assert rates == {1e-6: 16, 2e-5: 4, 2e-4: 4 * 7 * 2}, "16 tensors in a layer of CLIP, 7 maps in one of LLaMA"
 
 
-def test_stage_2_leaves_nothing_behind_that_stage_1_trained(small_world, tmp_path):
+def test_stage_2_continues_with_everything_that_stage_1_trained(small_world, tmp_path):
     assert call(*command(small_world, tmp_path / "1", "pretrain", steps=2), "--unlock-vision", "half").returncode == 0
     done = call(*command(small_world, tmp_path / "2", steps=2, projector=tmp_path / "1"))
     path = tmp_path / "1" / "pretrain-2"
     assert done.returncode == 2 and f"--vision {path} --llm {path}" in done.stderr
     done = call(*command(small_world, tmp_path / "2", steps=2, projector=tmp_path / "1", vision=path, llm=path))
     assert done.returncode == 0, done.stderr
-    a, b = (load_file(p / "model.safetensors") for p in (path, tmp_path / "2" / "finetune-2"))
+    a, b = tensors_of(path), tensors_of(tmp_path / "2" / "finetune-2")
     assert all(torch.equal(a[n], b[n]) for n in a if n.startswith("vision_tower"))

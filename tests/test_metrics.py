@@ -1,4 +1,4 @@
-"""metrics.py: every rule by hand. Where a case looks odd, so is the scorer that published numbers come from."""
+"""evaluation/metrics.py: every rule by hand. Where a case looks odd, so is the scorer of the published numbers."""
 import functools
 import math
 import random
@@ -10,7 +10,6 @@ import pytest
 from evaluation import metrics
 from evaluation.metrics import (
     CONTRACTIONS,
-    accuracy,
     anls,
     cider,
     circular,
@@ -113,12 +112,6 @@ def test_R1_an_empty_answer_matches_what_normalises_to_nothing():
     ("red .", "red", False), ("it’s", "its", False)])
 def test_R2_exact_match_ignores_case_ascii_punctuation_and_outer_space_and_nothing_else(prediction, reference, hit):
     assert exact(prediction, reference) is hit
-
-
-def test_R2_the_mean_is_over_categories_not_over_questions():
-    rows = [("count", "two", "two")] * 3 + [("count", "one", "two")] + [("colour", "red", "blue")]
-    assert accuracy(rows) == {"count": 75.0, "colour": 0.0, "mean": 37.5}
-    assert accuracy([]) == {}
 
 
 # R3
@@ -264,8 +257,7 @@ def test_R5_an_index_that_comes_twice_is_refused():
     ("DNA", None), ("Banana", None), ("C's", None), ("it is .C", None), ("x_B", None), ("B_1", None), ("选B", "B"),
     ("", None)])
 def test_R6_the_first_rule_that_fires_decides_by_its_last_hit(pred, letter):
-    assert pick_choice(pred, "ABCD", []) == letter
-    assert pick_choice(pred, ["A", "B", "C", "D"]) == letter
+    assert pick_choice(pred, "ABCD", []) == pick_choice(pred, "ABCD") == letter
 
 
 @pytest.mark.parametrize("pred, letters, letter", [("I think B", "ABCDEFGHI", "B"), ("I", "ABCDEFGHI", "I"),
@@ -286,7 +278,6 @@ def test_R6_only_the_questions_letters_are_valid(pred, letters, letter):
     ("abc x", ["a.c", "y z"], None)])
 def test_R6_without_a_letter_exactly_one_option_text_must_be_said(pred, options, letter):
     assert pick_choice(pred, "AB", options) == letter
-    assert pick_choice(pred, "AB", dict(zip("AB", options))) == letter
 
 
 def test_R6_a_letter_comes_before_an_options_text():
@@ -307,11 +298,11 @@ def test_R6_a_letter_comes_before_an_options_text():
     ("x = 3\nso 7", "3", False), ("so 7\nx=3", "3", True),           # "=" counts in the last line
     ("red\nso blue", "red", False), ("the answer is :", "the answer", True), ("Thus it could be x", "x", True),
     ("cat", "a", False), ("plan a", "a", True), ("a", "a", True),    # one character counts beside a space only
-    ("open 24/7", "['24/7', '3.429']", True), ("it is 3.43", "['24/7', '3.429']", True),
-    ("24", "['24/7', '3.429']", False),
-    ("5", " [4, 5] ", True), ("it is [0, 1)", "[0, 1)", True), ("[red, blue]", "[red, blue]", True),
+    ("open 24/7", ["24/7", "3.429"], True), ("it is 3.43", ["24/7", "3.429"], True),
+    ("24", ["24/7", "3.429"], False),
+    ("5", [4, 5], True), ("it is [0, 1)", "[0, 1)", True), ("[red, blue]", "[red, blue]", True),
     ("it is red and is blue", "red", False), ("b", ["a", "b"], True), ("c", ["a", "b"], False),
-    ("", "x", False)])
+    ("5 is yes =", "5", True), ("", "x", False)])
 def test_R7_open_answers_of_MMMU(pred, gold, hit):
     assert mmmu_open(pred, gold) is hit
 

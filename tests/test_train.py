@@ -1,15 +1,10 @@
 """train.py as a user runs it: the same losses however a batch is cut, and after any interruption."""
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
-from signal import SIGTERM
 
 import pytest
 import torch
-from conftest import ROOT, call, launch, losses_of
+from conftest import ROOT, STEPS, call, command, launch, losses_of, same, start, tensors_of
 from safetensors.torch import load_file
 
 import train
@@ -18,7 +13,7 @@ from training.settings import TrainConfig, settings
 
 
 # ------------------------------------------------------------------------------------------------ settings
-def test_stage_fills_in_llavas_recipe_and_what_is_given_stays():
+def test_stage_fills_in_llavas_recipe_and_keeps_what_is_given():
     cfg = settings(TrainConfig(data="x.json"), "pretrain", ranks=8)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
     cfg = settings(TrainConfig(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
@@ -32,7 +27,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
 
 @pytest.mark.parametrize("given, ranks, says", [
     (dict(global_batch=10), 4, "10 is not divisible by the 4 ranks"),
-    (dict(global_batch=12, micro_batch=5), 1, "not divisible by 1 ranks × --micro-batch 5"),
+    (dict(global_batch=12, micro_batch=5), 1, "12 is not divisible by .*--micro-batch 5: a rank's share is 12"),
     (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0"),
     (dict(loss="vdep", vdep_ratio=1.5), 1, "--vdep-ratio must be from 0 to 1"),
     (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be from 0"),
@@ -50,61 +45,66 @@ def test_the_learning_rate_warms_up_for_3_percent_and_falls_as_half_a_cosine():
     assert train.learning_rate(0, 1, 2.0) == 2.0
 
 
-# ------------------------------------------------------------------------------------------------ runs
-def command(small_world, out, stage="finetune", steps=20, **options):
-    options = {"stage": stage, "data": small_world / f"{stage}.json", "images": small_world / "images", "out": out,
-               "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": steps, "workers": 0,
-               "dtype": "float32", **options}
-    return ["train.py", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+# ------------------------------------------------------------------------------------------------ the loop
+def assert_same_losses(wanted, got, steps=STEPS):
+    """wanted, got: losses of each step of two runs."""
+    assert len(wanted) == len(got) == steps
+    worst = max(abs(a - b) for a, b in zip(wanted, got))
+    assert worst < 1e-5, f"the losses differ by {worst}: are totals divided by the counts of the whole global batch?"
 
 
-@pytest.fixture(scope="module")
-def reference(small_world, tmp_path_factory):
-    """One process, one micro-batch a step."""
-    outs = {}
-    for stage in ("pretrain", "finetune"):
-        outs[stage] = tmp_path_factory.mktemp("reference") / stage
-        done = call(*command(small_world, outs[stage], stage))
-        assert done.returncode == 0, done.stderr
-    return outs
-
-
-@pytest.mark.parametrize("stage, ranks, micro", [("finetune", 1, 2), ("pretrain", 2, 4), ("finetune", 2, 8)])
-def test_ranks_and_accumulation_change_no_loss(small_world, reference, tmp_path, stage, ranks, micro):
+@pytest.mark.parametrize("stage, ranks, micro, says", [
+    ("finetune", 1, 2, "8 accumulation steps × micro-batch 2"),
+    ("pretrain", 2, 4, "2 ranks × 2 accumulation steps × micro-batch 4")])
+def test_ranks_and_accumulation_change_no_loss(small_world, trained, tmp_path, stage, ranks, micro, says):
     arguments = command(small_world, tmp_path / "run", stage, **{"micro-batch": micro})
     done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
-    assert f"{ranks} ranks × {16 // ranks // micro} accumulation × {micro} micro-batch" in done.stdout
-    wanted, got = losses_of(reference[stage], stage), losses_of(tmp_path / "run", stage)
-    assert len(wanted) == len(got) == 20
-    worst = max(abs(a - b) for a, b in zip(wanted, got))
-    assert worst < 1e-5, f"the losses differ by {worst}: are sums divided by the counts of the whole global batch?"
+    assert f"global batch 16 = {says}" in done.stdout
+    assert_same_losses(losses_of(trained[stage], stage), losses_of(tmp_path / "run", stage))
 
 
-def test_the_loss_falls(reference):
-    for stage, out in reference.items():
+def test_the_loss_falls(trained):
+    for stage, out in trained.items():
         losses = losses_of(out, stage)
-        assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), f"{stage}: {losses}"
+        assert sum(losses[-4:]) < 0.9 * sum(losses[:4]), f"{stage}: {losses}"
 
 
-def test_each_step_leaves_its_numbers(reference):
-    line = json.loads((reference["finetune"] / "metrics.jsonl").read_text().splitlines()[-1])
-    assert line["step"] == 20 and line["ce"] == line["loss"]
+def test_each_step_leaves_its_numbers(trained):
+    line = json.loads((trained["finetune"] / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["step"] == STEPS and line["ce"] == line["loss"]
     assert {"lr", "grad_norm", "tokens_per_s", "peak_gib", "supervised"} <= line.keys()
 
 
-def test_stage_1_trains_and_stores_the_projector_alone(reference):
-    stored = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
+def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(small_world, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", lr=1e30, **{"save-every": 1}))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    message = done.stderr.splitlines()[-1]
+    assert "step 2" in message and "rank 0, samples train_" in message
+    assert all(t.isfinite().all() for t in tensors_of(tmp_path / "run" / "finetune-1").values())
+    assert len(losses_of(tmp_path / "run", "finetune")) == 1
+
+
+def test_bfloat16_trains_too_and_keeps_its_weights_in_float32(small_world, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", dtype="bfloat16", steps=8, **{"micro-batch": 8}))
+    assert done.returncode == 0, done.stderr
+    losses = losses_of(tmp_path / "run", "finetune")
+    assert losses[-1] < losses[0]
+    assert tensors_of(tmp_path / "run" / "finetune-8")["language_model.lm_head.weight"].dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------ the stages
+def test_stage_1_trains_and_stores_the_projector_alone(trained):
+    stored = tensors_of(trained["pretrain"] / f"pretrain-{STEPS}")
     assert sorted(stored) == [f"multi_modal_projector.linear_{i}.{p}" for i in (1, 2) for p in ("bias", "weight")]
 
 
-def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encoder(small_world, reference, tmp_path):
-    done = call(*command(small_world, tmp_path / "run", steps=3, projector=reference["pretrain"]))
+def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encoder(small_world, trained, tmp_path):
+    done = call(*command(small_world, tmp_path / "run", steps=3, projector=trained["pretrain"]))
     assert done.returncode == 0, done.stderr
-    after = load_file(tmp_path / "run" / "finetune-3" / "model.safetensors")
     tower, llm = (load_file(ROOT / "toy" / f / "model.safetensors") for f in ("clip", "llm"))
-    projector = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
-    for name, tensor in after.items():
+    projector = tensors_of(trained["pretrain"] / f"pretrain-{STEPS}")
+    for name, tensor in tensors_of(tmp_path / "run" / "finetune-3").items():
         if name.startswith("vision_tower"):
             assert torch.equal(tensor, tower[name.replace("vision_tower", "vision_model")].float())
         else:
@@ -113,43 +113,63 @@ def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encode
             assert 0 < change < 0.1, f"{name} moved by {change} in three steps from where stage 2 starts"
 
 
-def test_stage_2_may_begin_with_llavas_own_projector_file(small_world, reference, tmp_path):
-    stored = load_file(reference["pretrain"] / "pretrain-20" / "model.safetensors")
-    names = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
-    for n, old in names.items():
+def test_stage_2_may_start_from_llavas_own_projector_file(small_world, trained, tmp_path):
+    stored = tensors_of(trained["pretrain"] / f"pretrain-{STEPS}")
+    for ours, llavas in {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}.items():
         for leaf in ("weight", "bias"):
-            stored[f"{old}.{leaf}"] = stored.pop(f"multi_modal_projector.{n}.{leaf}")
+            stored[f"{llavas}.{leaf}"] = stored.pop(f"multi_modal_projector.{ours}.{leaf}")
     torch.save(stored, tmp_path / "mm_projector.bin")
     outs = [tmp_path / "a", tmp_path / "b"]
-    for out, projector in zip(outs, (reference["pretrain"], tmp_path)):
+    for out, projector in zip(outs, (trained["pretrain"], tmp_path)):
         assert call(*command(small_world, out, steps=2, projector=projector)).returncode == 0
     assert losses_of(outs[0], "finetune") == losses_of(outs[1], "finetune")
 
 
-def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_path):
+def test_stage_2_continues_with_the_moca_of_stage_1(small_world, tmp_path):
+    assert call(*command(small_world, tmp_path / "one", "pretrain", 3), "--moca").returncode == 0
+    done = call(*command(small_world, tmp_path / "two", steps=1, projector=tmp_path / "one", lr=1e-12))
+    assert done.returncode == 0, done.stderr
+    before, after = tensors_of(tmp_path / "one" / "pretrain-3"), tensors_of(tmp_path / "two" / "finetune-1")
+    maps = [name for name in before if ".moca." in name]
+    assert len(maps) == 8, "two vectors for each of four layers"
+    for name in maps:
+        torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------ interruptions
+def steps_logged(out) -> int:
+    log = out / "metrics.jsonl"
+    return log.read_text().count("\n") if log.exists() else 0
+
+
+def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_path):
     """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had happened."""
     out = tmp_path / "run"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for resume, enough in [([], 5), (["--resume"], 11)]:
-        process = subprocess.Popen([sys.executable, *command(small_world, out, **{"save-every": 3}), *resume], cwd=ROOT,
-                                   env=env, stderr=subprocess.PIPE)
-        until = time.time() + 60
-        while time.time() < until and process.poll() is None:
-            log = out / "metrics.jsonl"
-            if log.exists() and log.read_text().count("\n") >= enough:
-                break
-            time.sleep(0.01)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL, process.stderr.read()
-    done = call(*command(small_world, out, **{"save-every": 3}), "--resume")
+    words = command(small_world, out, **{"save-every": 3})
+    for resume, enough in [([], 4), (["--resume"], 8)]:
+        program = start(*words, *resume).until(lambda enough=enough: steps_logged(out) >= enough)
+        assert program.send(signal.SIGKILL).wait().returncode == -signal.SIGKILL
+    done = call(*words, "--resume")
     assert done.returncode == 0, done.stderr
-    drop = ("tokens_per_s", "peak_gib")
-    lines = [[{k: v for k, v in json.loads(line).items() if k not in drop} for line in (run / "metrics.jsonl").open()]
-             for run in (out, reference["finetune"])]
-    assert lines[0] == lines[1], "a resumed step differs from the uninterrupted one"
-    a, b = (load_file(run / "finetune-20" / "model.safetensors") for run in (out, reference["finetune"]))
-    assert all(torch.equal(a[k], b[k]) for k in b)
-    assert [p.name for p in out.glob("finetune-*")] == ["finetune-20"], "older checkpoints of the stage were left"
+    runs = []
+    for run in (out, trained["finetune"]):
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        runs.append([{k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_gib")} for line in lines])
+    assert runs[0] == runs[1], "a resumed step differs from the uninterrupted one"
+    last = f"finetune-{STEPS}"
+    assert same(tensors_of(out / last), tensors_of(trained["finetune"] / last))
+    assert [p.name for p in out.glob("finetune-*")] == [last], "older checkpoints of the stage were left"
+
+
+def test_a_termination_signal_saves_and_leaves(small_world, trained, tmp_path):
+    out = tmp_path / "run"
+    program = start(*command(small_world, out)).until(lambda: steps_logged(out) > 0)
+    done = program.send(signal.SIGTERM).wait()
+    assert done.returncode == 2
+    assert "it is saved: --resume continues" in done.stderr.splitlines()[-1]
+    done = call(*command(small_world, out), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses_of(out, "finetune") == losses_of(trained["finetune"], "finetune")
 
 
 @pytest.mark.parametrize("loss, moca, stage", [
@@ -157,69 +177,26 @@ def test_killed_at_any_moment_a_run_resumes_exactly(small_world, reference, tmp_
 def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world, tmp_path, monkeypatch, loss, moca,
                                                                     stage):
     def arguments(name, micro):
-        options = {"loss": loss, "micro-batch": micro}
-        return [*command(small_world, tmp_path / name, stage, 6, **options), *["--moca"] * moca]
+        flags = ["--moca"] if moca else []
+        return [*command(small_world, tmp_path / name, stage, 6, loss=loss, **{"micro-batch": micro}), *flags]
+
+    def stop_in_step_3(loss, norm, step, *_):
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)                # noticed before the end of step 4
     runs = [call(*arguments("whole", 16)), call(*arguments("cut", 4)), launch(*arguments("ranks", 8), ranks=2)]
-    with monkeypatch.context() as patch:                   # a signal in the middle of step 3, heard in step 4
-        patch.setattr(train, "check_finite", lambda loss, norm, step, *_: step == 3 and signal.raise_signal(SIGTERM))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "stop_if_not_finite", stop_in_step_3)
         assert "after step 4" in call(*arguments("resumed", 16)).stderr
-    signal.signal(SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     runs.append(call(*arguments("resumed", 16), "--resume"))
     assert [r.returncode for r in runs] == [0] * 4, "".join(r.stderr for r in runs)
-    whole, *others = (losses_of(tmp_path / name, stage) for name in ("whole", "resumed", "cut", "ranks"))
-    assert len(whole) == 6 and whole == others[0], "a resumed run differs"
-    for got in others[1:]:
-        worst = max(abs(a - b) for a, b in zip(whole, got))
-        assert worst < 1e-5, f"the losses differ by {worst}: are sums divided by the counts of the whole global batch?"
-    stored = [load_file(tmp_path / name / f"{stage}-6" / "model.safetensors") for name in ("whole", "resumed")]
-    assert all(torch.equal(stored[1][name], t) for name, t in stored[0].items())
-    maps = {name: t for name, t in stored[0].items() if ".moca." in name}
-    assert len(maps) == 8 * moca, "two vectors for each of four layers"
-    for name, t in maps.items():                           # nothing reads the last layer's image tokens in stage 2
+
+    whole, resumed, cut, ranks = (losses_of(tmp_path / name, stage) for name in ("whole", "resumed", "cut", "ranks"))
+    assert len(whole) == 6 and whole == resumed, "a resumed run differs"
+    assert_same_losses(whole, cut, 6)
+    assert_same_losses(whole, ranks, 6)
+    stored = tensors_of(tmp_path / "whole" / f"{stage}-6")
+    assert same(stored, tensors_of(tmp_path / "resumed" / f"{stage}-6"))
+    maps = {name: t for name, t in stored.items() if ".moca." in name}
+    assert len(maps) == (8 if moca else 0), "two vectors for each of four layers"
+    for name, t in maps.items():                           # no loss reads the last layer's image tokens in stage 2
         assert ".3." in name or 0 < (t - t.round()).abs().max() < 0.1, f"{name} was not trained"
-
-
-def test_stage_2_goes_on_with_the_moca_of_stage_1(small_world, tmp_path):
-    assert call(*command(small_world, tmp_path / "one", "pretrain", 3), "--moca").returncode == 0
-    done = call(*command(small_world, tmp_path / "two", steps=1, projector=tmp_path / "one", lr=1e-12))
-    assert done.returncode == 0, done.stderr
-    before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("one/pretrain-3", "two/finetune-1"))
-    maps = [n for n in before if ".moca." in n]
-    assert len(maps) == 8
-    for name in maps:
-        torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
-
-
-def test_a_termination_signal_saves_and_leaves(small_world, reference, tmp_path):
-    out = tmp_path / "run"
-    process = subprocess.Popen([sys.executable, *command(small_world, out)], cwd=ROOT, stderr=subprocess.PIPE,
-                               text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.01)
-    process.terminate()
-    assert process.wait() == 2
-    assert "it is saved: --resume goes on" in process.stderr.read().splitlines()[-1]
-    done = call(*command(small_world, out), "--resume")
-    assert done.returncode == 0, done.stderr
-    assert losses_of(out, "finetune") == losses_of(reference["finetune"], "finetune")
-
-
-def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(small_world, tmp_path):
-    done = call(*command(small_world, tmp_path / "run", lr=1e30, **{"save-every": 1}))
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    message = done.stderr.splitlines()[-1]
-    assert "step 2" in message and "rank 0, samples train_" in message
-    stored = load_file(tmp_path / "run" / "finetune-1" / "model.safetensors")
-    assert all(t.isfinite().all() for t in stored.values())
-    assert len(losses_of(tmp_path / "run", "finetune")) == 1
-
-
-def test_bfloat16_trains_too(small_world, tmp_path):
-    done = call(*command(small_world, tmp_path / "run", dtype="bfloat16", steps=10, **{"micro-batch": 8}))
-    assert done.returncode == 0, done.stderr
-    losses = losses_of(tmp_path / "run", "finetune")
-    assert losses[-1] < losses[0]
-    stored = load_file(tmp_path / "run" / "finetune-10" / "model.safetensors")
-    assert stored["language_model.lm_head.weight"].dtype == torch.float32, "what is trained is kept in float32"

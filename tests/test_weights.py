@@ -1,4 +1,4 @@
-"""weights.py: folders load strictly, in one copy, and what is broken is named."""
+"""Folders of weights load strictly, in one copy; a broken file is named with its cause."""
 import json
 import shutil
 
@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from common.flags import UserError
 from hub.checkpoint import checkpoint_folder, checkpoints, load_model, save_checkpoint
 from hub.configs import decoder_config
+from hub.inspect import inspect
 from hub.released import load_llm, load_vision
+from hub.tensors import weight_files
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 LLM = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -39,7 +41,7 @@ def llm(tmp_path):
 
 @pytest.fixture
 def clip(tmp_path):
-    """As openai's repository is: the tower nested in config.json, a text tower beside it in the file."""
+    """Laid out as openai's repository: the tower nested in config.json, a text tower beside it in the file."""
     folder = tmp_path / "clip"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP, "text_config": {}}))
@@ -54,7 +56,7 @@ def clip(tmp_path):
 
 
 def rewrite(folder, change):
-    """Saves the folder's tensors again after change(tensors)."""
+    """Save the folder's tensors again after change(tensors)."""
     tensors = load_file(folder / "model.safetensors")
     tensors = {n: t.clone() for n, t in tensors.items()}
     change(tensors)
@@ -119,6 +121,17 @@ def test_rope_theta_is_read_where_old_and_new_transformers_write_it(llm):
     assert decoder_config(llm).rope_theta == 7e5
 
 
+@pytest.mark.parametrize("source", ["llava", "checkpoint"])
+def test_a_whole_model_lists_the_tensors_of_its_files_once(source, llm, clip, tmp_path, monkeypatch):
+    folder = ROOT / "tests" / "fixtures" / "models" / "llava"
+    if source == "checkpoint":
+        folder = save(llm, clip, tmp_path / "run", "finetune")[1]
+    listed = []
+    monkeypatch.setattr("hub.released.weight_files", lambda f: listed.append(f) or weight_files(f))
+    load_model(folder)
+    assert listed == [folder]
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 def cut(n):
     def damage(path):
@@ -129,7 +142,7 @@ def cut(n):
 @pytest.mark.parametrize("damage, says", [
     (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2110000000\n"),
      r"git-lfs pointer \(\d+ bytes\), not the weights \(2.11 GB\): run git lfs pull"),
-    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not weights"),
+    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not the weights"),
     (cut(0), "cut off: it has 0 bytes"), (cut(5), "cut off"), (cut(100), "cut off in its header"),
     (cut(-100), r"cut off: \d+ bytes, but its header says \d+"),
     (lambda p: p.write_bytes(p.read_bytes() + b"more"), "too long"),
@@ -182,6 +195,27 @@ def test_the_wrong_folder_is_refused(llm, clip, tmp_path):
         load_llm(tmp_path / "docs")
     with pytest.raises(UserError, match="not a checkpoint of a run"):
         load_model(llm)
+
+
+@pytest.mark.parametrize("load", [
+    load_vision, load_llm, load_model, checkpoint_folder, inspect,
+    lambda name: load_model(ROOT / "tests/fixtures/models/llava", vision=name),
+    lambda name: load_model(ROOT / "tests/fixtures/models/llava", llm=name)])
+def test_a_hugging_face_id_in_place_of_a_folder_is_told_how_to_download_it(load, tmp_path, monkeypatch):
+    name = "openai/clip-vit-large-patch14-336"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"nothing is downloaded here.* download {name} --local-dir") as e:
+        load(name)
+    assert "\n" not in str(e.value)
+
+
+def test_an_absent_folder_beside_others_is_not_taken_for_a_hugging_face_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for name in ("weights/clip", "absent", "/a/b", "./weights/clip", "weights/a/b", "out/toy", "toy/clip", "mine/clip"):
+        with pytest.raises(UserError, match="there is no folder") as e:
+            load_vision(name)
+        assert "downloaded" not in str(e.value)
 
 
 # ------------------------------------------------------------------------------------------------ our checkpoints

@@ -4,7 +4,8 @@ from pathlib import Path
 import evaluate
 import mir
 from common.files import read_jsonl, write_json
-from common.parallel import choose_device
+from common.parallel import Ranks, choose_device
+from evaluation.scores import own_row, table
 from hub.checkpoint import checkpoints, load_model
 from training.folder import Log
 
@@ -24,17 +25,18 @@ def report(out: Path, stages: list[str], device: str, dtype: str) -> None:
         results["stages"][stage] = {**m, "ce": sum(last) / len(last)}
         results["mir"][stage] = m["mir"]
     if "finetune" in stages:
-        assistant = evaluate.Assistant.from_checkpoint(folder, device=device, dtype=dtype)
-        answers = out / "eval" / folder.name
+        asked = evaluate.Config(ckpt=str(folder), overwrite=True, batch_size=256)
+        reports = {r["name"]: r for r in evaluate.evaluate(asked, Ranks(0, 1, where, kind))}
         for name in ("test", "composition"):
-            r = evaluate.evaluate(assistant, data / f"{name}.jsonl", images, answers, 256, 16)
-            results["accuracy"][name], results["shuffled"][name] = r["accuracy"], r["shuffled"]
+            results["accuracy"][name] = own_row(reports[name])
+            results["shuffled"][name] = own_row(reports[f"{name}, images shuffled"])
         rows = {"test": results["accuracy"]["test"], "unseen pairs": results["accuracy"]["composition"],
                 "test, images shuffled": results["shuffled"]["test"]}
-        print("\naccuracy, %\n" + evaluate.table(rows) + "\n")
-        lines = read_jsonl(answers / "test.predictions.jsonl")
-        for r in lines[::len(lines) // 6 + 1]:            # six: one of every category, of different pictures
-            print(f"{r['image']}  {r['text']}  → {r['prediction']}  ({'right' if r['correct'] else r['answer']})")
+        print("\naccuracy, %\n" + table(rows) + "\n")
+        answers = read_jsonl(out / "eval" / folder.name / "test" / "pred.jsonl")
+        for r in answers[::len(answers) // 6 + 1]:        # six: one of every category, of different pictures
+            verdict = "right" if r["score"] == 1 else r["answer"]
+            print(f"{Path(r['image']).name}  {r['prompt']}  → {r['prediction']}  ({verdict})")
     print()
     for stage, m in results["stages"].items():
         print(f"after {stage:9} MIR {m['mir']:.3f}   CE {m['ce']:.3f}   |V| {m['V_norm']:.1f}   var V {m['V_var']:.0f}"

@@ -107,8 +107,8 @@ class TrainConfig:
 
 
 # Flags that may change on --resume: they change no number, or only where the run goes from here.
-FREE_TO_CHANGE = ("resume", "overwrite", "micro_batch", "workers", "save_every", "keep_last", "mir_every", "mir_data",
-                  "device", "gradient_checkpointing", "compile", "parallel", "timeout")
+FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "keep_last", "mir_every",
+                  "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout")
 
 
 def flag(name: str) -> str:

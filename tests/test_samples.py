@@ -36,7 +36,7 @@ def place_of(path):
 
 
 def found_in(raw: bytes, block: int) -> list:
-    """What `elements` makes of a file; each value is what its bytes alone say."""
+    """Return the values that `elements` finds. Each must be what its bytes alone say."""
     out = []
     with io.FileIO(os.memfd_create("json"), "w+") as f:
         f.write(raw)
@@ -107,7 +107,7 @@ def test_a_jsonl_file_may_have_blank_lines_and_any_line_ends(tmp_path):
 
 
 def test_half_a_character_is_refused(tmp_path):
-    """No tokenizer takes it: without this a worker would end the run on the day it comes up."""
+    """No tokenizer takes it. Without this check, the run would end in the step that reaches this sample."""
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sample(0, "😀"), sample(1, "a \ud83d b")]))
     with pytest.raises(UserError, match=r"sample 1 \(id s1\) has half a character"):
@@ -131,7 +131,7 @@ def test_the_index_knows_lengths_images_and_answers_of_all_samples(tmp_path):
     assert [file[i]["id"] for i in range(len(file))] == ["s1", "s3", "s5"], "numbers are those of the samples kept"
 
 
-def test_an_index_is_made_once_and_again_when_the_file_changes(tmp_path):
+def test_an_index_is_made_once_and_anew_when_the_file_changes(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(SAMPLES[:9]))
     read_samples(path)
@@ -152,7 +152,7 @@ def test_an_index_is_made_once_and_again_when_the_file_changes(tmp_path):
     lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw + b"\0" * 8, lambda raw: b"{}" * 500,
     lambda raw: b"samples0" + raw[8:], lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:],
     lambda raw: raw[:28]])
-def test_a_damaged_index_or_one_of_another_version_is_made_again(spoil, tmp_path):
+def test_a_damaged_index_or_one_of_another_version_is_replaced(spoil, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(SAMPLES))
     read_samples(path)
@@ -186,7 +186,7 @@ def test_the_index_of_a_folder_that_cannot_be_written_is_in_the_cache(tmp_path, 
             read_samples(locked)
 
 
-def test_a_file_that_changes_in_use_is_noticed(tmp_path):
+def test_a_file_that_changes_in_use_is_an_error(tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(SAMPLES))
     samples, _ = read_samples(path)
@@ -202,11 +202,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, says):
 
 
 def test_an_open_file_takes_few_bytes_a_sample(tmp_path):
-    """A dict takes about two thousand; this is what lets 8 ranks open 2 million samples (bench/data.py measures it)."""
+    """A dict takes about 2,000. Few bytes let 8 ranks open 2 million samples (bench/data.py measures it)."""
     path, n = tmp_path / "data.json", 20_000
     path.write_text(json.dumps([sample(i) for i in range(n)]))
     read_samples(path)
-    Order(8, 4, 1, 1, np.ones(8)).epoch(0)                          # what NumPy loads at its first use does not count
+    Order(8, 4, 1, 1, np.ones(8)).epoch(0)                    # do not count what NumPy loads on first use
     tracemalloc.start()
     samples, _ = read_samples(path)
     kept, opening = tracemalloc.get_traced_memory()
@@ -252,15 +252,15 @@ def test_a_copy_for_another_process_is_small_and_reads_the_same(data):
         assert isinstance(other.entries, np.memmap)
 
 
-def test_many_may_read_at_a_time(data):
-    """Threads here; processes that were forked share a file's position in the same way."""
+def test_many_can_read_at_the_same_time(data):
+    """Threads share a file's position, as forked processes do."""
     numbers = list(range(len(data))) * 60
     with ThreadPoolExecutor(8) as pool:
         for i, s in zip(numbers, pool.map(data.samples.__getitem__, numbers)):
             assert s["id"] == f"s{i + (i >= 4)}"
 
 
-def test_images_are_looked_at_once_each_and_named(tmp_path):
+def test_each_image_is_checked_once_and_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")   # more pixels than Pillow agrees to decode
     (tmp_path / "empty.png").touch()
