@@ -76,14 +76,21 @@ def viewed(results: list[Tensor], item) -> list[Tensor]:
     return item.view(results) if item.view else results
 
 
+def mark(t: Tensor) -> Tensor:
+    """A number that tells tensors apart."""
+    return (t.double().flatten() * torch.arange(1, t.numel() + 1).cos()).sum()
+
+
 def agree(got: list[list[Tensor]], want: list[list[Tensor]], item) -> bool:
     """True if the results earn the item's points: both draws agree, and what the draw decides does change with it."""
     try:
         for a, b in zip(got, want):
             if not same(viewed(a, item), viewed(b, item), item.tolerance):
                 return False
-        moved = [a.sum() != b.sum() for a, b in zip(*want)]
-        return all(not m or a.sum() != b.sum() for m, a, b in zip(moved, *got))
+        for a, b, c, d in zip(*want, *got):
+            if (mark(a) - mark(b)).abs() > 1e-6 and mark(c) == mark(d):
+                return False
+        return True
     except Exception:                   # shapes and types that no view expects
         return False
 

@@ -94,7 +94,7 @@ WRONG = [
      RETURN, RETURN.replace("torch.tensor(image[cut])", "torch.tensor((image + [False])[cut])")),
     ("max_length is ignored", "length", CUT, "    cut = slice(None)"),
     ("an image is cut in two", "length", FIT, ""),
-    ("an image that just fits is left out", "length", FIT, FIT.replace("> max", ">= max - 2")),
+    ("an image that just fits is left out", "length", FIT, FIT.replace("> max_length", ">= max_length - 2")),
     ("labels are not cut", "length", RETURN, RETURN.replace("labels[cut]", "labels")),
     ("padding counts as text", "tokens_that_see_the_image", SEE, SEE.replace("self.attention_mask & ", "")),
     ("text before the image counts", "tokens_that_see_the_image", SEE, SEE.replace(" & (self.image_mask.cumsum(1) > 0)", "")),
