@@ -24,9 +24,10 @@ class Flags:
 
 def gradescope(name: str, out: Path, seed: int) -> None:
     """Write the zip that Gradescope takes: setup.sh, run_autograder, and the files that the grader reads."""
+    find(name)
     paths = [p for folder in ("course", "common") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md")]
-    paths += [ROOT / path for path, _ in MODULES.values() if "/" not in path or path.startswith("methods")]
-    paths += [ROOT / path for path in find(name).files]
+    paths += [ROOT / m.file for m in MODULES.values()] + [ROOT / "course/assignments.json"]
+    paths += [ROOT / path for a in ASSIGNMENTS.values() for path in a.files]
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
         for path in sorted(set(paths)):
             z.write(path, path.relative_to(ROOT))

@@ -107,7 +107,7 @@ def reference(name: str) -> dict[str, str]:
 
 def mutant(name: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
     """The reference with some texts replaced. Raises UserError if one of them does not occur exactly once."""
-    texts = {m: (ROOT / MODULES[m][0]).read_text() for m in find(name).write}
+    texts = {m: (ROOT / MODULES[m].file).read_text() for m in find(name).write}
     for old, new in pairs:
         holding = [m for m in texts if texts[m].count(old) == 1]
         if len(holding) != 1 or sum(t.count(old) for t in texts.values()) != 1:

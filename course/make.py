@@ -8,6 +8,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from common.files import read_json
 from common.flags import UserError
 from course.hidden import rubric
 
@@ -18,67 +19,23 @@ ROOT = Path(__file__).resolve().parent.parent
 class Assignment:
     title: str
     write: list[str]                        # modules with functions to write; a student hands in these files
-    given: list[str] = field(default_factory=list)
+    given: list[str] = field(default_factory=list)                  # modules that those import
     tests: dict[str, list[str]] = field(default_factory=dict)       # file of tests/ → public tests
     files: list[str] = field(default_factory=list)                  # copied as they are
 
 
-# Module of a folder that is handed out → file of the project and, where only a part is needed, the names of that part.
-MODULES = {
-    "vista": ("methods/vista.py", []), "ce": ("methods/ce.py", []), "vdep": ("methods/vdep.py", []),
-    "basic": ("methods/basic.py", []), "moca": ("methods/moca.py", []), "lora": ("methods/lora.py", []),
-    "positions": ("common/positions.py", []), "text": ("common/text.py", []),
-    "data": ("data.py", ["PLACEHOLDER", "IMAGE", "pieces", "encode", "Batch"]),
-    "model": ("model.py", ["Projector", "DecoderLayer", "Llava", "rotary"]),
-}
-# What students write, in every folder; and private parts of a solution, which are left out.
-STUBS = {
-    "vista": ["alignment_loss"], "ce": ["next_token_loss"], "vdep": ["reconstruction_loss"],
-    "basic": ["layer_weights", "supervision_degree", "direction_loss", "semantic_loss"],
-    "moca": ["MoCa.__init__", "MoCa.forward"],
-    "data": ["pieces", "encode", "Batch.text_after_image", "Batch.answer_tokens"],
-    "model": ["Projector.forward", "rotary", "rotate", "Attention.forward", "Llava.merge", "DecoderLayer.forward"],
-}
-PRIVATE = {"ce": ["_ChunkedCrossEntropy"], "basic": ["_ChunkedDivergence"]}
+@dataclass(frozen=True)
+class Module:
+    """A file of the project, as it lies flat in a folder."""
+    file: str
+    keep: list[str] = field(default_factory=list)                   # only these definitions and what they use
+    write: list[str] = field(default_factory=list)                  # students write these, in whatever folder it lies
+    private: list[str] = field(default_factory=list)                # parts of the solution, left out
 
-ASSIGNMENTS = {
-    "labels": Assignment("Labels and templates", ["data"], ["text"], {"test_labels.py": [
-        "test_plain_is_the_image_and_the_caption", "test_vicuna_asks_and_answers",
-        "test_every_label_is_the_id_at_its_place_and_the_answer_with_its_end_is_labelled",
-        "test_an_image_that_does_not_fit_is_left_out_whole", "test_answers_see_the_image_only_after_it"]},
-        ["toy/llm/tokenizer.json"]),
-    "model": Assignment("Projector, merge and rotary attention", ["model"], ["moca", "lora", "positions"], {
-        "test_attention.py": [
-            "test_the_projector_is_gelu_between_two_maps", "test_a_quarter_turn_sends_the_first_half_to_the_second",
-            "test_merging_puts_image_tokens_in_order_and_leaves_text",
-            "test_the_first_pair_turns_by_the_position_itself",
-            "test_attention_is_causal_and_of_equal_scores_the_mean"]}),
-    "ce": Assignment("Cross-entropy in chunks, value and gradient", ["ce"], tests={"test_ce.py": [
-        "test_the_first_label_has_nothing_to_be_predicted_from", "test_a_frozen_head_costs_no_gradient",
-        "test_without_a_target_the_loss_is_zero_and_still_reaches_every_parameter",
-        "test_unsupervised_positions_get_no_gradient", "test_bfloat16_is_summed_in_float32",
-        "test_under_autocast_the_head_works_in_bfloat16_and_its_gradient_is_float32"]}),
-    "vdep": Assignment("VDEP: the next image token is a target", ["vdep"], tests={"test_vdep.py": [
-        "test_a_target_is_not_trained", "test_the_last_position_has_no_target_and_the_first_token_no_prediction",
-        "test_predicting_the_next_token_exactly_costs_nothing", "test_the_ablations_pull_less_at_a_distance",
-        "test_no_sample_in_this_mode_is_a_loss_of_zero", "test_an_unknown_option_is_refused"]}),
-    "basic": Assignment("BASIC: shallow layers supervise the projector", ["basic"], tests={"test_basic.py": [
-        "test_layers_weigh_as_the_square_of_their_depth", "test_a_patch_that_nobody_looks_at_adds_nothing",
-        "test_gradients_reach_the_projectors_output_alone", "test_chunks_change_nothing",
-        "test_the_divergence_is_zero_at_equality_and_positive_elsewhere", "test_direction_ignores_length_and_is_bounded",
-        "test_it_is_the_targets_divergence_from_ours_and_not_the_other_way_round",
-        "test_logits_too_large_for_exp_are_no_trouble", "test_a_batch_without_images_is_a_loss_of_zero_in_the_graph"]}),
-    "vista": Assignment("VISTA: answers stay close to what was seen", ["vista"], tests={"test_vista.py": [
-        "test_one_token_weighs_one_whatever_the_weighting", "test_later_tokens_weigh_more",
-        "test_where_text_stands_in_the_sequence_does_not_matter_only_its_order",
-        "test_text_that_is_what_was_seen_costs_nothing", "test_the_literal_sum_is_the_mean_times_the_width",
-        "test_masked_positions_get_no_gradient_and_an_empty_batch_stays_in_the_graph"]}),
-    "moca": Assignment("MoCa, and its place in the forward", ["moca", "model"], ["lora", "positions"], {
-        "test_moca.py": ["test_it_is_an_affine_map_of_image_tokens_and_leaves_text_bit_for_bit"], "test_layer.py": [
-            "test_a_layer_whose_mlp_gives_nothing_adds_attention_of_the_normed_input",
-            "test_moca_calibrates_what_the_layer_returns_at_image_positions_alone",
-            "test_attention_to_the_image_is_returned_only_if_somebody_asks"]}),
-}
+
+TABLE = read_json(ROOT / "course/assignments.json")
+ASSIGNMENTS = {name: Assignment(**a) for name, a in TABLE["assignments"].items()}
+MODULES = {name: Module(**m) for name, m in TABLE["modules"].items()}
 
 
 def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
@@ -110,7 +67,7 @@ def reachable(tree: ast.Module, wanted: list[str]) -> set[ast.stmt]:
             todo += names_in(defined[name])
     missing = [name for name in wanted if name not in defined]
     if missing:
-        raise UserError(f"the course's table names {', '.join(missing)}, which the file no longer defines: mend course/make.py")
+        raise UserError(f"the course's table names {', '.join(missing)}, which the file no longer defines: mend course/assignments.json")
     return kept
 
 
@@ -147,7 +104,7 @@ def flat(source: str) -> str:
     return re.sub(r"^from (?:methods|common)\.(\w+) import", r"from \1 import", source, flags=re.M)
 
 
-def stub(source: str, functions: list[str], task: str) -> str:
+def stub(source: str, functions: list[str]) -> str:
     """Replace what these functions do; signature and docstring stay."""
     lines = source.splitlines()
     found = {}
@@ -162,19 +119,19 @@ def stub(source: str, functions: list[str], task: str) -> str:
         while lines[start - 1].strip().startswith("#"):
             start -= 1
         lines[start:node.end_lineno] = [" " * (node.col_offset + 4) + f'raise NotImplementedError("{name} is yours to '
-                                        f'write. Take your time: {task} explains it step by step.")']
+                                        'write. Take your time: handout.md explains it step by step.")']
     return "\n".join(lines) + "\n"
 
 
 def module(name: str, source: str | None = None) -> str:
     """The text of a module with its solution, as it lies in a folder. source: another text of the project's file."""
-    path, keep = MODULES[name]
-    return flat(cut(source or (ROOT / path).read_text(), keep))
+    m = MODULES[name]
+    return flat(cut(source or (ROOT / m.file).read_text(), m.keep))
 
 
 def handed_out(name: str) -> str:
     """The text of a module without anything that any assignment asks for."""
-    return cut(stub(module(name), STUBS.get(name, []), "handout.md"), drop=PRIVATE.get(name, []))
+    return stub(cut(module(name), drop=MODULES[name].private), MODULES[name].write)
 
 
 def find(name: str) -> Assignment:

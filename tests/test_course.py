@@ -10,9 +10,10 @@ import pytest
 from conftest import ROOT
 
 from course.audit import audit, passes
-from course.grade import Key, Worker, agree, grade, grade_all, parse
+from course.grade import Key, Worker, agree, grade, grade_all, parse, right, wrong
 from course.hidden import rubric
-from course.make import ASSIGNMENTS, STUBS, handed_out, make, module
+from course.make import ASSIGNMENTS, MODULES, handed_out, make, module
+from runs.walk import walk
 
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_public.py"]
 
@@ -53,7 +54,7 @@ def test_a_folder_fails_kindly_and_passes_with_the_solution(folder, tmp_path):
 
 def test_a_folder_holds_no_line_of_any_solution(folder):
     solution = set()
-    for m in STUBS:
+    for m in MODULES:
         solution |= lines_of_code(module(m)) - lines_of_code(handed_out(m))
     solution = {line for line in solution if len(line) > 24 and not line.startswith(("return self.", "raise "))}
     assert len(solution) > 50
@@ -188,3 +189,80 @@ def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
     lost = [s for s in grade("vista", tmp_path, key) if s.feedback]
     assert [s.item for s in lost][:1] == ["weights"] and "counts from 1" in lost[0].feedback
     assert not any("tensor(" in s.feedback or "\n" in s.feedback for s in lost)
+
+
+# ------------------------------------------------------------------------------------------------ a class
+def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
+    for student, text in {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}.items():
+        (tmp_path / "in" / student).mkdir(parents=True)
+        (tmp_path / "in" / student / "vista.py").write_text(text)
+    (tmp_path / "in" / "late").mkdir()
+    assert grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)[:3] == ["ada: 100", "bob: 75", "eve: 0"]
+    rows = (tmp_path / "grades.csv").read_text().splitlines()
+    assert len(rows) == 5 and rows[0].startswith("student,total,distance") and rows[1].startswith("ada,100,15")
+    assert "counts from 1" in (tmp_path / "grades" / "bob.txt").read_text()
+    assert "missing" in (tmp_path / "grades" / "late.txt").read_text()
+    tests = json.loads((tmp_path / "grades" / "bob.json").read_text())["tests"]
+    assert sum(t["score"] for t in tests) == 75 and sum(t["max_score"] for t in tests) == 100
+    assert {"name", "score", "max_score", "output", "visibility"} == set(tests[0])
+
+
+def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "course", "gradescope", "vista", "--out", str(tmp_path / "vista.zip")],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(tmp_path / "vista.zip") as z:
+        assert {"setup.sh", "run_autograder"} <= set(z.namelist())
+        z.extractall(tmp_path / "source")
+    script = (tmp_path / "source/run_autograder").read_text()
+    (tmp_path / "submission").mkdir()
+    (tmp_path / "submission/vista.py").write_text(CORRECT)
+    (tmp_path / "results").mkdir()
+    script = script.replace("/autograder", str(tmp_path)).replace("/tmp/grades", f"{tmp_path}/grades")
+    script = script.replace("python3", sys.executable)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sum(t["score"] for t in json.loads((tmp_path / "results/results.json").read_text())["tests"]) == 100
+
+
+def test_another_seed_asks_for_other_numbers(key):
+    other = Key("vista", 2, mistakes=False)
+    assert not any(agree(a, b, item) for a, b, item in zip(other.want, key.want, rubric("vista")) if not item.view)
+
+
+def test_the_semester_is_one_command(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "course", "make", "--all", "--out", str(tmp_path / "all")], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (tmp_path / "all").iterdir())
+    assert names == [f"{n}-{name}" for n, name in enumerate([*ASSIGNMENTS, "capstone"], 1)] and len(names) == 9
+    assert subprocess.run([sys.executable, "-m", "course", "make", "vista", "--out", str(tmp_path / "all")], cwd=ROOT,
+                          capture_output=True, text=True).returncode == 2
+
+
+# ------------------------------------------------------------------------------------------------ the grader's grade
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
+                                  for n in ASSIGNMENTS])
+def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
+    row = audit(name, seed=3)
+    assert row["wrong"] >= 30 and row["right"] >= 3
+    assert passes(row), row["missed"] + row["false_alarms"]
+
+
+def test_the_instructors_page_has_the_audits_table():
+    rows = re.findall(r"^\| (\w+) \| (\d+) \| (\d+) \| (\d+) \| [\d.]+ \| (\d+) \| (\d+) \|$",
+                      (ROOT / "docs/teaching.md").read_text(), re.M)
+    assert [row[0] for row in rows] == list(ASSIGNMENTS)
+    for name, items, all_wrong, caught, all_right, full in rows:
+        assert (int(items), int(all_wrong), int(all_right)) == (len(rubric(name)), len(wrong(name)), len(right(name)))
+        assert int(caught) >= 0.95 * int(all_wrong) and full == all_right
+        assert sum(item.points for item in rubric(name)) == (110 if name == "mir" else 100), "10 are a bonus"
+
+
+def test_the_walk_is_what_the_code_does():
+    """Numbers may differ in their last digit between machines."""
+    said, now = (ROOT / "docs/walk.md").read_text(), walk()
+    number = re.compile(r"(?<![\w.])\d+\.\d+")
+    assert number.sub("#", said) == number.sub("#", now), "run python -m runs.walk"
+    for a, b in zip(number.findall(said), number.findall(now)):
+        assert float(a) == pytest.approx(float(b), rel=0.02)

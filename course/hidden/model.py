@@ -62,7 +62,7 @@ def rotation(f, g):
     return f.rotate(normal(g, 2, 3, 4, d), *angles(g, 4, d))
 
 
-@item(5, view=lambda r: [r[0] - r[1], r[2] - r[3], r[4]])
+@item(5, view=lambda r: [r[0] - r[1], r[2] - r[3], *r[4:]])
 def partial_rotation(f, g):
     """Where cos is narrower than the head, the rest of the head passes as it is (Phi-2)."""
     d = 2 * size(g, 2, 4)
@@ -94,7 +94,7 @@ def causal_attention(f, g):
     return layer(x, still(x.shape[1]))[0]
 
 
-@item(5, view=lambda r: [r[0] - r[1], r[2]])
+@item(5, view=lambda r: [r[0] - r[1], *r[2:]])
 def grouped_heads(f, g):
     """K key heads for H query heads: heads 0..H/K−1 share key head 0, and so on."""
     layer, x, still, d = attention(f, g, 4, 2)
