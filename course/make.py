@@ -52,9 +52,10 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Names that a piece of code uses; the arguments of a function too, for they name fixtures in tests."""
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} | \
-        {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+    """Names that a piece of code reads and does not set itself, and a function's arguments: in tests these are fixtures."""
+    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    return {n.id for n in names} - own | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
 
 
 def reachable(tree: ast.Module, wanted: list[str]) -> set[ast.stmt]:
