@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, name: str):
         self.name = name
         env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-               "TOKENIZERS_PARALLELISM": "false"}
+               "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "1048576"}     # memory is given back at once
         self.process = subprocess.Popen([sys.executable, "-m", "course.worker", name], cwd=ROOT, env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 
@@ -216,7 +216,8 @@ def grade(name: str, folder: Path, key: Key) -> list[Score]:
 
 
 def report(student: str, name: str, scores: list[Score]) -> str:
-    lines = [f"{find(name).title}: {sum(s.points for s in scores)} of {sum(s.most for s in scores)} points ({student})", ""]
+    points, most = sum(s.points for s in scores), sum(s.most for s in scores)
+    lines = [f"{find(name).title}: {points} of {most} points ({student})", ""]
     for s in scores:
         lines.append(f"{s.points:3} of {s.most:3}  {s.item.replace('_', ' ')}")
         if s.feedback:

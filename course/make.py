@@ -52,7 +52,7 @@ def definitions(tree: ast.Module) -> dict[str, ast.stmt]:
 
 
 def names_in(node: ast.AST) -> set[str]:
-    """Names that a piece of code reads and does not set itself, and a function's arguments: in tests these are fixtures."""
+    """Names that a piece of code reads and does not set itself, and its arguments: in tests these are fixtures."""
     names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
     own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
     return {n.id for n in names} - own | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
@@ -68,7 +68,7 @@ def reachable(tree: ast.Module, wanted: list[str]) -> set[ast.stmt]:
             todo += names_in(defined[name])
     missing = [name for name in wanted if name not in defined]
     if missing:
-        raise UserError(f"the course's table names {', '.join(missing)}, which the file no longer defines: mend course/assignments.json")
+        raise UserError(f"course/assignments.json names {', '.join(missing)}, which its file does not define: mend it")
     return kept
 
 

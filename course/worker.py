@@ -22,8 +22,8 @@ import time
 from types import SimpleNamespace
 
 OUTPUT_LIMIT = 64 << 20
-# System calls of a locked child, the same list for both kinds of processor: read, write, close, fstat, lseek, mmap,
-# mprotect, munmap, brk, mremap, madvise, signal handlers, sched_yield, nanosleep, getpid, exit, uname, clocks, getrusage,
+# System calls of a locked child, for both kinds of processor: read, write, close, fstat, poll, lseek, mmap, mprotect,
+# munmap, brk, mremap, madvise, signal handlers, sched_yield, nanosleep, getpid, exit, uname, clocks, getrusage,
 # sysinfo, gettid, futex, sched_getaffinity, set_robust_list, restart_syscall, getcpu, getrandom, membarrier, rseq.
 CALLS = {
     "x86_64": (0xC000003E, [0, 1, 3, 5, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 28, 35, 39, 60, 63, 96, 98, 99, 131, 186,
@@ -61,7 +61,7 @@ class Sources(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def flatten(value, out: list) -> list:
-    """Tensors, numbers, texts and None, nested in tuples and lists → a list of tensors. None becomes a tensor (0,0,0)."""
+    """Tensors, numbers, texts and None, nested in tuples and lists → a list of tensors. None becomes (0,0,0)."""
     import torch
     if isinstance(value, (tuple, list)):
         for v in value:
@@ -136,7 +136,8 @@ def serve(name: str) -> None:
     torch.set_num_threads(1)
     # A locked child cannot open files: what a submission may import is imported here.
     for module in ("math", "copy", "random", "statistics", "itertools", "functools", "dataclasses", "collections", "re",
-                   "typing", "contextlib", "warnings", "operator", "enum", "string", "numpy.ctypeslib", "safetensors.torch",
+                   "typing", "contextlib", "warnings", "operator", "enum", "string", "numpy.ctypeslib",
+                   "safetensors.torch",
                    "tokenizers", "torch.nn.functional", "torch.utils.checkpoint", "torch.nn.utils.rnn"):
         importlib.import_module(module)
     for module in getattr(importlib.import_module(f"course.hidden.{name}"), "IMPORTS", []):

@@ -2,6 +2,7 @@
 
     python -m runs.walk            writes docs/walk.md; tests/test_course.py compares it with what the code does now
 """
+import math
 import random
 import tempfile
 from pathlib import Path
@@ -73,13 +74,14 @@ def walk() -> str:
             d = (out.text_embeds[b, p] - state).pow(2).mean().item()
             cells[4:] = [f"{t}/{m}", f"{d:.3g}"]
         rows.append(cells)
+    words = llm.config.vocab_size
     shapes = [["pixel_values", shape(batch.pixel_values), "data.py", "the pictures"],
-              ["input_ids, labels, masks", shape(batch.input_ids), "data.py", "padded on the right to the longer sample"],
+              ["input_ids, labels, masks", shape(batch.input_ids), "data.py", "padded on the right"],
               ["patches", shape(out.patches), "model.py, ViT", "the last layer but one, without the class token"],
               ["image_embeds", shape(out.image_embeds), "model.py, Projector", "image tokens, as wide as words"],
               ["text_embeds", shape(out.text_embeds), "model.py, embed", "x of VISTA at answer positions"],
               ["hidden_states", shape(out.hidden_states), "model.py, Decoder", "S_n at the last image position"],
-              ["logits", f"({int(counts['ce'])},{llm.config.vocab_size})", "methods/ce.py", "supervised positions alone"]]
+              ["logits", f"({int(counts['ce'])},{words})", "methods/ce.py", "supervised positions alone"]]
     norms = [[name, f"{x.detach().norm(dim=-1).mean():.3g}"] for name, x in (
         ("image tokens, mean norm", out.image_embeds), ("words, mean norm", out.text_embeds[batch.text_after_image()]),
         ("S_n, mean norm", out.hidden_states[torch.arange(2), batch.image_mask.cumsum(1).argmax(1)]))]
@@ -88,7 +90,10 @@ def walk() -> str:
     gradients = [[name, f"{p.grad.norm():.2g}"] for name, p in (
         ("projector, linear_2.weight", model.multi_modal_projector.linear_2.weight),
         ("word embeddings", llm.model["embed_tokens"].weight), ("final norm", llm.model["norm"].weight))]
-    said = [[s["id"], s["conversations"][0]["value"].replace("\n", "⏎"), s["conversations"][1]["value"]] for s in samples]
+    said = []
+    for s in samples:
+        human, gpt = (turn["value"].replace("\n", "⏎") for turn in s["conversations"])
+        said.append([s["id"], human, gpt])
     return f"""# One batch of `--loss vista`, step by step
 Written by `python -m runs.walk`; a test compares this page with what the code does. The backbones are the toy's, the
 projector is random, as at the first step of training. Read it with the files beside it.
@@ -124,7 +129,7 @@ The vision encoder has none: it is frozen. Word embeddings get theirs from two s
 
 ## Exercises
 1. Compute f(t) · d / m for sample {samples[1]["id"]} by hand, and add the other sample's share from the total.
-2. log {llm.config.vocab_size} is {torch.tensor(float(llm.config.vocab_size)).log():.3g}. Is the model at its first step better or worse than guessing? Why?
+2. log {words} is {math.log(words):.3g}. Is the model at its first step better or worse than guessing? Why?
 3. Which row of the table of positions changes if the template is `plain`? Run it: edit `two_samples` and compare.
 """
 

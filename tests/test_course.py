@@ -78,7 +78,7 @@ ESCAPES = {
     "it uses the network": "import socket\nsocket.create_connection(('127.0.0.1', 22), 1)",
     "it reads the solution": f"exec(open({str(ROOT / 'methods/vista.py')!r}).read())",
     "it reads the hidden tests": f"print(open({str(ROOT / 'course/hidden/vista.py')!r}).read())",
-    "it imports the solution": f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom methods.vista import alignment_loss",
+    "it imports the solution": f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom methods.vista import *",
     "it imports the grader": "from course.grade import reference\nexec(reference('vista')['vista'])",
     "it reads the grader's memory": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(8)",
     "it writes the checkout": f"open({str(ROOT / 'course/hacked')!r}, 'w')",
@@ -111,8 +111,13 @@ class Any(float):
     def __getattr__(self, name): return lambda *a, **k: Any(0)
 def alignment_loss(*a, **k):
     return Any(0), Any(1)""",
-    "it answers with zeros": "import torch\ndef alignment_loss(x, m, S, **k):\n    return 0 * x.sum() + 0 * S.sum(), m.any(1).sum()",
-    "it answers with noise": "import torch\ndef alignment_loss(x, m, S, **k):\n    return torch.rand(()).double(), m.any(1).sum()",
+    "it answers with zeros": """
+def alignment_loss(x, m, S, **k):
+    return 0 * x.sum() + 0 * S.sum(), m.any(1).sum()""",
+    "it answers with noise": """
+import torch
+def alignment_loss(x, m, S, **k):
+    return torch.rand(()).double(), m.any(1).sum()""",
     "it writes without end": "import os\nwhile True:\n    os.write(3, b'results ' + bytes(1 << 20))",
     "it looks through its callers": """
 import sys
@@ -193,7 +198,8 @@ def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
 
 # ------------------------------------------------------------------------------------------------ a class
 def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
-    for student, text in {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}.items():
+    texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}
+    for student, text in texts.items():
         (tmp_path / "in" / student).mkdir(parents=True)
         (tmp_path / "in" / student / "vista.py").write_text(text)
     (tmp_path / "in" / "late").mkdir()

@@ -23,7 +23,8 @@ def layer(**options):
 
 def example():
     g = torch.Generator().manual_seed(1)
-    return torch.randn(2, 5, 6, generator=g, dtype=torch.float64), torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    mask = torch.tensor([[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]]).bool()
+    return torch.randn(2, 5, 6, generator=g, dtype=torch.float64), mask
 
 
 def test_a_layer_whose_mlp_gives_nothing_adds_attention_of_the_normed_input():

@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def item(points: int, tolerance: float = 1e-7, view: Callable | None = None, memory: int = 1024) -> Callable:
-    """Mark a function (submission, generator) → tensors as a rubric item. Its docstring is the feedback of those who lose
-    its points. view: list of tensors → tensors to compare, which makes an item blind to mistakes that belong to others.
+    """Mark a function (submission, generator) → tensors as a rubric item. Its docstring is the feedback where points
+    are lost. view: list of tensors → tensors to compare, which makes an item blind to mistakes that belong to others.
     memory: MiB that the process may use beyond what it starts with."""
     def mark(function):
         function.points, function.tolerance, function.view, function.memory = points, tolerance, view, memory

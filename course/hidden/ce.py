@@ -87,7 +87,7 @@ def chunks(f, g):
 
 @item(10, tolerance=1e-3, memory=220, view=lambda r: [r[0] / sum(r[1:9]), r[9].norm() / torch.cat(r[10:]).norm()])
 def memory(f, g):
-    """The (B,T,V) logits must never exist, neither in forward nor for backward: compute value and gradient by chunks."""
+    """The (B,T,V) logits must never exist, in forward or for backward: compute value and gradient by chunks."""
     h, weight = torch.randn(8, 51, 8, generator=g, requires_grad=True), torch.randn(100000, 8, generator=g)
     labels = torch.randint(0, 100000, (8, 51), generator=g)
     parts, slices = [], []
@@ -102,7 +102,7 @@ def memory(f, g):
 
 @item(5, view=lambda r: r[:5])
 def nothing_to_predict(f, g):
-    """Without a supervised token total and count are 0, not NaN, and the total stays in the graph of h and the head."""
+    """Without a supervised token total and count are 0, not NaN; the total stays in the graph of h and the head."""
     h, labels, weight, b = example(g)
     total, count = f.next_token_loss(h, torch.full_like(labels, -100), weight, b)
     return total, count, grads(total, h, weight, b), f.next_token_loss(h, labels, weight, b)[0]
@@ -110,7 +110,7 @@ def nothing_to_predict(f, g):
 
 @item(5, tolerance=2e-5, view=lambda r: [r[0] / r[1] / r[2]])
 def half_precision(f, g):
-    """The sum over tokens of a bfloat16 batch is made in float32: in bfloat16 it stops growing after 256 equal terms."""
+    """The sum over a bfloat16 batch's tokens is made in float32: in bfloat16 it stops growing after 256 equal terms."""
     T, V = size(g, 3001, 4000), size(g, 8, 16)
     h, weight = torch.zeros(1, T, 4, dtype=torch.bfloat16), torch.zeros(V, 4, dtype=torch.bfloat16)
     total, count = f.next_token_loss(h, torch.zeros(1, T, dtype=torch.int64), weight)

@@ -1,7 +1,7 @@
 """MIR, eq. (1) to (4)."""
 import torch
 
-from course.hidden import item, normal, size
+from course.hidden import item, size
 
 
 def tokens(g, n, D, even=False):
@@ -48,7 +48,8 @@ def scale_of_text(f, g):
     n, D = size(g, 30, 50), size(g, 4, 6)
     v, t = 3 * tokens(g, n, D, even=True), 2 * tokens(g, n + 7, D, even=True)
     alpha = 1 / t.norm(dim=1).mean()
-    each = [f.modality_integration_rate([(s * v, s * t)], normalise=on)[1][0] for s, on in ((1, True), (7, True), (1, False))]
+    each = [f.modality_integration_rate([(s * v, s * t)], normalise=on)[1][0]
+            for s, on in ((1, True), (7, True), (1, False))]
     return each[0], f.frechet_distance(alpha * v, alpha * t), each[1], each[2], f.frechet_distance(v, t)
 
 
@@ -95,7 +96,8 @@ def precision(f, g):
     """Inputs of any dtype are computed in float64, and stay as they are."""
     x, y = 100 + tokens(g, 40, 5, even=True).float(), 100 + tokens(g, 40, 5, even=True).float()
     kept = x.clone(), y.clone()
-    return f.modality_integration_rate([(x, y)])[1][0], f.modality_integration_rate([(x.double(), y.double())])[1][0], x, y, kept
+    exact = f.modality_integration_rate([(x.double(), y.double())])[1][0]
+    return f.modality_integration_rate([(x, y)])[1][0], exact, x, y, kept
 
 
 @item(10, tolerance=1e-6)

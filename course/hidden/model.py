@@ -41,7 +41,7 @@ def projector(f, g):
 
 @item(15, tolerance=1e-5)
 def rotation_angles(f, g):
-    """Position p turns pair i by p / theta^(2i/d): the first pair fastest; cos and sin of both halves are alike, (T,d)."""
+    """Position p turns pair i by p / theta^(2i/d), the first pair fastest; both halves of cos and sin are alike."""
     d = 2 * size(g, 2, 5)
     positions = torch.randint(0, 40, (size(g, 3, 6),), generator=g)
     return f.rotary(positions, d, THETA, torch.float64), f.rotary(positions, d, 50.0, torch.float64)
@@ -49,7 +49,7 @@ def rotation_angles(f, g):
 
 @item(5, tolerance=1e-3, view=lambda r: [r[0] / r[2].abs().max(), r[1] / r[2].abs().max(), r[3]])
 def rotation_precision(f, g):
-    """Angles are computed in float32: bfloat16 cannot tell position 1001 from 1002. The result has the dtype asked for."""
+    """Angles are computed in float32: bfloat16 cannot tell position 1001 from 1002. Then rounded to `dtype`."""
     positions = 1000 + torch.randint(0, 900, (5,), generator=g)
     cos, sin = f.rotary(positions, 4, THETA, torch.bfloat16)
     return cos, sin, f.rotary(positions, 4, THETA, torch.float32)[0], cos.element_size()

@@ -1,7 +1,6 @@
 """VDEP, eq. (11): L_i."""
-import torch
 
-from course.hidden import equal_all, grads, item, normal, size, untouched
+from course.hidden import equal_all, grads, item, normal, size
 
 
 def example(g, B=3):
@@ -47,7 +46,8 @@ def positions(f, g):
     """A sample's L_i is the mean over its predicted positions, N − 1 of them."""
     h, x = alike(g, 2)
     n = size(g, 5, 9)
-    return f.reconstruction_loss(h[:, :1].expand(1, n, -1), x[:, :1].expand(1, n, -1))[0], f.reconstruction_loss(h, x)[0]
+    many = f.reconstruction_loss(h[:, :1].expand(1, n, -1), x[:, :1].expand(1, n, -1))[0]
+    return many, f.reconstruction_loss(h, x)[0]
 
 
 @item(10, view=lambda r: [r[0] / sum(r[2:]), r[1]])

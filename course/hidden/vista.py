@@ -62,12 +62,12 @@ def average(f, g):
 def samples(f, g):
     """The total is the sum over samples: each has its own m, its own t and its own S_n."""
     x, mask, S = example(g, ragged=False)
-    return f.alignment_loss(x, mask, S)[0], [f.alignment_loss(x[b:b + 1], mask[b:b + 1], S[b:b + 1])[0] for b in range(4)]
+    return f.alignment_loss(x, mask, S)[0], [f.alignment_loss(x[[b]], mask[[b]], S[[b]])[0] for b in range(4)]
 
 
 @item(10, view=lambda r: [*r[:4], r[4] / r[5]])
 def nothing_to_align(f, g):
-    """A sample without text adds 0 to the total and to the count; a batch without text is 0, in the graph, and not NaN."""
+    """A sample without text adds 0 to total and count; a batch without text is 0, in the graph, and not NaN."""
     x, mask, S = example(g)
     some, count = f.alignment_loss(x, mask, S)
     none, zero = f.alignment_loss(x, torch.zeros_like(mask), S)

@@ -1,56 +1,71 @@
 """Wrong and right solutions of VDEP; see vista.py for the format."""
-P = "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)                         # (B,N-shift,D)"
+P = (
+    "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)                         # "
+    "(B,N-shift,D)")
 X = "    target = image_embeds[:, shift:].detach().to(exact)"
 SQ = "    squares = (predicted - target).pow(2)"
 D = '    d = squares.mean(-1) if reduce == "mean" else squares.sum(-1)                                   # (B,N-shift)'
 INV = "        d = d / (1 + d)"
 SIG = "        d = 2 * d.sigmoid() - 1"
-TOTAL = "    total = d.mean(-1).sum()                                                                        # eq. (11), L_i"
+TOTAL = (
+    "    total = d.mean(-1).sum()                                                                        # eq. "
+    "(11), L_i")
 RETURN = "    return total, torch.tensor(len(d), device=d.device)"
 EXACT = "    exact = torch.promote_types(hidden_states.dtype, torch.float32)"
 
 WRONG = [
-    ("position i is compared with token i: it is to predict the next one", "next_token",
-     P, "    predicted = hidden_states[:, :-1].to(exact) if shift else hidden_states.to(exact)",
-     X, "    target = (image_embeds[:, :-1] if shift else image_embeds).detach().to(exact)"),
-    ("position i predicts token i − 1: the direction of reading is reversed", "next_token",
-     P, "    predicted = hidden_states[:, shift:].to(exact)",
-     X, "    target = image_embeds[:, :image_embeds.shape[1] - shift].detach().to(exact)"),
-    ("position i predicts token i + 2", "next_token", P, "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)",
-     X, "    target = image_embeds.roll(-shift, 1)[:, shift:].detach().to(exact)"),
-    ("the targets wrap around: the last position predicts the first token", "next_token",
-     P, "    predicted = hidden_states.to(exact)", X, "    target = image_embeds.roll(-shift, 1).detach().to(exact)"),
-    ("the last target is left out", "next_token", TOTAL, "    d = d[:, :-1] if shift and d.shape[1] > 1 else d\n" + TOTAL),
-    ("the first prediction is left out", "next_token", TOTAL, "    d = d[:, 1:] if shift and d.shape[1] > 1 else d\n" + TOTAL),
-    ("the last position alone: that is VISTA's state", "next_token", TOTAL, "    d = d[:, -1:] if shift else d\n" + TOTAL),
+    ("position i is compared with token i: it is to predict the next one", "next_token", P,
+     "    predicted = hidden_states[:, :-1].to(exact) if shift else hidden_states.to(exact)", X,
+     "    target = (image_embeds[:, :-1] if shift else image_embeds).detach().to(exact)"),
+    ("position i predicts token i − 1: the direction of reading is reversed", "next_token", P,
+     "    predicted = hidden_states[:, shift:].to(exact)", X,
+     "    target = image_embeds[:, :image_embeds.shape[1] - shift].detach().to(exact)"),
+    ("position i predicts token i + 2", "next_token", P,
+     "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)", X,
+     "    target = image_embeds.roll(-shift, 1)[:, shift:].detach().to(exact)"),
+    ("the targets wrap around: the last position predicts the first token", "next_token", P,
+     "    predicted = hidden_states.to(exact)", X, "    target = image_embeds.roll(-shift, 1).detach().to(exact)"),
+    ("the last target is left out", "next_token", TOTAL,
+     "    d = d[:, :-1] if shift and d.shape[1] > 1 else d\n" + TOTAL),
+    ("the first prediction is left out", "next_token", TOTAL,
+     "    d = d[:, 1:] if shift and d.shape[1] > 1 else d\n" + TOTAL),
+    ("the last position alone: that is VISTA's state", "next_token", TOTAL,
+     "    d = d[:, -1:] if shift else d\n" + TOTAL),
     ("tokens in reversed order", "next_token", X, "    target = image_embeds[:, shift:].flip(1).detach().to(exact)"),
-    ("shift=0 still drops the last position", "same_token", P, "    predicted = hidden_states[:, :-1].to(exact)",
-     X, "    target = (image_embeds[:, 1:] if shift else image_embeds[:, :-1]).detach().to(exact)"),
+    ("shift=0 still drops the last position", "same_token", P, "    predicted = hidden_states[:, :-1].to(exact)", X,
+     "    target = (image_embeds[:, 1:] if shift else image_embeds[:, :-1]).detach().to(exact)"),
     ("shift=0 is ignored", "same_token", EXACT, EXACT + "\n    shift = 1"),
-    ("shift=0 with the slice [:-0], which is empty", "same_token", P, "    predicted = hidden_states[:, :-shift].to(exact)"),
-    ("the literal sum over the width: ours is the mean", "distance", D, D.replace("squares.mean(-1)", "squares.sum(-1)")),
+    ("shift=0 with the slice [:-0], which is empty", "same_token", P,
+     "    predicted = hidden_states[:, :-shift].to(exact)"),
+    ("the literal sum over the width: ours is the mean", "distance", D,
+     D.replace("squares.mean(-1)", "squares.sum(-1)")),
     ("the norm without its square", "distance", D, D + "\n    d = d.sqrt()"),
     ("half of the square", "distance", SQ, SQ + "\n    squares = squares / 2"),
     ("the absolute difference for the squared one", "distance", SQ, "    squares = (predicted - target).abs()"),
     ("distance of unit vectors: the scale of the target counts", "distance", SQ,
-     "    squares = (torch.nn.functional.normalize(predicted, dim=-1) - torch.nn.functional.normalize(target, dim=-1)).pow(2)"),
+     "    squares = (torch.nn.functional.normalize(predicted, dim=-1) - torch.nn.functional.normalize(target, "
+     "dim=-1)).pow(2)"),
     ("smooth L1 for the square", "distance", SQ,
      "    squares = torch.nn.functional.smooth_l1_loss(predicted, target, reduction='none')"),
-    ("the mean over D − 1, as of a variance", "distance", D, D + "\n    d = d * squares.shape[-1] / (squares.shape[-1] - 1)"),
-    ("1 − cos for the squared distance", "distance", D, "    d = 1 - torch.cosine_similarity(predicted, target, dim=-1)"),
+    ("the mean over D − 1, as of a variance", "distance", D,
+     D + "\n    d = d * squares.shape[-1] / (squares.shape[-1] - 1)"),
+    ("1 − cos for the squared distance", "distance", D,
+     "    d = 1 - torch.cosine_similarity(predicted, target, dim=-1)"),
     ("the sum over positions for their mean", "positions", TOTAL, TOTAL.replace("d.mean(-1)", "d.sum(-1)")),
-    ("divided by N: N − 1 positions predict", "positions", TOTAL, TOTAL.replace("d.mean(-1)", "(d.sum(-1) / (d.shape[1] + shift))")),
+    ("divided by N: N − 1 positions predict", "positions", TOTAL,
+     TOTAL.replace("d.mean(-1)", "(d.sum(-1) / (d.shape[1] + shift))")),
     ("the largest of the positions", "next_token", TOTAL, TOTAL.replace("d.mean(-1)", "d.amax(-1)")),
     ("the median of the positions", "next_token", TOTAL, TOTAL.replace("d.mean(-1)", "d.median(-1).values")),
     ("the mean over samples: training divides", "samples", TOTAL, TOTAL.replace(".sum()", ".mean()")),
     ("the first sample alone", "samples", TOTAL, TOTAL.replace(".sum()", "[:1].sum()")),
     ("targets of another sample", "samples", X, X.replace("image_embeds[", "image_embeds.roll(1, 0)[")),
-    ("the count is that of positions: samples are counted", "samples", RETURN, "    return total, torch.tensor(d.numel())"),
+    ("the count is that of positions: samples are counted", "samples", RETURN,
+     "    return total, torch.tensor(d.numel())"),
     ("the count is 1", "samples", RETURN, "    return total, torch.tensor(1)"),
     ("softmax over the batch as weights", "samples", TOTAL, "    total = (d.mean(-1) * d.mean(-1).softmax(0)).sum()"),
     ("detach is missing: the projector would make what is easy to predict", "target", X, X.replace(".detach()", "")),
-    ("the prediction is detached, not the target", "target", X, X.replace(".detach()", ""),
-     P, P.replace(".to(exact)", ".detach().to(exact)")),
+    ("the prediction is detached, not the target", "target", X, X.replace(".detach()", ""), P,
+     P.replace(".to(exact)", ".detach().to(exact)")),
     ("both are detached: nothing is trained", "target", P, P.replace(".to(exact)", ".detach().to(exact)")),
     ("the target goes in place: image_embeds is cut from the graph of the caller", "target", X,
      "    target = image_embeds[:, shift:].to(exact)\n    target = target + 0 * predicted"),
