@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from common.files import read_json
 from common.flags import UserError
+from common.images import open_image
 from common.text import encode_text
 
 IGNORE = -100                                             # label of a position that is not supervised
@@ -65,9 +65,10 @@ class Format:
     """How a sample becomes ids and pixels. A checkpoint stores it, so that questions are written as training was."""
     template: str = "v1"
     image_tokens: int = 576
-    max_length: int = 2048      # positions a sample may have
+    max_length: int | None = 2048   # positions a sample may have; None: any
     pad: bool = True            # images: padded to a square (stage 2), or the centre cropped (stage 1)
     after_special: str = "4.31"
+    image_first: bool = True    # move <image> to the front of its turn, as LLaVA does
 
 
 def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
@@ -164,23 +165,6 @@ class ImageProcessor:
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "ImageProcessor":
-        """Read preprocessor_config.json. Raises UserError if it lacks a field or asks for another interpolation."""
-        path = Path(folder) / "preprocessor_config.json"
-        c = read_json(path)
-        absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
-        if absent:
-            raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
-        if c.get("resample", 3) != 3:
-            raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, is supported")
-
-        def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
-            return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
-        stretch = "crop_size" not in c or c.get("do_center_crop") is False
-        crop_size = c["size"] if stretch else c["crop_size"]
-        return cls(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]))
-
     def __call__(self, image: Image.Image, pad: bool) -> Tensor:
         """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
         cropped; otherwise crop the centre (stage 1)."""
@@ -205,21 +189,6 @@ class ImageProcessor:
         image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
         return torch.from_numpy(x).permute(2, 0, 1).contiguous()   # (3,H,W)
-
-
-def open_image(path: Path) -> Image.Image:
-    """Return a decoded image. Raises ValueError with the reason in a few words."""
-    try:
-        if path.stat().st_size == 0:
-            raise ValueError("empty file")
-        image = Image.open(path)
-        image.load()
-        return image
-    except FileNotFoundError:
-        raise ValueError("missing") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        reason = "not an image" if isinstance(e, Image.UnidentifiedImageError) else str(e) or type(e).__name__
-        raise ValueError(reason) from None
 
 
 # ------------------------------------------------------------------------------------------------ samples and batches
@@ -326,7 +295,8 @@ class Samples(Dataset):
             except ValueError as e:
                 return self.filler(name, f"{path}: {e}")
         f = self.format
-        ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special)
+        ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special,
+                                   f.image_first)
         both = self.joint and pixels is not None
         return Example(ids, labels, mask, pixels, reconstruct or both, name)
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common.files import read_json, write_json
 from common.flags import UserError, option, parse, run
-from common.parallel import Ranks, choose_device, finish, start
+from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, start
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
 from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
 from evaluation.benchmarks import BENCHMARKS
@@ -40,6 +40,7 @@ from evaluation.questions import Questions, Reading, Sample, check_images_exist,
 from evaluation.scores import compare, score, summary
 from evaluation.submit import check_packages, write_submission
 from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.configs import load_processor
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
 from model import Llava
@@ -61,7 +62,7 @@ class Assistant:
         folder = checkpoint_folder(ckpt)
         c = read_json(folder / "config.json")
         return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
-                   ImageProcessor.from_folder(folder), template or c["template"], c["after_special"], c["pad"])
+                   load_processor(folder), template or c["template"], c["after_special"], c["pad"])
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;
@@ -270,7 +271,7 @@ class Config:
         None, "rule for your questions (unset: exact)", "scoring")
     score_only: str | None = option(None, "score this file of {question_id, text} lines; no model is loaded")
     compare: list[str] | None = option(None, "print the results in these folders side by side")
-    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "of stage 1, moved")
+    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "stage-1 checkpoint")
     llm: str | None = option(None, "folder of the language model (unset: as in training)")
 
 
@@ -303,16 +304,17 @@ def main() -> None:
         return
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
-    if cfg.prompt is None:
-        reports = evaluate(cfg, ranks)
-        if reports:
-            print(summary(reports))
-    elif ranks.first:
-        template = checkpoint_settings(cfg, checkpoint_folder(cfg.ckpt), ranks)["template"]
-        assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm)
-        image = Path(cfg.image) if cfg.image else None
-        print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
-    finish(ranks)
+    with explain_lost_ranks(ranks):
+        if cfg.prompt is None:
+            reports = evaluate(cfg, ranks)
+            if reports:
+                print(summary(reports))
+        elif ranks.first:
+            template = checkpoint_settings(cfg, checkpoint_folder(cfg.ckpt), ranks)["template"]
+            assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm)
+            image = Path(cfg.image) if cfg.image else None
+            print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+        finish(ranks)
 
 
 if __name__ == "__main__":

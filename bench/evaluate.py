@@ -23,9 +23,10 @@ from torch import Tensor
 
 from common.files import read_json
 from common.flags import UserError, option, parse, run
-from data import IMAGE, ImageProcessor, encode, eos_id
+from data import IMAGE, encode, eos_id
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
+from hub.configs import load_processor
 from hub.export import export
 from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
@@ -91,7 +92,7 @@ def random_load(images: int) -> Load:
 
 def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
     """Ask for every pair of the toy's world, as POPE asks for objects, and two questions more."""
-    tokenizer, processor, rng = load_tokenizer(ckpt), ImageProcessor.from_folder(ckpt), random.Random(0)
+    tokenizer, processor, rng = load_tokenizer(ckpt), load_processor(ckpt), random.Random(0)
     c = read_json(ckpt / "config.json")
     questions = [f"Is there a {colour} {shape}?" for colour in world.COLOURS for shape in world.SHAPES]
     questions += ["How many objects are there?", "Which row has the circle?"]

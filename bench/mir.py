@@ -1,26 +1,36 @@
-"""Time and error of the exact Fréchet distance against scipy's square root and five rounds of two inversions, and the
-peak memory of measuring a model in passes against keeping every token.
+"""Time and error of the exact Fréchet distance beside scipy's square root and the released code's
+fast mode, and the peak memory of measuring a model in passes beside keeping every token.
 
-    python -m bench.mir                   D = 512, 1024, 2048; 8000 image and 6000 text tokens; 10, 50, 100 pairs
-    python -m bench.mir --sizes 512       one of them (scipy takes about a minute for the last)
+    python -m bench.mir                            D = 1024 and 2048, 20,000 tokens a set, four spectra; memory
+    python -m bench.mir --sizes 512 --tokens 8000  smaller; the default takes about ten minutes
+    python -m bench.mir --ckpt out/toy             also every layer of a checkpoint, on its own tokens
 
-Inputs are float32 tokens whose scales fall like 1/√i over the dimensions. `root` is the time of Tr (Σ_v Σ_t)^{1/2} from
-the two covariances, `whole` that of the distance from the tokens; the sides take turns, the medians are printed. The
-error is that of the distance against singular values from QR factors of the tokens in float64. The released code's fast
-mode runs its five rounds in float32; in either precision they end at Σ_v Σ_t and not at its root, hence their error.
-scipy is optional: where it is not installed its row says so. Peak memory is that of a process of its own, beyond model
+A set is float32 tokens (n,D), a random rotation of independent dimensions whose scales are
+    mild         1/√i                   1e-2, 1e-5   from 1 down to it, evenly in the logarithm
+    rank         1 for half of the dimensions, 0 for the others
+Each side goes from tokens to distance: `exact` is mir.py's, `scipy` sqrtm on covariances in
+float64, `released` five rounds of two inversions in float32 (`five_rounds`, hence its error),
+`newton-schulz` a real iteration for it. Times are CPU seconds of this process on one thread, the
+least of --runs; sides take turns. Errors are relative, against singular values from QR factors of
+the tokens in float64. scipy is optional. Memory is the peak of a process of its own beyond model
 and inputs.
 """
 import argparse
 import multiprocessing
-import statistics
+import os
 import time
 from pathlib import Path
 
+from data import Batch
+from hub.checkpoint import checkpoint_folder, load_model
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):     # before numpy is imported
+    os.environ[variable] = "1"
 import torch
 
 import mir
-from data import Batch
+from common.roots import five_rounds
+from hub.pairs import choose_pairs, pair_batches
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 try:
@@ -28,20 +38,29 @@ try:
 except ImportError:
     sqrtm = None
 
-VISION_TOKENS, TEXT_TOKENS, RUNS = 8000, 6000, 5
 PAIRS, IMAGE_TOKENS, LAYERS, WIDTH = (10, 50, 100), 64, 8, 256
 
 
 # ------------------------------------------------------------------------------------------------ time and error
-def tokens(n: int, d: int, seed: int) -> torch.Tensor:
-    """(n,d) float32, correlated between dimensions."""
+def scales(spectrum: str, d: int) -> torch.Tensor:
+    """Standard deviations (D,) before the rotation."""
+    if spectrum == "mild":
+        return torch.arange(1, d + 1) ** -0.5
+    if spectrum == "rank":
+        return (torch.arange(d) < d // 2).float()
+    return torch.logspace(0, torch.tensor(float(spectrum)).log10().item(), d)
+
+
+def tokens(n: int, d: int, seed: int, spectrum: str) -> torch.Tensor:
+    """(n,d) float32."""
     g = torch.Generator().manual_seed(seed)
     basis = torch.linalg.qr(torch.randn(d, d, generator=g)).Q
-    x = torch.randn(n, d, generator=g) @ (torch.arange(1, d + 1) ** -0.5 * basis).T
+    x = torch.randn(n, d, generator=g) @ (scales(spectrum, d)[:, None] * basis)
     return x + 0.02 * torch.randn(d, generator=g)
 
 
 def truth(x, y) -> float:
+    """The distance from QR factors of the centred tokens: no covariance is formed."""
     factors, rest = [], (x.double().mean(0) - y.double().mean(0)).pow(2).sum()
     for t in (x.double(), y.double()):
         centred = (t - t.mean(0)) / (len(t) - 1) ** 0.5
@@ -50,59 +69,71 @@ def truth(x, y) -> float:
     return (rest - 2 * torch.linalg.svdvals(factors[0] @ factors[1].T).sum()).item()
 
 
-def covariances(x, y, dtype):
-    """As the released code makes them, but for the precision."""
-    return [torch.mm(c.T, c) / (len(c) - 1) for c in (t.to(dtype) - t.to(dtype).mean(0) for t in (x, y))]
+def with_root(x, y, dtype, root) -> float:
+    """The distance as the released code writes it down, in a dtype, with root(A) for Tr A^{1/2}."""
+    means, covariances = [], []
+    for t in (x, y):
+        t = t.to(dtype)
+        mean = t.mean(0)
+        centred = t - mean
+        means.append(mean)
+        covariances.append(centred.T @ centred / (len(t) - 1))
+    a, b = covariances
+    return ((means[0] - means[1]).pow(2).sum() + a.trace() + b.trace() - 2 * root(a @ b)).item()
 
 
-def five_rounds(a, b):
-    product = a @ b
-    y, z = product, torch.eye(len(a), dtype=a.dtype)
-    for _ in range(5):
-        y = 0.5 * (y + torch.inverse(z) @ product)
-        z = 0.5 * (z + torch.inverse(y) @ product)
-    return y.trace()
-
-
-def by_scipy(a, b):
-    return torch.tensor(sqrtm((a @ b).numpy()).real.trace())
-
-
-SIDES = {           # name: how the covariances are made, precision, the trace of the root, how often at most
-    "exact": (lambda x, y, _: [mir.moments(t).covariance for t in (x, y)], torch.float64, mir.root_trace, RUNS),
-    "newton-schulz": (lambda x, y, _: [mir.moments(t).covariance for t in (x, y)], torch.float64,
-                      lambda a, b: mir.newton_schulz(a @ b)[0].trace(), 1),
-    "scipy sqrtm, float64": (covariances, torch.float64, by_scipy, 1),
-    "five rounds, float32": (covariances, torch.float32, five_rounds, RUNS),
-    "five rounds, float64": (covariances, torch.float64, five_rounds, 3),
+SIDES = {
+    "exact": lambda x, y: mir.frechet_distance(x, y),
+    "released": lambda x, y: with_root(x, y, torch.float32, lambda a: five_rounds(a).trace()),
+    "newton-schulz": lambda x, y: mir.frechet_distance(x, y, "newton-schulz"),
+    "scipy": lambda x, y: with_root(x, y, torch.float64, lambda a: sqrtm(a.numpy()).real.trace()),
 }
 
 
-def compare(d: int) -> None:
-    x, y = tokens(VISION_TOKENS, d, 0), tokens(TEXT_TOKENS, d, 1)
+def compare(title: str, x, y, runs: int) -> None:
+    """Print one row a side."""
     wanted = truth(x, y)
     times, errors = {name: [] for name in SIDES}, {}
-    for turn in range(RUNS):
-        for name, (make, dtype, root, most) in SIDES.items():
-            if turn >= most or name.startswith("scipy") and sqrtm is None:
+    for turn in range(runs):
+        for name, side in SIDES.items():
+            if name == "scipy" and sqrtm is None or turn > 0 and name in ("scipy", "newton-schulz"):
                 continue
-            start = time.perf_counter()
-            a, b = make(x, y, dtype)
-            between = (x.to(dtype).mean(0) - y.to(dtype).mean(0)).pow(2).sum() + a.trace() + b.trace()
-            middle = time.perf_counter()
-            value = (between - 2 * root(a, b)).item()
-            end = time.perf_counter()
-            times[name].append((end - middle, end - start))
+            start = time.process_time()
+            try:
+                value = side(x, y)
+            except ValueError:
+                value = float("nan")                        # a singular matrix in the released arithmetic
+            times[name].append(time.process_time() - start)
             errors[name] = abs(value - wanted) / wanted
-    ours = [statistics.median(t) for t in zip(*times["exact"])]
-    print(f"\nD = {d}, {VISION_TOKENS} + {TEXT_TOKENS} tokens, distance {wanted:.6f}")
-    print(f"{'':22}{'root, s':>10}{'whole, s':>10}{'× exact':>16}{'error':>10}")
-    for name, pairs in times.items():
-        if not pairs:
-            print(f"{name:22}not measured: scipy is not installed")
-            continue
-        root, whole = (statistics.median(t) for t in zip(*pairs))
-        print(f"{name:22}{root:10.3f}{whole:10.3f}{root / ours[0]:8.1f}{whole / ours[1]:8.1f}{errors[name]:10.0e}")
+    print(f"\n{title}, {len(x)} + {len(y)} tokens, distance {wanted:.6g}")
+    print(f"{'':16}{'seconds':>10}{'× exact':>10}{'error':>10}")
+    for name, seconds in times.items():
+        if seconds:
+            print(f"{name:16}{min(seconds):10.3f}{min(seconds) / min(times['exact']):10.2f}{errors[name]:10.0e}")
+        else:
+            print(f"{name:16}  not installed")
+
+
+def compare_checkpoint(ckpt: str, runs: int) -> None:
+    """Every layer of a checkpoint on the first 100 pairs of the toy's questions, at the text's
+    scale."""
+    folder = checkpoint_folder(ckpt)
+    samples, images = choose_pairs(folder, None, None, None, 100, None)
+    model = load_model(folder).eval()
+    for k, (vision, text) in enumerate(kept(model, pair_batches(folder, samples, images)), 1):
+        alpha = 1 / text.norm(dim=1).mean()
+        x, y = (mir.replace_outliers(alpha * f, "median") for f in (vision, text))
+        compare(f"{folder}, layer {k}, D = {x.shape[1]}", x, y, runs)
+
+
+def kept(model, batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(vision, text) tokens of every layer, all of them, as the released script keeps them."""
+    depth = model.language_model.config.num_hidden_layers
+    layers = [([], []) for _ in range(depth)]
+    with torch.no_grad():
+        for batch in batches:
+            mir.visit(model, batch, lambda k, v, t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
+    return [(torch.cat(v), torch.cat(t)) for v, t in layers]
 
 
 # ------------------------------------------------------------------------------------------------ memory
@@ -126,11 +157,7 @@ class Pairs:
 
 
 def keep_everything(model, batches) -> float:
-    layers = [([], []) for _ in range(LAYERS)]
-    with torch.no_grad():
-        for batch in batches:
-            mir.visit(model, batch, lambda k, v, t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
-    return mir.modality_integration_rate([(torch.cat(v), torch.cat(t)) for v, t in layers])[0]
+    return mir.modality_integration_rate(kept(model, batches))[0]
 
 
 def in_passes(model, batches) -> float:
@@ -175,10 +202,23 @@ def compare_memory() -> None:
         print(f"{side.__name__:18}" + "".join(f"{c:>28}" for c in cells))
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[512, 1024, 2048])
-    print(f"{torch.get_num_threads()} threads")
-    for size in parser.parse_args().sizes:
-        compare(size)
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 2048], help="dimensions D")
+    parser.add_argument("--spectra", nargs="*", default=["mild", "1e-2", "1e-5", "rank"])
+    parser.add_argument("--tokens", type=int, default=20000, help="in each set")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--ckpt", help="a run of the toy, or a checkpoint of it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for size in args.sizes:
+        for spectrum in args.spectra:
+            x, y = (tokens(args.tokens, size, seed, spectrum) for seed in (0, 1))
+            compare(f"D = {size}, {spectrum}", x, y, args.runs)
+    if args.ckpt:
+        compare_checkpoint(args.ckpt, args.runs)
     compare_memory()
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from common.files import read_jsonl, write_text
 from common.flags import UserError
-from data import open_image
+from common.images import open_image
 
 
 # ------------------------------------------------------------------------------------------------ images

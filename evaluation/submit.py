@@ -10,47 +10,35 @@ from evaluation.files import write_jsonl
 from evaluation.questions import Sample
 
 
-def vqa_rows(pairs):
-    return [{"question_id": int(s.id) if s.id.isdigit() else s.id, "answer": metrics.vqa_norm(r["prediction"] or "")}
-            for s, r in pairs]
+def vqa_row(s: Sample, p: str, parsed) -> dict:
+    return {"question_id": int(s.id) if s.id.isdigit() else s.id, "answer": metrics.vqa_norm(p)}
 
 
-def vizwiz_rows(pairs):
-    rows = []
-    for s, r in pairs:
-        name = s.record.get("file") or (s.image.name if isinstance(s.image, Path) else s.id)
-        rows.append({"image": name, "answer": metrics.vqa_norm(r["prediction"] or "")})
-    return rows
+def vizwiz_row(s: Sample, p: str, parsed) -> dict:
+    name = s.record.get("file") or (s.image.name if isinstance(s.image, Path) else s.id)
+    return {"image": name, "answer": metrics.vqa_norm(p)}
 
 
-def mmbench_rows(pairs):
-    rows = []
-    for s, r in pairs:
-        row = {"index": int(s.id), "question": s.record["question"], **dict.fromkeys("ABCD", "")}
-        row.update(zip("ABCD", s.options))
-        row["prediction"] = r["prediction"] or ""
-        if s.answer is not None:
-            row["answer"] = s.answer
-        rows.append({**row, "split": s.record["split"] or ""})
-    return rows
+def mmbench_row(s: Sample, p: str, parsed) -> dict:
+    row = {"index": int(s.id), "question": s.record["question"], **dict.fromkeys("ABCD", "")}
+    row.update(zip("ABCD", s.options))
+    row["prediction"] = p
+    if s.answer is not None:
+        row["answer"] = s.answer
+    return {**row, "split": s.record["split"] or ""}
 
 
-def parsed_by_id(pairs):
-    return {s.id: r["parsed"] or r["prediction"] or "" for s, r in pairs}
-
-
-SUBMISSIONS = {   # name → (file ending, pairs of (sample, row of `score`) → what is written)
-    "vqav2": ("json", vqa_rows),
-    "textvqa": ("json", vqa_rows),
-    "vizwiz": ("json", vizwiz_rows),
-    "gqa": ("json", lambda pairs: [{"questionId": s.id, "prediction": (r["prediction"] or "").rstrip(".").lower()}
-                                   for s, r in pairs]),
-    "docvqa": ("json", lambda pairs: [{"questionId": int(s.id), "answer": r["prediction"] or ""} for s, r in pairs]),
-    "mmmu": ("json", parsed_by_id),
-    "mmt": ("json", parsed_by_id),
-    "mmvet": ("json", lambda pairs: {"v1_" + s.id.removeprefix("v1_"): r["prediction"] or "" for s, r in pairs}),
-    "seed": ("jsonl", lambda pairs: [{"question_id": s.id, "prediction": r["prediction"] or ""} for s, r in pairs]),
-    "mmbench": ("xlsx", mmbench_rows),
+SUBMISSIONS = {   # name → (kind of file, (sample, prediction, parsed) → its row; of an object its (key, value))
+    "vqav2": ("json", vqa_row),
+    "textvqa": ("json", vqa_row),
+    "vizwiz": ("json", vizwiz_row),
+    "gqa": ("json", lambda s, p, parsed: {"questionId": s.id, "prediction": p.rstrip(".").lower()}),
+    "docvqa": ("json", lambda s, p, parsed: {"questionId": int(s.id), "answer": p}),
+    "mmmu": ("object", lambda s, p, parsed: (s.id, parsed or p)),
+    "mmt": ("object", lambda s, p, parsed: (s.id, parsed or p)),
+    "mmvet": ("object", lambda s, p, parsed: ("v1_" + s.id.removeprefix("v1_"), p)),
+    "seed": ("jsonl", lambda s, p, parsed: {"question_id": s.id, "prediction": p}),
+    "mmbench": ("xlsx", mmbench_row),
 }
 
 
@@ -69,18 +57,19 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
     rows: those of `score`; data: the folder of the questions."""
     if benchmark.submission is None:
         return None
-    ending, make = SUBMISSIONS[benchmark.submission]
-    path, value = out / f"submission.{ending}", make(list(zip(samples, rows)))
+    kind, make = SUBMISSIONS[benchmark.submission]
+    value = [make(s, r["prediction"] or "", r["parsed"]) for s, r in zip(samples, rows)]
     if benchmark.submission == "vqav2":
         value = fill_test2015(value, data)
-    if ending == "json":
-        write_json(path, value, indent=None)
-    elif ending == "jsonl":
-        write_jsonl(path, value)
-    elif find_spec("openpyxl"):
+    path = out / f"submission.{'json' if kind == 'object' else kind}"
+    if kind == "xlsx":
+        if not find_spec("openpyxl"):
+            return None
         write_xlsx(path, value)
+    elif kind == "jsonl":
+        write_jsonl(path, value)
     else:
-        return None
+        write_json(path, dict(value) if kind == "object" else value, indent=None)
     return str(path)
 
 

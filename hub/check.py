@@ -9,7 +9,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.flags import UserError, option
-from data import IGNORE, TEMPLATES, encode, eos_id, open_image
+from common.images import open_image
+from data import IGNORE, TEMPLATES, encode, eos_id
 from hub.samples import SampleFile, sample_problem
 from hub.tokenizer import load_tokenizer
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from common.files import read_json
 from common.flags import UserError
+from data import ImageProcessor
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
 # A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
@@ -121,3 +122,21 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     if kind == "gemma":
         config.embed_scale = config.hidden_size ** 0.5
     return config
+
+
+# ------------------------------------------------------------------------------------------------ images
+def load_processor(folder: str | Path) -> ImageProcessor:
+    """Read preprocessor_config.json. Raises UserError if it lacks a field or asks for another interpolation."""
+    path = Path(folder) / "preprocessor_config.json"
+    c = read_json(path)
+    absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
+    if absent:
+        raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
+    if c.get("resample", 3) != 3:
+        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, is supported")
+
+    def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
+        return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+    stretch = "crop_size" not in c or c.get("do_center_crop") is False
+    crop_size = c["size"] if stretch else c["crop_size"]
+    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]))

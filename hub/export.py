@@ -20,7 +20,7 @@ from common.files import write_json, write_text
 from common.flags import UserError, option
 from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
 from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import ACTIVATION_NAMES, read_config
+from hub.configs import ACTIVATION_NAMES, load_processor, read_config
 from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
 from methods.lora import merge
@@ -180,7 +180,7 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
     c, model = read_config(folder), load_model(folder, vision, llm)
-    tokenizer, processor = load_tokenizer(folder), ImageProcessor.from_folder(folder)
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder)
     old = model.language_model.config.vocab_size
     check_exportable(folder, model, c["template"], tokenizer.get_vocab_size())
     merge(model.language_model)

@@ -3,9 +3,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.flags import UserError
-from data import FAMILY_TEMPLATE, ImageProcessor, bos_ids, eos_id
+from data import FAMILY_TEMPLATE, bos_ids, eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
-from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, read_config
+from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, load_processor, read_config
 from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
 from hub.tensors import open_tensors, weight_files
 from hub.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def inspect(folder: str | Path) -> str:
     if kind not in TOWERS:
         lines += describe_tokenizer(problems, folder, c, llm)
     if vit or (folder / "preprocessor_config.json").is_file():
-        p = attempt(problems, ImageProcessor.from_folder, folder)
+        p = attempt(problems, load_processor, folder)
         if p and p.stretch:
             lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}"))
         elif p:

@@ -1,16 +1,15 @@
-"""Loads a checkpoint as `--resume` does and saves it again, without a step in between. For test_parallel.py:
+"""Load a checkpoint as `--resume` does and save it again, without a step in between. For test_parallel.py:
 
     torchrun --nproc_per_node=3 -m tests.pass_on CHECKPOINT fsdp|ddp|one OUT
 """
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
 
 from common.files import read_json
-from common.parallel import gathered, local, over, start, wrap
+from common.parallel import finish, gathered, local, over, start, wrap
 from data import Batch
 from losses import Objective
 from training.folder import load_optimizer, save
@@ -38,8 +37,7 @@ def pass_on(ckpt: Path, kind: str, out: Path) -> None:
     save(out, cfg, model, optimizer, int(ckpt.name.split("-")[1]), 99, ranks)
     if ranks.first:
         (out / "numbers.json").write_text(json.dumps({"held": held / whole, "total": total}))
-    ranks.wait()
-    os._exit(0)                             # as train.py ends: gloo may abort while the interpreter is taken down
+    finish(ranks)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Text → ids and labels, images → pixels, samples → batches → order."""
+"""data.py: text → ids and labels, images → pixels, samples → batches, the order of samples."""
 import json
 
 import numpy as np
@@ -22,9 +22,10 @@ from data import (
     pieces,
 )
 from hub.check import image_problem
+from hub.configs import load_processor
 from hub.samples import read_samples
 
-IMG = -200                                             # how LLaVA's own ids mark the image
+IMG = -200                                             # LLaVA's own mark of an image position
 SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
               29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
 
@@ -38,7 +39,7 @@ def gpt(text):
 
 
 def ids_of(conversations, tokenizer, template="v1", image_tokens=1, **options):
-    """(ids with −200 at image positions, supervised ids, labels)."""
+    """Return (ids with −200 at image positions, supervised ids, labels)."""
     ids, labels, mask = encode(conversations, tokenizer, template, image_tokens, **options)
     assert len(ids) == len(labels) == len(mask)
     shown = torch.where(mask, IMG, ids)
@@ -48,7 +49,7 @@ def ids_of(conversations, tokenizer, template="v1", image_tokens=1, **options):
 
 
 # ------------------------------------------------------------------------------------------------ ids and labels
-def test_one_round_gives_llavas_ids_and_supervises_the_answer_with_its_end(llama_tokenizer):
+def test_one_round_gives_llavas_ids_and_supervises_the_answer_and_its_end_token(llama_tokenizer):
     ids, supervised, labels = ids_of([human("<image>\nWhat is this?"), gpt("A cat.")], llama_tokenizer)
     assert ids == SYSTEM_IDS + [3148, 1001, 29901, 29871, IMG, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566,
                                 29901, 319, 6635, 29889, 2]
@@ -58,7 +59,7 @@ def test_one_round_gives_llavas_ids_and_supervises_the_answer_with_its_end(llama
 
 
 @pytest.mark.parametrize("rule, user", [("4.31", [3308, 1001]), ("4.37", [11889]), ("legacy", [3148, 1001])])
-def test_later_rounds_follow_the_transformers_of_their_time(llama_tokenizer, rule, user):
+def test_later_rounds_follow_the_version_of_transformers(llama_tokenizer, rule, user):
     ids, supervised, _ = ids_of([human("<image>\nWhat is this?"), gpt("A cat."), human("Why?"), gpt("Because."),
                                  human("What is this?"), gpt("A mat")], llama_tokenizer, after_special=rule)
     middle = [29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311, 29889, 2]
@@ -106,7 +107,7 @@ def test_an_answer_may_contain_the_end_token(llama_tokenizer):
 def test_a_leading_answer_is_dropped_and_a_trailing_question_is_left_open(llama_tokenizer):
     ids, supervised, _ = ids_of([gpt("A mat"), human("Why?"), gpt("Because."), human("What is this?")], llama_tokenizer)
     assert supervised == [7311, 29889, 2]
-    assert ids[-5:] == [319, 1799, 9047, 13566, 29901], "a prompt ends in ASSISTANT: so that the answer comes next"
+    assert ids[-5:] == [319, 1799, 9047, 13566, 29901], "a prompt must end in ASSISTANT:, where the answer starts"
 
 
 def test_long_conversations_are_cut_in_their_text(llama_tokenizer):
@@ -118,8 +119,8 @@ def test_long_conversations_are_cut_in_their_text(llama_tokenizer):
     assert cut[0].count(IMG) == 576
 
 
-def test_an_image_is_never_cut(llama_tokenizer):
-    """Where it would not fit whole, it is left out with what follows, and the text before it remains."""
+def test_an_image_is_kept_whole_or_left_out(llama_tokenizer):
+    """An image that does not fit is left out with all that follows it. The text before it remains."""
     turns = [human("Why?"), gpt("a cat on a mat " * 100), human("<image>\nWhat is this?"), gpt("A cat.")]
     at = ids_of(turns, llama_tokenizer, image_tokens=576)[0].index(IMG)
     for limit in (at - 1, at, at + 1, at + 575):
@@ -145,7 +146,7 @@ S = SYSTEM
     ("phi3", "<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\nA2<|end|>",
      ["A1<|end|>", "A2<|end|>"]),
 ])
-def test_each_template_writes_a_conversation_so(template, text, supervised):
+def test_each_template_writes_a_conversation_as_its_family_does(template, text, supervised):
     parts = pieces(THREE, template)
     assert "".join(p for p, _ in parts) == text
     assert [p for p, target in parts if target] == supervised
@@ -155,7 +156,7 @@ def test_every_template_has_an_example():
     assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3"}
 
 
-def test_braces_in_a_text_are_text(llama_tokenizer):
+def test_braces_in_a_text_stay_as_they_are(llama_tokenizer):
     (first, _), (second, _) = pieces([human("{system} {text}"), gpt("{text} {0}")], "v1")
     assert first == f"{S} USER: {{system}} {{text}} ASSISTANT:" and second == " {text} {0}</s>"
 
@@ -166,7 +167,7 @@ def test_a_template_of_another_family_is_refused(llama_tokenizer):
         eos_id(llama_tokenizer, "gemma")
 
 
-def test_a_family_without_a_begin_token_has_none():
+def test_a_family_without_a_begin_token_gets_none():
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate("ab \n")}, []))
     ids, labels, mask = encode([human("<image>"), gpt("ab")], tokenizer, "plain", 2)
     assert ids.tolist() == [0, 0, 0, 1, 3] and mask.tolist() == [True, True, False, False, False]
@@ -196,7 +197,7 @@ def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
     c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
          "image_processor_type": "SiglipImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
-    processor = ImageProcessor.from_folder(tmp_path)
+    processor = load_processor(tmp_path)
     image = Image.effect_noise((70, 50), 80).convert("RGB")
     wanted = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)) / 127.5 - 1
     np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted, atol=2e-6)
@@ -208,11 +209,11 @@ def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
 def test_old_and_new_forms_of_a_preprocessor_config_are_read(form, tmp_path):
     c = {**form, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
-    assert ImageProcessor.from_folder(tmp_path) == ImageProcessor(336, 224, False, (0.1, 0.2, 0.3), (1, 2, 3))
+    assert load_processor(tmp_path) == ImageProcessor(336, 224, False, (0.1, 0.2, 0.3), (1, 2, 3))
 
 
 def test_preprocessing_is_bicubic_on_bytes_then_normalised(tmp_path):
-    """Written out once more from the description of CLIP's preprocessing."""
+    """The reference is written from the description of CLIP's preprocessing."""
     image = Image.effect_noise((70, 50), 80).convert("RGB")
     small = np.asarray(image.resize((int(24 * 70 / 50), 24), Image.Resampling.BICUBIC))
     left = (small.shape[1] - 24) // 2
@@ -223,14 +224,14 @@ def test_preprocessing_is_bicubic_on_bytes_then_normalised(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
-def test_broken_images_are_found_by_a_look_at_their_ends(tmp_path, kind):
+def test_broken_images_are_found_by_reading_their_ends(tmp_path, kind):
     path = tmp_path / f"a.{kind}"
     Image.effect_noise((64, 64), 90).convert("RGB").save(path)
     assert image_problem(path) is None
     whole = path.read_bytes()
     for name, content in {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"<html>not found</html>"}.items():
         path.write_bytes(content)
-        assert image_problem(path), f"{name} was taken for an image"
+        assert image_problem(path), f"{name} passes as an image"
     assert image_problem(tmp_path / "absent.png") == "missing"
 
 
@@ -241,16 +242,16 @@ def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_pat
                {"id": "y", "conversations": [human("Why?"), gpt("A cat.")]}]
     data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
     batch = collate([data[0], data[1], data[-1]], 16)
-    lengths = [len(data[i][0]) for i in (0, 1, -1)]
+    lengths = [len(data[i].input_ids) for i in (0, 1, -1)]
     assert batch.attention_mask.sum(1).tolist() == lengths and batch.input_ids.shape == (3, max(lengths))
     assert (batch.labels[~batch.attention_mask] == -100).all()
     assert batch.has_image.tolist() == [True, False, False] and batch.image_mask.sum(1).tolist() == [4, 0, 0]
     assert batch.pixel_values[0].abs().sum() > 0 and batch.pixel_values[1:].abs().sum() == 0
-    assert (batch.labels[2] == -100).all(), "a filler teaches something"
+    assert (batch.labels[2] == -100).all(), "a filler has a target"
     assert batch.ids == ["x", "y", "filler"] and batch.bad == []
 
 
-def test_an_image_that_breaks_later_becomes_a_filler_that_is_named(llama_tokenizer, tmp_path):
+def test_a_sample_whose_image_cannot_be_read_becomes_a_filler_and_is_named(llama_tokenizer, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     samples = [{"id": "x", "image": "a.png", "conversations": [human("<image>\nWhy?"), gpt("A cat.")]}]
     data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
@@ -265,7 +266,7 @@ LENGTHS = np.random.default_rng(0).integers(5, 900, 103) * np.random.default_rng
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 6])
-def test_every_sample_comes_once_an_epoch_on_any_number_of_ranks(ranks, lengths):
+def test_an_epoch_shows_every_sample_once_on_any_number_of_ranks(ranks, lengths):
     orders = [Order(103, 12, 2, seed=3, lengths=lengths, rank=r, ranks=ranks) for r in range(ranks)]
     steps, each = orders[0].steps_per_epoch, 12 // 2 // ranks
     seen = [i for o in orders for i, batch in zip(range(steps * each), o) for i in batch]
@@ -281,7 +282,7 @@ def test_a_global_batch_holds_the_same_samples_however_it_is_cut():
             it = iter(Order(103, 12, micro, 3, LENGTHS, r, ranks, start=number))
             rows += [i for _ in range(each) for i in next(it)]
         return sorted(rows)
-    for number in (0, 5, 11, 40):                      # 40: several epochs on
+    for number in (0, 5, 11, 40):                      # step 40 lies several epochs later
         assert step(1, 12, number) == step(2, 3, number) == step(6, 1, number) == step(1, 2, number)
 
 
@@ -323,7 +324,7 @@ GOOD = '{"id": 1, "conversations": [{"from": "human", "value": "Why?"}, {"from":
     ('[{"conversations": [{"from": "human", "value": "<image>"}]}]', "no file in image"),
     ('[{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}]', "two turns in a row"),
 ])
-def test_files_in_another_format_are_refused_by_sample(tmp_path, content, says):
+def test_a_file_in_another_format_is_refused_with_its_first_bad_sample(tmp_path, content, says):
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(UserError) as e:

@@ -25,6 +25,7 @@ def refuses(done, *says):
     ("train.py", "--data x.json", ["--data belongs to one stage"]),
     ("train.py", "--stage pretrain --data absent.json", ["absent.json does not exist"]),
     ("train.py", "--vision absent", ["there is no folder absent"]),
+    ("train.py", "--vision openai/clip-vit-large-patch14-336", ["nothing is downloaded", "huggingface-cli download"]),
     ("train.py", "--llm toy/clip", ["toy/clip/config.json", "supported are llama"]),
     ("train.py", "--vision tests", ["tests/config.json does not exist; the folder holds: adapters.py"]),
     ("train.py", "--stage pretrain --projector x", ["--projector is the start of --stage finetune"]),
@@ -164,6 +165,22 @@ def test_a_run_is_never_written_over(data):
     refuses(train(samples, folder), "is not empty", "--resume continues", "--overwrite")
     refuses(train(samples, folder, "--resume", "--seed", "2"), "was started with --seed 1 (now 2)")
     assert before == {p: p.read_bytes() for p in (folder / "run").rglob("*") if p.is_file()}
+
+
+def test_a_run_that_saved_nothing_can_be_replaced_and_one_with_a_checkpoint_cannot(data):
+    samples, folder = data
+    assert train(samples, folder).returncode == 0
+    refuses(train(samples, folder, "--overwrite"), "--overwrite replaces a run that has saved no checkpoint")
+    shutil.rmtree(folder / "run" / "pretrain-2")              # what a crash before the first checkpoint leaves
+    done = train(samples, folder, "--overwrite")
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "metrics.jsonl").read_text().count("\n") == 2
+
+
+def test_a_global_batch_larger_than_the_data_is_a_warning_that_counts_the_fillers(data):
+    samples, folder = data
+    done = train(samples, folder, "--global-batch", "8")
+    assert done.returncode == 0 and "5 of its 8 places hold fillers" in done.stdout, done.stdout
 
 
 def test_a_checkpoint_of_another_stage_or_cut_off_is_refused(data):

@@ -17,10 +17,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from data import IMAGE, TEMPLATES, ImageProcessor, encode, open_image, pieces
+from common.images import open_image
+from data import IMAGE, TEMPLATES, encode, pieces
 from evaluate import Assistant
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
+from hub.configs import load_processor
 from hub.export import chat_template, export
 from hub.inspect import inspect
 from hub.released import PARTS
@@ -113,7 +115,7 @@ def test_every_tensor_is_there_again_bitwise(run, exported):
 def test_our_code_answers_with_an_export_as_with_its_checkpoint(small_world, run, exported):
     ours = Assistant.from_checkpoint(run, device="cpu")
     theirs = replace(ours, model=load_model(exported).eval(), tokenizer=load_tokenizer(exported),
-                     processor=ImageProcessor.from_folder(exported))
+                     processor=load_processor(exported))
     assert theirs.processor == ours.processor
     rows = read_questions(small_world / "test.jsonl", small_world / "images")
     questions = [(r["text"], small_world / "images" / r["image"]) for r in rows]
@@ -335,7 +337,7 @@ def compare(hf, ckpt: Path, out: Path) -> float:
     model, processor = load_hf(hf, out)
     config = json.loads((checkpoint_folder(ckpt) / "config.json").read_text())
     ours, tokenizer = load_model(ckpt, dtype=torch.float32).eval(), load_tokenizer(checkpoint_folder(ckpt))
-    prepare = ImageProcessor.from_folder(checkpoint_folder(ckpt))
+    prepare = load_processor(checkpoint_folder(ckpt))
     assert type(processor).__name__ == "LlavaProcessor" and type(processor.image_processor).__name__.endswith("Pil")
     worst = 0.0
     for picture in pictures():
@@ -367,7 +369,7 @@ def test_transformers_agrees_on_every_kind_of_model(hf, name, tmp_path):
     ckpt = made(tmp_path, *MADE[name], layer=-3 if name == "an earlier layer" else -2)
     export(ckpt, tmp_path / "out")
     assert compare(hf, ckpt, tmp_path / "out") <= 1e-5
-    assert ImageProcessor.from_folder(tmp_path / "out") == ImageProcessor.from_folder(ckpt)
+    assert load_processor(tmp_path / "out") == load_processor(ckpt)
     before, after = (dict(load_model(folder).named_parameters()) for folder in (ckpt, tmp_path / "out"))
     assert list(before) == list(after) and all(torch.equal(p, after[n][:len(p)]) for n, p in before.items())
 

@@ -1,4 +1,4 @@
-"""model.py: merging, attention, the watcher, generation."""
+"""model.py: merging, attention maps, `watch`, generation. Also evaluation/generate.py: many prompts at once."""
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +22,7 @@ def tiny(dtype=torch.float64, **decoder) -> Llava:
 
 
 def prompts(lengths, first_image=2, without_image=()):
-    """(ids, masks, pixels) of prompts of these lengths."""
+    """Return (ids, masks, pixels) of prompts of these lengths."""
     g = torch.Generator().manual_seed(1)
     ids = [torch.randint(3, 50, (n,), generator=g) for n in lengths]
     masks = [torch.zeros(n, dtype=torch.bool) for n in lengths]
@@ -40,7 +40,7 @@ def batch_of(ids, masks, pixels):
                            attention_mask=pad([torch.ones_like(m) for m in masks]))
 
 
-def test_image_tokens_stand_where_the_mask_says_in_their_order():
+def test_image_tokens_take_the_marked_positions_in_order():
     model = tiny()
     ids, masks, pixels = prompts([9, 12, 7], without_image=[2])
     batch = batch_of(ids, masks, pixels)
@@ -57,7 +57,7 @@ def test_image_tokens_stand_where_the_mask_says_in_their_order():
 
 
 def test_a_batch_of_text_alone_still_gives_the_projector_a_gradient_of_zero():
-    """Else one rank's graph would lack parameters that another's has, and both would wait for ever."""
+    """Every rank must have the same parameters in its graph, or DDP and FSDP deadlock."""
     model = tiny()
     model(batch_of(*prompts([9, 6], without_image=[0, 1]))).hidden_states.sum().backward()
     for p in model.multi_modal_projector.parameters():
@@ -76,7 +76,7 @@ def test_the_vision_encoder_builds_a_graph_only_when_it_is_trained():
     model(batch).hidden_states.sum().backward()
     assert model.vision_tower.embeddings.patch_embedding.weight.grad.abs().sum() > 0
     unused = model.vision_tower.encoder["layers"][-1].mlp.fc1.weight
-    assert unused.grad is None, "the last layer ran, but the features are those of the last but one"
+    assert unused.grad is None, "the last layer ran, but the features come from the second to last"
 
 
 def test_features_are_the_patches_in_reading_order_without_the_class_token():
@@ -100,7 +100,7 @@ def test_padding_on_the_right_changes_nothing():
         torch.testing.assert_close(together[b, :len(alone)], alone, atol=1e-12, rtol=0)
 
 
-def test_rotary_turns_pairs_by_position_so_that_only_distance_counts():
+def test_rotary_embeddings_make_scores_depend_on_distance_alone():
     q, k = torch.randn(2, 8, dtype=torch.float64)
     def at(m, n):
         a, b = (rotary(torch.tensor([p]), 8, 10000.0, torch.float64) for p in (m, n))
@@ -108,7 +108,7 @@ def test_rotary_turns_pairs_by_position_so_that_only_distance_counts():
     assert abs(at(3, 1) - at(10, 8)) < 1e-5 and abs(at(3, 1) - at(3, 2)) > 1e-3
 
 
-def test_attention_asked_for_is_the_softmax_over_all_visible_keys_averaged_over_heads():
+def test_the_attention_map_is_the_softmax_over_all_visible_keys_averaged_over_heads():
     model = tiny()
     batch = batch_of(*prompts([9, 12, 7], without_image=[2]))
     rows = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
@@ -138,7 +138,7 @@ def test_attention_asked_for_is_the_softmax_over_all_visible_keys_averaged_over_
         torch.testing.assert_close(states, h, atol=1e-12, rtol=0)
 
 
-def test_checkpointing_changes_neither_values_nor_gradients_and_the_watcher_sees_each_layer_once():
+def test_checkpointing_changes_no_value_and_no_gradient_and_watch_sees_each_layer_once():
     model = tiny()
     batch = batch_of(*prompts([9, 12]))
     results = []
@@ -156,7 +156,7 @@ def test_checkpointing_changes_neither_values_nor_gradients_and_the_watcher_sees
         assert torch.equal(a, b)
 
 
-def test_an_unasked_layer_computes_no_attention_map():
+def test_a_layer_computes_no_attention_map_unless_rows_are_given():
     seen = []
     tiny()(batch_of(*prompts([9])), lambda i, h, attention: seen.append(attention))
     assert seen == [None] * 3
@@ -169,7 +169,7 @@ def test_a_tied_head_is_the_embedding():
 
 # ------------------------------------------------------------------------------------------------ generation
 def without_cache(model, ids, mask, pixels, new):
-    """Greedy decoding by a full forward for every token."""
+    """Decode greedily with a full forward pass for every token. Returns (answer, logits)."""
     answer, logits = [], []
     for _ in range(new):
         with torch.no_grad():
@@ -184,14 +184,25 @@ LENGTHS = [9, 14, 7, 11, 8, 20, 6, 10]
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_the_cache_and_the_batch_change_no_token(size):
+def test_neither_the_cache_nor_the_batch_changes_a_token(size):
     model = tiny(torch.float32)
     ids, masks, pixels = prompts(LENGTHS, without_image=[3])
-    answers = [a for s in range(0, 8, size) for a in
-               generate(model, ids[s:s + size], pixels[s:s + size].float(), 10, masks[s:s + size])]
-    wanted = [without_cache(model, i, m, p.float(), 10)[0] for i, m, p in zip(ids, masks, pixels)]
-    assert answers == wanted
-    assert len({tuple(a) for a in answers}) > 3, "all answers alike would prove nothing"
+    pixels = pixels.float()
+    answers = []
+    for s in range(0, len(ids), size):
+        answers += generate(model, ids[s:s + size], pixels[s:s + size], 10, masks[s:s + size])
+    assert answers == [without_cache(model, i, m, p, 10)[0] for i, m, p in zip(ids, masks, pixels)]
+    assert len({tuple(a) for a in answers}) > 3, "if all answers were alike, this test would prove nothing"
+
+
+def test_the_plain_generate_gives_the_same_answers():
+    model = tiny(torch.float32)
+    ids, masks, pixels = prompts(LENGTHS, without_image=[3])
+    pixels = pixels.float()
+    wanted = generate(model, ids, pixels, 10, masks)
+    assert [model.generate(i, p[None], m, 10) for i, m, p in zip(ids, masks, pixels)] == wanted
+    end = wanted[0][4]
+    assert model.generate(ids[0], pixels[:1], masks[0], 10, end) == wanted[0][:wanted[0].index(end)]
 
 
 def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeypatch):
@@ -219,7 +230,8 @@ def test_an_answer_ends_before_its_end_token():
     assert stopped == [a[:a.index(end)] if end in a else a for a in free]
 
 
-def test_text_alone_can_be_continued():
+def test_a_prompt_of_text_alone_can_be_continued():
     model = tiny(torch.float32)
     ids, masks, pixels = prompts([5, 9], without_image=[0, 1])
-    assert generate(model, ids, pixels.float(), 6) == generate(model, ids, pixels.float(), 6, masks)
+    answers = generate(model, ids, pixels.float(), 6, masks)
+    assert answers == [model.generate(i, None, m, 6) for i, m in zip(ids, masks)]

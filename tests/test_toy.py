@@ -1,4 +1,4 @@
-"""The toy world and its two shipped backbones. Each test's name is the claim it checks."""
+"""The toy world and its two backbones, as they are in the repository."""
 import json
 import random
 from collections import Counter
@@ -28,7 +28,7 @@ def config_of(cls, fields):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A small data set and the scenes it was drawn from, by image name, caught on their way to the renderer."""
+    """Return a small data set, and the scenes it was drawn from by image name."""
     out, scenes, render = tmp_path_factory.mktemp("toy"), [], world.render
     world.render = lambda scene, rng: scenes.append(scene) or render(scene, rng)
     try:
@@ -49,7 +49,7 @@ def text_of(conversations):
 
 
 def truth(scene, question):
-    """The answer to a question, found from its words alone: an independent reading of the scene."""
+    """Return the answer to a question. Reads its words alone, independently of toy/world.py."""
     words = question.rstrip("?").split()
     match = [thing for thing in scene if thing[3] == words[-1]]
     if words[0] == "How":
@@ -203,7 +203,7 @@ def test_clip_matches_pictures_to_captions(tokenizer):
 
 
 def test_the_llama_reads_a_scene_in_words_better_than_by_guessing(tokenizer):
-    """It counts, and mostly knows what is there; binding (which thing is where) is left to stage 2."""
+    """It counts, and mostly knows what is there. Which thing is where is left to stage 2 to learn."""
     llama = Decoder(config_of(DecoderConfig, json.loads((TOY / "llm" / "config.json").read_text()))).eval()
     llama.load_state_dict(load_file(TOY / "llm" / "model.safetensors"))
     right = backbones.reading(llama, tokenizer, number=100)

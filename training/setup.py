@@ -11,16 +11,16 @@ from torch import nn
 from common.files import read_json
 from common.flags import UserError
 from common.parallel import Ranks, shard
-from data import IGNORE, Batch, Format, ImageProcessor, Samples, eos_id
+from data import IGNORE, Batch, Format, Samples, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
-from hub.configs import decoder_config, vision_config
+from hub.configs import decoder_config, load_processor, vision_config
+from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
-from mir import held_out
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from training.settings import RANDOM, TrainConfig, stores_all
 
@@ -188,7 +188,7 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
     if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: add --images with the folder they are in")
 
-    tokenizer, processor, vision = load_tokenizer(cfg.llm), ImageProcessor.from_folder(cfg.vision), tower_config(cfg)
+    tokenizer, processor, vision = load_tokenizer(cfg.llm), load_processor(cfg.vision), tower_config(cfg)
     eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
