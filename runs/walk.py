@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from data import IGNORE, Format, ImageProcessor, Samples, collate
+from data import IGNORE, Format, Samples, collate
+from hub.configs import load_processor
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
 from losses import Objective, count_terms
@@ -51,7 +52,7 @@ def walk() -> str:
     tokenizer, cfg = load_tokenizer(ROOT / "toy/llm"), TrainConfig(loss="vista", stage="finetune")
     with tempfile.TemporaryDirectory() as folder:
         samples = two_samples(Path(folder))
-        processor = ImageProcessor.from_folder(ROOT / "toy/clip")
+        processor = load_processor(ROOT / "toy/clip")
         data = Samples(samples, folder, tokenizer, processor, Format("v1", vision.config.image_tokens))
         batch = collate([data[0], data[1]], processor.crop_size)
 

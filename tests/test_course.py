@@ -203,13 +203,13 @@ def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
         (tmp_path / "in" / student).mkdir(parents=True)
         (tmp_path / "in" / student / "vista.py").write_text(text)
     (tmp_path / "in" / "late").mkdir()
-    assert grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)[:3] == ["ada: 100", "bob: 75", "eve: 0"]
+    assert grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)[:3] == ["ada: 100", "bob: 70", "eve: 0"]
     rows = (tmp_path / "grades.csv").read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("student,total,distance") and rows[1].startswith("ada,100,15")
     assert "counts from 1" in (tmp_path / "grades" / "bob.txt").read_text()
     assert "missing" in (tmp_path / "grades" / "late.txt").read_text()
     tests = json.loads((tmp_path / "grades" / "bob.json").read_text())["tests"]
-    assert sum(t["score"] for t in tests) == 75 and sum(t["max_score"] for t in tests) == 100
+    assert sum(t["score"] for t in tests) == 70 and sum(t["max_score"] for t in tests) == 100
     assert {"name", "score", "max_score", "output", "visibility"} == set(tests[0])
 
 

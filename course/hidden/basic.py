@@ -114,11 +114,11 @@ def chunks(f, g):
     return [torch.cat([t.view(1), grads(t, v)[0].flatten()]) for t in totals]
 
 
-@item(5, tolerance=1e-3, memory=450, view=lambda r: [r[0] / sum(r[1:9]), r[9].norm() / torch.cat(r[10:]).norm()])
+@item(5, tolerance=1e-3, memory=220, view=lambda r: [r[0] / sum(r[1:9]), r[9].norm() / torch.cat(r[10:]).norm()])
 def memory(f, g):
     """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of patches."""
     v, v_hat = (torch.randn(8, 50, 8, generator=g, requires_grad=True) for _ in range(2))
-    E, a = torch.randn(100000, 8, generator=g), torch.rand(8, 50, generator=g)
+    E, a = torch.randn(50000, 8, generator=g), torch.rand(8, 50, generator=g)
     parts, slices = [], []
     for i in range(8):
         part = f.semantic_loss(v[i:i + 1], v_hat[i:i + 1], a[i:i + 1], E, chunk=8)[0]
