@@ -45,7 +45,17 @@ from hub.checkpoint import checkpoints
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
-from training.folder import Log, check_out, check_same_run, clear, load_optimizer, make_folder, newest, note_bad_images, save
+from training.folder import (
+    Log,
+    check_out,
+    check_same_run,
+    clear,
+    load_optimizer,
+    make_folder,
+    newest,
+    note_bad_images,
+    save,
+)
 from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
 from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
@@ -267,8 +277,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
-    ranks = over(ranks, sharded)
+    ranks = over(ranks, sharded=cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage)))
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
     model = build(stage, ckpt, ranks)
@@ -297,8 +306,7 @@ def main() -> None:
         check_objective(plan)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
-    device, dtype = choose_device(cfg.device, cfg.dtype)
-    ranks = start(device, dtype, cfg.timeout)
+    ranks = start(*choose_device(cfg.device, cfg.dtype), cfg.timeout)
     with explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
         ranks.wait()                                      # every rank has looked at --out
         if cfg.overwrite and ranks.first:
