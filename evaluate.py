@@ -10,7 +10,6 @@
 
 Results go to OUT/<name>. OUT is eval/<checkpoint> beside the checkpoint, or --out. <name> is the benchmark (pope,
 vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answers about shuffled images.
-
     pred.rank<r>of<W>.jsonl    answers, written as they come: the same command resumes, on any number of ranks
     pred.jsonl                 a line a question: id, image, prompt, prediction, parsed, answer, score
     results.json               metrics, headline, counts, and every setting that the numbers depend on

@@ -1,8 +1,7 @@
 """The objectives side by side: how each connects the model's output to the functions of methods/.
 
 An objective takes (model, batch, cfg), cfg being train.py's flags, and returns Terms. Training divides each total by
-its term's count over the whole global batch; counts follow from the batch, before any forward. So 1 rank × 8
-accumulation steps = 8 ranks × 1. A weight of 0 switches a term off: it is not computed. LOSSES is the one registry.
+its term's count over the global batch. LOSSES, the one registry, has both. A weight of 0 switches a term off.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -91,18 +90,15 @@ class Loss(NamedTuple):
     counts: dict[str, Callable[[Batch], Tensor]]        # term → what its total is divided by, from the batch
 
 
-def tokens(batch: Batch) -> Tensor:
+def supervised_tokens(batch: Batch) -> Tensor:
     return (batch.labels[:, 1:] != IGNORE).sum()
 
 
-def described(batch: Batch) -> Tensor:
-    return batch.text_after_image().any(1).sum()
-
-
-LOSSES = {"ce": Loss(ce, {"ce": tokens}),
-          "vdep": Loss(vdep, {"ce": tokens, "vdep": lambda batch: batch.reconstruct.sum()}),
-          "vista": Loss(vista, {"ce": tokens, "vista": lambda batch: batch.answer_tokens().any(1).sum()}),
-          "basic": Loss(basic, {"ce": tokens, "das": described, "sds": described})}
+LOSSES = {"ce": Loss(ce, {"ce": supervised_tokens}),
+          "vdep": Loss(vdep, {"ce": supervised_tokens, "vdep": lambda batch: batch.reconstruct.sum()}),
+          "vista": Loss(vista, {"ce": supervised_tokens, "vista": lambda batch: batch.answer_tokens().any(1).sum()}),
+          "basic": Loss(basic, {"ce": supervised_tokens, "das": lambda batch: batch.text_after_image().any(1).sum(),
+                                "sds": lambda batch: batch.text_after_image().any(1).sum()})}
 
 
 def count_terms(loss: str, batch: Batch) -> dict[str, Tensor]:
@@ -118,3 +114,7 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> list[Term]:
         return LOSSES[self.cfg.loss].function(self.model, batch, self.cfg)
+
+
+if __name__ == "__main__":
+    raise SystemExit("losses.py is a library. Train with an objective: python train.py --loss vista")

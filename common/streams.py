@@ -179,4 +179,4 @@ class Stream:
         """((D,), (D,D)) of the tokens, after the last pass."""
         n = self.n - self.far if self.drop else self.n
         mean = self.sum / n
-        return self.centre + mean, (self.scatter - n * torch.outer(mean, mean)) / (n - 1)
+        return self.centre + mean, (self.scatter - n * torch.outer(mean, mean)) / (n - 1)       # eq. (4)

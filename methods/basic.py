@@ -30,8 +30,8 @@ Where the paper is silent
 * Ablations: constant and decreasing w; equal a_i = 1/N; other k; λ = 0 for each loss alone.
 
 Computing eq. (7): the two (B,N,V) distributions never exist. Value and gradient, a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E,
-are computed together, `chunk` patches at a time. The logits are v̂ Eᵀ and v̂ Eᵀ − (v̂ − v) Eᵀ: as v nears v̂, two logits
-rounded on their own would differ by little but their rounding.
+are computed together, `chunk` patches at a time. The logits are v̂ Eᵀ and v̂ Eᵀ − (v̂ − v) Eᵀ: where v is close
+to v̂, two logits that are rounded apart differ by little but their rounding.
 """
 from typing import Literal
 
