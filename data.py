@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.flags import UserError
 from common.images import open_image
-from common.text import encode_text
+from common.text import bos_ids, encode_text
 
 IGNORE = -100                                             # label of a position that is not supervised
 IMAGE = "<image>"
@@ -102,14 +102,6 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
     return out
 
 
-def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the id that a sequence begins with, <s> or <bos>, as a list; empty for families without one (Phi-2)."""
-    for token in ("<s>", "<bos>"):
-        if tokenizer.token_to_id(token) is not None:
-            return [tokenizer.token_to_id(token)]
-    return []
-
-
 def eos_id(tokenizer: Tokenizer, template: str) -> int:
     """Return the id that ends an answer (plain: the newline). Raises UserError if the tokenizer lacks it."""
     eos = TEMPLATES[template].eos
@@ -177,13 +169,8 @@ class ImageProcessor:
             image, w, h = square, side, side
 
         # Resize: to a fixed square, or the shortest edge to `size` with the aspect kept.
-        long = int(self.size * max(w, h) / min(w, h))
-        if self.stretch:
-            to = (self.size, self.size)
-        elif w <= h:
-            to = (self.size, long)
-        else:
-            to = (long, self.size)
+        long = self.size if self.stretch else int(self.size * max(w, h) / min(w, h))
+        to = (self.size, long) if w <= h else (long, self.size)
         image = image.resize(to, Image.Resampling.BICUBIC)
         left, top = (image.width - self.crop_size) // 2, (image.height - self.crop_size) // 2
         image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
@@ -226,13 +213,11 @@ class Batch:
         return (self.labels != IGNORE) & self.text_after_image()
 
     def to(self, device) -> "Batch":
-        return replace(self, **{k: t.to(device, non_blocking=True) for k, t in self.tensors().items()})
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
+                                if isinstance(v, Tensor)})
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{k: t.pin_memory() for k, t in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
 
 
 def collate(examples: list[Example], image_size: int) -> Batch:

@@ -256,7 +256,7 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
 @dataclass
 class MIRConfig:
     """Measure the Modality Integration Rate of a checkpoint."""
-    ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest checkpoint), or a released LLaVA", "run")
+    ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest one), or a released LLaVA", "run")
     out: str | None = option(None, "a JSON file for all the numbers; unset: they are only printed")
     batch_size: int = option(20, "pairs at a time, on a rank")
 

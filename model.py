@@ -273,8 +273,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, rope, mask=None, cache=None, attend=None, moca: MoCa | None = None,
                 image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """(B,T,D) → (B,T,D), and attention to the image if `attend` = (rows, columns) asks for it (common/positions.py).
-        moca calibrates the output at image_mask (B,T)."""
+        """(B,T,D) → (B,T,D), and the attention from rows to image columns if attend = (rows, columns), else None."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -285,10 +284,7 @@ class DecoderLayer(nn.Module):
         if moca is not None:
             x = moca(x, image_mask)
         # Keep last: it needs no gradient, so recomputation stops before it.
-        attention = None
-        if attend is not None:
-            attention = attention_to_image(q, k, *attend, self.self_attn.window)
-        return x, attention
+        return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
 
 
 class KVCache:
@@ -323,13 +319,11 @@ class Decoder(nn.Module):
         x = self.model["embed_tokens"](input_ids)
         if torch.is_autocast_enabled(x.device.type):      # the residual stream is in the dtype of computing
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self.config.embed_scale == 1:
-            return x
-        return x * torch.tensor(self.config.embed_scale, dtype=x.dtype)     # rounded first, as transformers does
+        scale = self.config.embed_scale                   # rounded to x's dtype, as in transformers
+        return x if scale == 1 else x * torch.tensor(scale, dtype=x.dtype)
 
     def forward(self, inputs_embeds: Tensor, **options) -> Tensor:
-        """inputs_embeds (B,T,D) → hidden states after the final norm, (B,T,D). `lm_head` makes logits of them. The
-        options are those of `run_layers`."""
+        """inputs_embeds (B,T,D) → hidden states after the final norm, (B,T,D). Options: see `run_layers`."""
         return self.model["norm"](self.run_layers(inputs_embeds, **options))
 
     def run_layers(self, inputs_embeds: Tensor, watch=None, watch_layers: int | None = None, attend=None,
@@ -339,22 +333,20 @@ class Decoder(nn.Module):
 
         image_mask (B,T): where MoCa acts; None: nowhere.
         watch(i, h, attention): called after each layer i = 1..watch_layers (None: all) with its output, detached, and
-        with its attention to the image if `attend` = (rows, columns) asks for it.
+        with its attention to the image if `attend`, arguments of `attention_to_image`, asks for it.
         cache: keeps the keys and values of these tokens. A prompt fills the first slots of the cache's `rows` (None:
         all). A continuation gives `positions` (B,T) and `end`: its tokens see the slots before `end`."""
         c, h = self.config, inputs_embeds
-        if watch is None:
-            watch_layers = 0
-        elif watch_layers is None:
-            watch_layers = c.num_hidden_layers
+        if watch_layers is None:
+            watch_layers = 0 if watch is None else c.num_hidden_layers
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
         rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
         if positions.dim() == 2:
             rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
 
-        # No mask is plain causal attention, the fastest kernel. Slot j of a cache is visible from position ≥ j: what a
-        # shorter prompt's padding left there stays hidden until it is overwritten.
+        # No mask is plain causal attention, the fastest kernel. In a cache, position i sees the slots j ≤ i: padding
+        # that a shorter prompt left there stays hidden until it is overwritten.
         mask = None
         if end is not None:
             mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
@@ -417,8 +409,7 @@ class Llava(nn.Module):
                 watch_layers: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
 
-        watch, watch_layers: see Decoder.run_layers. attention_from (B,T) bool: the query rows whose attention to the
-        image `watch` receives, (B,M,N)."""
+        watch, watch_layers: see run_layers. attention_from (B,T) bool: rows whose attention to the image watch gets."""
         lm = self.language_model
         patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
         image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
@@ -433,8 +424,7 @@ class Llava(nn.Module):
     @torch.inference_mode()
     def generate(self, input_ids: Tensor, pixel_values: Tensor | None, image_mask: Tensor, max_new_tokens: int = 64,
                  eos_token_id: int | None = None) -> list[int]:
-        """Answer one prompt greedily. Returns ids without the end token. (evaluation/generate.py: many prompts at once.)
-
+        """Answer one prompt greedily. Returns ids without the end token. evaluation/generate.py: many prompts at once.
         input_ids (T,); image_mask (T,) bool, the image positions; pixel_values (1,3,H,W) or None."""
         lm, device = self.language_model, input_ids.device
         h, mask = lm.embed(input_ids[None]), image_mask[None]                               # (1,T,D), (1,T)

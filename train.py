@@ -7,13 +7,10 @@
 
 Read `train` first: it is the loop. Its settings come from training/settings.py, its model and samples from
 training/setup.py, its files go through training/folder.py.
-
-Shape letters: B samples of a micro-batch · T sequence positions.
 """
 import contextlib
 import math
 import os
-import resource
 import shutil
 import signal
 import time
@@ -25,28 +22,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mir
+from common import parallel
 from common.files import read_json
 from common.flags import UserError, parse, run
-from common.parallel import (
-    Ranks,
-    choose_device,
-    clip_gradients,
-    explain_lost_ranks,
-    finish,
-    gathered,
-    over,
-    rank_count,
-    reduce_once,
-    start,
-    sync_gradients,
-    wrap,
-)
+from common.parallel import Ranks
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
-from training.folder import Log, check_out, clear, load_optimizer, make_folder, newest, note_bad_images, save
+from training import folder
 from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
 from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
@@ -65,27 +50,27 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
     on_gpu = ranks.device.type == "cuda"
 
     # DDP and FSDP wrap model and loss together: the loss uses weights of the model, its head among them.
-    objective = wrap(Objective(model, cfg), ranks)
+    objective = parallel.wrap(Objective(model, cfg), ranks)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), weight_decay=0.0, fused=True)
+    betas = 0.9, cfg.adam_beta2
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg), betas=betas, weight_decay=0.0, fused=True)
     if ckpt:
-        load_optimizer(optimizer, ckpt)
-    once = reduce_once(trained, ranks)
+        folder.load_optimizer(optimizer, ckpt)
+    once = parallel.reduce_once(trained, ranks)
     if ranks.first:
         print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
-        log = Log(out / "metrics.jsonl", cfg.stage, step)
+        log = folder.Log(out / "metrics.jsonl", cfg.stage, step)
 
-    with stop_signals() as stop, progress(cfg, step, steps, ranks) as bar:
-        workers = cfg.workers
-        if workers is None:
-            workers = 4 if on_gpu else 1
+    hidden = None if ranks.first else True                # the bar: of the first rank, and only in a terminal
+    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
+        workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
         while step < steps:
             began = time.perf_counter()
 
             # This rank's share of one global batch.
             micro = [next(batches) for _ in range(accumulation)]
-            note_bad_images(micro, cfg, out)
+            folder.note_bad_images(micro, cfg, out)
 
             # What each term is divided by, summed over ranks before the first forward: a token weighs the same
             # whatever it is batched with. So 1 rank × 8 accumulation steps = 8 ranks × 1.
@@ -95,14 +80,14 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             totals = {name: 0.0 for name in counts}
             for i, batch in enumerate(micro):
                 last = i == accumulation - 1
-                with sync_gradients(objective, when=last or not once):
+                with parallel.sync_gradients(objective, when=last or not once):
                     with autocast(ranks):
                         terms = objective(batch.to(ranks.device))
                     loss = sum(t.weight * t.total / counts[t.name].clamp(min=1) for t in terms)
                     (loss * ranks.count).backward()       # DDP and FSDP average over ranks; our loss is a sum
                 for t in terms:
                     totals[t.name] += t.total.detach()
-            norm = clip_gradients(trained, ranks, max_norm=1.0)
+            norm = parallel.clip_gradients(trained, ranks, max_norm=1.0)
 
             # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts.
             tokens = sum(batch.attention_mask.sum() for batch in micro)
@@ -127,16 +112,16 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
                 rate = tokens / (time.perf_counter() - began)
                 log.write(stage=cfg.stage, step=step, loss=loss, **values, lr=lr, grad_norm=norm,
                           tokens_per_s=round(rate), supervised=int(count["ce"]),
-                          peak_gib=round(peak_gib(ranks.device), 3))
+                          peak_gib=round(parallel.peak_gib(ranks.device), 3))
                 show(bar, cfg.stage, step, steps, values, rate)
             if pairs and step % cfg.mir_every == 0:
                 measured = measure_mir(objective, pairs, step, cfg, ranks)
                 if ranks.first:
                     log.write(stage=cfg.stage, step=step, kind="mir", **measured)
             if step == steps or step % cfg.save_every == 0 or stopping:
-                save(out, cfg, model, optimizer, step, steps, ranks)
+                folder.save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: --resume continues")
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; saved: --resume continues")
 
 
 def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Order:
@@ -210,7 +195,7 @@ def stop_if_not_finite(loss: float, norm: float, step: int, totals: dict, micro:
 def measure_mir(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainConfig, ranks: Ranks) -> dict:
     """Measure MIR between two steps, each rank its share. Training continues as if it had not been measured."""
     try:
-        with gathered(objective), autocast(ranks):
+        with parallel.gathered(objective), autocast(ranks):
             return mir.measure(getattr(objective, "module", objective).model, pairs)
     except ValueError as e:
         raise UserError(f"--mir-every, step {step} of {cfg.stage}: {e}") from None
@@ -236,11 +221,6 @@ def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trai
     return ", ".join(parts)
 
 
-def progress(cfg: TrainConfig, step: int, steps: int, ranks: Ranks) -> tqdm:
-    """A progress bar, of the first rank and only in a terminal."""
-    return tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=None if ranks.first else True)
-
-
 def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float], rate: float) -> None:
     """Show the terms of a step: in the bar, or every 50 steps as a line where output goes to a file."""
     terms = " ".join(f"{name} {value:.3f}" for name, value in values.items())
@@ -250,18 +230,11 @@ def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float],
         print(f"{stage} step {step}/{steps}  {terms}  {rate / 1000:.1f}k tokens/s", flush=True)
 
 
-def peak_gib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
-
-
 # ------------------------------------------------------------------------------------------------ stages
 def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Draw the toy's data into the run's folder, unless it is there."""
-    make_folder(cfg, out, [], ranks)
+    folder.make_folder(cfg, out, [], ranks)
     if ranks.first and not (out / "data").exists():
-        print("making the toy: 12,000 pictures, their captions and conversations", flush=True)
         temporary = out / ".data.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         world.make(temporary, cfg.seed)
@@ -271,15 +244,16 @@ def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
 
 def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
-    ckpt = newest(out, stage.stage, ranks)
+    ckpt = folder.newest(out, stage.stage, ranks)
     if ckpt:
         saved = read_json(ckpt / "config.json")
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
+        # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)
+        folder.check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
-    ranks = over(ranks, sharded)
+    ranks = parallel.over(ranks, sharded=cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage)))
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
     model = build(stage, ckpt, ranks)
@@ -287,7 +261,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         make_toy(cfg, out, ranks)
     data, bad = load_data(stage, out, ranks)
     pairs = mir_pairs(stage, data, out)
-    make_folder(cfg, out, bad, ranks)
+    folder.make_folder(cfg, out, bad, ranks)
     train(stage, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 
@@ -301,26 +275,31 @@ def main() -> None:
     # Everything that can be wrong in flags and folders, before any long work.
     check_start(cfg)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
-    plans = [settings(cfg, stage, rank_count()) for stage in stages]
-    check_out(cfg, out)
+    plans = [settings(cfg, stage, parallel.rank_count()) for stage in stages]
+    folder.check_out(cfg, out)
     check_folders(cfg)
     for plan in plans:
         check_objective(plan)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
-    device, dtype = choose_device(cfg.device, cfg.dtype)
-    ranks = start(device, dtype, cfg.timeout)
-    with explain_lost_ranks(ranks):
+    ranks = parallel.start(*parallel.choose_device(cfg.device, cfg.dtype), cfg.timeout)
+    with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
         ranks.wait()                                      # every rank has looked at --out
         if cfg.overwrite and ranks.first:
-            clear(out)
+            folder.clear(out)
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
-    if cfg.data is None and ranks.first:
-        from toy.report import report  # imports the benchmarks, which training does not need
-        report(out, stages, cfg.device, cfg.dtype)
-        print(f"{time.perf_counter() - began:.0f} s in all")
-    finish(ranks)
+        alone = parallel.leave(ranks)                              # the report needs the first rank only
+    if ranks.first:                                       # imports what training does not need
+        if cfg.data is None:
+            from toy.report import report
+            results = report(out, stages, alone.device, alone.dtype)
+            folder.Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
+        else:
+            from look.runs import write_report
+            write_report(out)
+        print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
+    parallel.finish(ranks)
 
 
 if __name__ == "__main__":

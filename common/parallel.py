@@ -10,6 +10,7 @@ ordinary tensors.
 """
 import contextlib
 import os
+import resource
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -93,14 +94,23 @@ def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool =
     return Ranks(rank, count, device, dtype)
 
 
+def leave(ranks: Ranks) -> Ranks:
+    """Leave the other processes; every rank must call. Returns this process as a single one: what it computes from now
+    on waits for nobody."""
+    if ranks.count > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return replace(ranks, count=1, mesh=None)
+
+
 def finish(ranks: Ranks) -> None:
     """Leave together. Call last: with several ranks the process ends here.
 
     A thread of gloo may abort the process if it releases a collective's tensor while Python shuts down (seen about once
     in 40 runs). All output is written by now, so the process exits without that shutdown."""
-    if ranks.count > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        leave(ranks)
+    if rank_count() > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
@@ -115,7 +125,7 @@ def over(ranks: Ranks, sharded: bool) -> Ranks:
 
 
 @contextlib.contextmanager
-def explain_lost_ranks(ranks: Ranks) -> Iterator[None]:
+def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again") -> Iterator[None]:
     """Turn PyTorch's error for a lost process into one line: a rank that ends takes the others with it."""
     try:
         yield
@@ -123,14 +133,21 @@ def explain_lost_ranks(ranks: Ranks) -> Iterator[None]:
         text = " ".join(str(e).split())
         if "DataLoader worker" in text:
             raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran out, use fewer "
-                            "--workers; --resume continues from the newest checkpoint") from None
+                            f"--workers; {advice}") from None
         timed_out = "imed out" in text or "imeout" in text
         lost = "Connection" in text or "connection" in text or "NCCL error" in text
         if ranks.count == 1 or not (timed_out or lost):
             raise
         what = "was silent for --timeout minutes" if timed_out else "ended"
-        raise UserError(f"another rank {what}: its own message, if it left one, says why. --resume continues from "
-                        f"the newest checkpoint ({text[:100]})") from None
+        raise UserError(f"another rank {what}: its own message, if it left one, says why; {advice} "
+                        f"({text[:100]})") from None
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the most memory in use so far, in GiB: of the GPU, or resident memory of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
 # ------------------------------------------------------------------------------------------------ sharding a model
@@ -144,7 +161,7 @@ def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
 
 
 def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """Return the module to call: the objective as FSDP's root unit (its blocks are sharded already), or DDP around it."""
+    """Return the module to call: the objective as FSDP's root unit, its blocks being sharded, or DDP around it."""
     if ranks.mesh is not None:
         shard(objective, ranks, root=True)
         return objective

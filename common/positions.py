@@ -28,9 +28,10 @@ def visible(distance: Tensor, window: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, window: int | None = None,
-                       chunk: int = 64) -> Tensor:
+def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, average: bool = True,
+                       window: int | None = None, chunk: int = 64) -> Tensor:
     """Attention probabilities from some query rows to the image positions, averaged over heads: (B,M,N) float32.
+    average=False: of every head, (B,H,M,N).
 
     q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N): positions of the
     image tokens, -1 where there is none (the result is 0 there). The softmax is over all keys that a query sees. Fused
@@ -43,7 +44,10 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, wind
         at = part.clamp(min=0)[:, None, :, None]                                            # (B,1,m,1)
         scores = (q.gather(2, at.expand(B, H, -1, d)) @ k.transpose(2, 3)).float() * d ** -0.5        # (B,H,m,T)
         scores = scores.masked_fill(~visible(at - keys, window), -torch.inf)
-        p = scores.softmax(-1).mean(1)                                                      # (B,m,T)
-        p = p.gather(2, columns.clamp(min=0)[:, None].expand(-1, part.shape[1], -1))        # (B,m,N)
-        out.append(p * (part >= 0)[:, :, None] * (columns >= 0)[:, None])
-    return torch.cat(out, dim=1)
+        p = scores.softmax(-1)                                                              # (B,H,m,T)
+        if average:
+            p = p.mean(1, keepdim=True)                                                     # (B,1,m,T)
+        p = p.gather(3, columns.clamp(min=0)[:, None, None].expand(*p.shape[:3], -1))       # (B,1 or H,m,N)
+        out.append(p * (part >= 0)[:, None, :, None] * (columns >= 0)[:, None, None])
+    p = torch.cat(out, dim=2)
+    return p[:, 0] if average else p

@@ -1,8 +1,16 @@
-"""Text → ids, with the rules about spaces that released checkpoints were trained with."""
+"""Text → ids, with the rules about spaces that released checkpoints were trained with; and ids → what people read."""
 from tokenizers import Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
 RULES = ("4.31", "4.37", "legacy")                        # versions of transformers, see encode_text
+
+
+def bos_ids(tokenizer: Tokenizer) -> list[int]:
+    """Return the id that a sequence begins with, <s> or <bos>, as a list; empty for families without one (Phi-2)."""
+    for token in ("<s>", "<bos>"):
+        if tokenizer.token_to_id(token) is not None:
+            return [tokenizer.token_to_id(token)]
+    return []
 
 
 def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
@@ -49,3 +57,19 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
                 i = tokenizer.token_to_id("<unk>")
             tokens[split + 1] = i, tokens[split + 1][1]
     return [i for i, _ in tokens], [offsets for _, offsets in tokens]
+
+
+def show_token(tokenizer: Tokenizer, i: int) -> str:
+    """The text of one token, with the space before it. What cannot be shown is spelled as in the vocabulary."""
+    piece, text = tokenizer.id_to_token(i) or f"<{i}>", tokenizer.decode([i], skip_special_tokens=False)
+    if text == "\n":
+        return text
+    if not text.strip() or not text.isprintable() or "\ufffd" in text:
+        return piece
+    return " " + text.strip() if piece.startswith(SPACE) else text
+
+
+def is_word(piece: str | None) -> bool:
+    """True if a piece of a vocabulary is a whole alphabetic word: a space, as SentencePiece or byte-level BPE write it,
+    then letters, two at least. Our proxy for BASIC's "meaningful" words; a person would not count "▁tri"."""
+    return piece is not None and piece[:1] in (SPACE, "Ġ") and piece[1:].isalpha() and len(piece) > 2

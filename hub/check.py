@@ -17,7 +17,9 @@ from hub.tokenizer import load_tokenizer
 
 @dataclass
 class CheckFlags:
-    """Look through FILE, LLaVA JSON or JSONL, before a run. The exit code is 0 if every sample can be used, else 2."""
+    """Look through FILE, LLaVA JSON or JSONL, before a run. The exit code is 0 if every sample can be used, else 2.
+
+    `python -m look --data FILE --images DIR --llm DIR --vision DIR --show N` shows samples as the model gets them."""
     images: str | None = option(None, "the folder of its images", "samples")
     out: str | None = option(None, "write the list of the samples that cannot be used to this file")
     llm: str | None = option(None, "a language model's folder: find the samples of which --max-length leaves no answer",

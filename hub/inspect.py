@@ -3,7 +3,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.flags import UserError
-from data import FAMILY_TEMPLATE, bos_ids, eos_id
+from common.text import bos_ids
+from data import FAMILY_TEMPLATE, eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
 from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, load_processor, read_config
 from hub.released import PARTS, Place, find_tensors, load_llm, load_vision

@@ -10,12 +10,11 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.files import read_json, read_jsonl
+from common.files import read_jsonl
 from common.flags import UserError, option, parse, run
-from data import IMAGE, Example, ImageProcessor, collate, encode, eos_id
-from hub.checkpoint import checkpoint_folder, load_model
-from hub.tokenizer import load_tokenizer
-from model import Llava
+from evaluate import Assistant
+from hub.checkpoint import checkpoint_folder
+from look.gather import answer
 from toy.world import CATEGORIES, COLUMNS, ROWS
 
 BLUE, AMBER, VIOLET, GREEN = (37, 99, 235), (217, 119, 6), (109, 40, 217), (5, 122, 85)     # image, text, both, losses
@@ -134,24 +133,16 @@ def draw_data_path(path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ the toy
-@torch.no_grad()
-def ask(model: Llava, folder: Path, image: Image.Image, question: str, layer: int) -> tuple[str, torch.Tensor]:
+def ask(assistant: Assistant, image: Image.Image, question: str, layer: int) -> tuple[str, torch.Tensor]:
     """Ask about an image. Returns the answer, and how the attention of the prompt's last token in a layer, averaged
     over heads, divides over the image tokens: (N,), sum 1."""
-    c, tokenizer = read_json(folder / "config.json"), load_tokenizer(folder)
-    processor = ImageProcessor.from_folder(folder)
-    turns = [{"from": "human", "value": f"{IMAGE}\n{question}"}]
-    ids, labels, mask = encode(turns, tokenizer, c["template"], model.vision_tower.config.image_tokens,
-                               after_special=c["after_special"])
-    batch = collate([Example(ids, labels, mask, processor(image, c["pad"]))], processor.crop_size)
-    last = torch.zeros_like(batch.input_ids, dtype=torch.bool)
-    last[:, -1] = True
-    maps = {}
-    model(batch, lambda i, h, attention: maps.update({i: attention}), attention_from=last)
-    if layer not in maps:
-        raise UserError(f"--layer {layer}: the decoder has layers 1 to {len(maps)}")
-    answer = model.generate(ids, batch.pixel_values, mask, 8, eos_id(tokenizer, c["template"]))
-    return tokenizer.decode(answer).strip(), maps[layer][0, 0] / maps[layer][0, 0].sum()
+    inside = answer(assistant, image, question, 8)
+    if layer > len(inside.attention):
+        raise UserError(f"--layer {layer}: the decoder has layers 1 to {len(inside.attention)}")
+    last = int((inside.rows < inside.answer).sum()) - 1
+    attention = inside.attention[layer - 1, :, last].mean(0)[inside.image]                  # (N,)
+    said = assistant.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip()
+    return said, attention / attention.sum()
 
 
 def draw_card(c: Canvas, x: int, y: int, image: Image.Image, row: dict, answer: str, attention: torch.Tensor) -> None:
@@ -186,7 +177,7 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
     folder = checkpoint_folder(ckpt)
     run_folder = ckpt if (ckpt / "data").is_dir() else folder.parent
     data = run_folder / "data"
-    model = load_model(folder, dtype=torch.float32).eval()
+    assistant = Assistant.from_checkpoint(folder)
     rows = read_jsonl(data / "test.jsonl")
     c = Canvas(1056, 588)
     title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the attention of the prompt's "
@@ -196,8 +187,8 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
         of = [row for row in rows if row["category"] == category]
         row = of[n * len(of) // len(CATEGORIES)]
         image = Image.open(data / "images" / row["image"]).convert("RGB")
-        answer, attention = ask(model, folder, image, row["text"], layer)
-        draw_card(c, 24 + 340 * (n % 3), 52 + 260 * (n // 3), image, row, answer, attention.cpu())
+        said, attention = ask(assistant, image, row["text"], layer)
+        draw_card(c, 24 + 340 * (n % 3), 52 + 260 * (n // 3), image, row, said, attention)
     c.save(path)
 
 

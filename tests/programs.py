@@ -167,7 +167,7 @@ def shell(*words, ranks: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProce
 def call(script: str, *arguments) -> subprocess.CompletedProcess:
     """Run a program inside this process: the cheapest way, for one process and no signals. script: "train.py", or
     "hub" for `python -m hub`."""
-    module = importlib.import_module("hub.__main__" if script == "hub" else script.removesuffix(".py"))
+    module = importlib.import_module(script.removesuffix(".py") if script.endswith(".py") else f"{script}.__main__")
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = [script, *map(str, arguments)]

@@ -104,6 +104,8 @@ def test_every_command_of_readme_runs_in_the_order_of_the_page(played):
     assert {"existence", "adversarial", "count", "colour"} < results["accuracy"]["test"].keys()
     assert results["mir"]["pretrain"] and results["mir"]["finetune"] and Path(results["checkpoint"]).name
     assert (played / "out/finetune" / "finetune-2").is_dir()
+    assert '"right":' in (played / "out/toy/report.html").read_text()
+    assert (played / "out/finetune/report.html").is_file()
 
 
 @pytest.mark.slow
@@ -218,6 +220,7 @@ def test_every_flag_that_a_page_names_exists():
         known += call(program, "--help").stdout
     for part in ("check", "export"):
         known += call("hub", part, "--help").stdout
+    known += call("look", "--help").stdout
     for flag in sorted(set(re.findall(r"`(--[a-z-]+)", TEXT))):
         assert re.search(rf"{flag}\b(?!-)", known), f"a page names {flag}, which no program has"
 

@@ -240,7 +240,7 @@ def test_basic_computes_only_what_is_switched_on(monkeypatch):
     import model as module
     calls = []
     plain = module.attention_to_image
-    monkeypatch.setattr(module, "attention_to_image", lambda *a: calls.append(1) or plain(*a))
+    monkeypatch.setattr(module, "attention_to_image", lambda *a, **k: calls.append(1) or plain(*a, **k))
     def names(**options):
         calls.clear()
         return [t.name for t in Objective(tiny(), cfg("basic", **options))(example())]

@@ -16,6 +16,7 @@ from training.settings import TrainConfig, settings
 def test_stage_fills_in_llavas_recipe_and_keeps_what_is_given():
     cfg = settings(TrainConfig(data="x.json"), "pretrain", ranks=8)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
+    assert cfg.adam_beta2 == torch.optim.AdamW([torch.zeros(1)]).defaults["betas"][1]      # LLaVA's is PyTorch's
     cfg = settings(TrainConfig(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, True)
 
@@ -30,6 +31,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
     (dict(global_batch=12, micro_batch=5), 1, "12 is not divisible by .*--micro-batch 5: a rank's share is 12"),
     (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0"),
     (dict(loss="vdep", vdep_ratio=1.5), 1, "--vdep-ratio must be from 0 to 1"),
+    (dict(adam_beta2=1.0), 1, "--adam-beta2 must be from 0 to 0.9999"),
     (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be from 0"),
     (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is --loss vista")])
 def test_impossible_settings_are_refused(given, ranks, says):

@@ -128,8 +128,8 @@ def two_samples(llama_tokenizer, tmp_path):
     turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "A cat."}]
     samples = [{"id": "x", "image": "a.png", "conversations": turns},
                {"id": "y", "conversations": [{**t, "value": t["value"].replace("<image>", "")} for t in turns]}]
-    return lambda **options: Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("plain", 4, 2048, pad=False),
-                                     **options)
+    text = Format("plain", 4, 2048, pad=False)
+    return lambda **options: Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), text, **options)
 
 
 def test_a_sample_in_vdep_mode_is_the_image_alone(two_samples):

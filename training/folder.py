@@ -42,12 +42,11 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     elif "run.json" not in holds:
         raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
     else:
-        check_same_run(cfg, out)
+        check_same_run(cfg, read_json(out / "run.json"), out)
 
 
-def check_same_run(cfg: TrainConfig, out: Path) -> None:
-    """Raise UserError if the run in `out` was started with other flags. Flags that it did not know had their default."""
-    started = read_json(out / "run.json")
+def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
+    """Raise UserError if a run or a checkpoint was made with other flags. A flag that it lacks had its default."""
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
@@ -56,7 +55,7 @@ def check_same_run(cfg: TrainConfig, out: Path) -> None:
         if f.name not in FREE_TO_CHANGE and old != new:
             changed.append(f"{flag(f.name)} {old} (now {new})")
     if changed:
-        raise UserError(f"--resume: the run in {out} was started with {', '.join(changed)}")
+        raise UserError(f"--resume: {place} was started with {', '.join(changed)}")
 
 
 def clear(out: Path) -> None:

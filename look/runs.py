@@ -1,0 +1,101 @@
+"""A run's page: curves, tables and six answers; several runs laid over each other, a study's seeds as a band."""
+import statistics
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from common.files import read_json, read_jsonl, read_lines
+from common.flags import UserError
+from evaluate import Assistant
+from evaluation.metrics import exact
+from hub.checkpoint import checkpoints
+from look.gather import gather
+from look.page import write_page
+
+POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
+NOT_CURVES = ("stage", "step", "kind", "supervised", "tokens_per_s", "peak_gib")
+NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout")
+
+
+def write_report(out: Path, assistant: Assistant | None = None) -> None:
+    """Write out/report.html. With an assistant and the toy's data in `out`, it asks a question of every category about
+    six pictures, and looks inside the one about a colour."""
+    answers, looks = [], []
+    if assistant is not None and (out / "data" / "test.jsonl").is_file():
+        rows = read_jsonl(out / "data" / "test.jsonl")
+        for row in rows[::len(rows) // 6 + 1]:
+            image = Image.open(out / "data" / "images" / row["image"])
+            look = gather(assistant, checkpoints(out)[-1].name, image, row["text"], 16)
+            answers.append({**look, "wanted": row["answer"], "right": bool(exact(look["answer"], row["answer"]))})
+            if row["category"] == "colour":
+                looks = [look]
+    write_page(out / "report.html", f"run {out.name}", looks, {"groups": group_runs([out]), "answers": answers})
+
+
+# ------------------------------------------------------------------------------------------------ curves
+def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
+    """Stage → name → {step: value} of what a run has logged so far."""
+    if not (run / "metrics.jsonl").is_file():
+        raise UserError(f"{run} has no metrics.jsonl: give the --out folder of a run")
+    stages = {"pretrain": {}, "finetune": {}}
+    for line in read_lines(run / "metrics.jsonl")[0]:
+        names = ["mir"] if line.get("kind") == "mir" else [k for k in line if k not in NOT_CURVES]
+        if line["stage"] in stages:
+            for name in names:
+                stages[line["stage"]].setdefault(name, {})[line["step"]] = line[name]
+    return stages
+
+
+def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
+    """The same curve of several runs → x (steps), y (mean), low and high. A point is the mean of `width` steps of a
+    run, at their last step; then of the runs that have come so far."""
+    width = -(-max(max(curve) for curve in curves) // POINTS)
+    points = {}
+    for curve in curves:
+        bins = {}
+        for step, value in curve.items():
+            bins.setdefault(-(-step // width) * width, []).append(value)
+        for step, values in bins.items():
+            points.setdefault(step, []).append(statistics.fmean(values))
+    steps = sorted(points)
+    return {"x": steps, "y": [statistics.fmean(points[s]) for s in steps],
+            "low": [min(points[s]) for s in steps], "high": [max(points[s]) for s in steps]}
+
+
+def group_runs(runs: list[Path]) -> list[dict]:
+    """Runs that differ in their seed alone make one group, with a band around its curves."""
+    groups = {}
+    for folder in runs:
+        settings = read_json(folder / "run.json")
+        key = str({k: v for k, v in settings.items() if k not in NOT_STUDIED})
+        groups.setdefault(key, (settings, []))[1].append(folder)
+    out = []
+    for settings, folders in groups.values():
+        name = settings["loss"] + (" + MoCa" if settings["moca"] else "")
+        if [s["loss"] for s, _ in groups.values()].count(settings["loss"]) > 1:
+            name += f" ({folders[0].name})"
+        read, stages = [read_curves(f) for f in folders], {}
+        for stage in ("pretrain", "finetune"):
+            names = dict.fromkeys(n for curves in read for n in curves[stage])              # in the order of the log
+            stages[stage] = {n: overlay_curves([c[stage][n] for c in read if n in c[stage]]) for n in names}
+        out.append({"name": name, "stages": stages, **results_of(folders)})
+    return out
+
+
+def results_of(folders: list[Path]) -> dict:
+    """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance by layer."""
+    results = [read_json(f / "results.json") for f in folders if (f / "results.json").is_file()]
+    tables, layers = {}, {}
+    for r in results:
+        rows = {**r["accuracy"], **{f"{name}, images shuffled": row for name, row in r["shuffled"].items()}}
+        for name, row in rows.items():
+            for category, value in row.items():
+                tables.setdefault(name, {}).setdefault(category, []).append(value)
+        for stage, measured in r["stages"].items():
+            layers.setdefault(stage, []).append(measured["layers"])
+    for row in tables.values():
+        for category, v in row.items():
+            row[category] = [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0]
+    return {"finished": len(results), "accuracy": tables,
+            "mir_layers": {stage: torch.tensor(rows).mean(0).tolist() for stage, rows in layers.items()}}
