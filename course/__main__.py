@@ -32,7 +32,8 @@ def gradescope(name: str, out: Path, seed: int) -> None:
         for path in sorted(set(paths)):
             z.write(path, path.relative_to(ROOT))
         z.writestr("setup.sh", "#!/usr/bin/env bash\nset -e\napt-get update && apt-get install -y python3-pip\n"
-                   "pip3 install torch numpy safetensors tokenizers --extra-index-url https://download.pytorch.org/whl/cpu\n")
+                   "pip3 install torch numpy safetensors tokenizers "
+                   "--extra-index-url https://download.pytorch.org/whl/cpu\n")
         z.writestr("run_autograder", "#!/usr/bin/env bash\nset -e\ncd /autograder/source\n"
                    f"python3 -m course grade {name} /autograder/submission --seed {seed} --out /tmp/grades.csv\n"
                    "cp /tmp/grades/submission.json /autograder/results/results.json\n")
