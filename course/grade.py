@@ -32,7 +32,7 @@ class Worker:
     def __init__(self, name: str):
         self.name = name
         env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-               "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "4194304"}   # memory is given back at once
+               "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "4194304"}   # memory returns at once
         self.process = subprocess.Popen([sys.executable, "-m", "course.worker", name], cwd=ROOT, env=env,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
 

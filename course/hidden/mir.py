@@ -13,7 +13,7 @@ def tokens(g, n, D, even=False):
     return x
 
 
-@item(15)
+@item(10)
 def mean_and_covariance(f, g):
     """μ is the mean of the tokens, Σ = Σ_i (f_i − μ)(f_i − μ)ᵀ / (n − 1), (D,D)."""
     found = f.moments(tokens(g, size(g, 30, 50), size(g, 4, 7)))

@@ -10,8 +10,8 @@ PARALLEL = "            x = x + y + self.mlp(normed)"
 FIRST = "            x = x + y\n"
 SECOND = "            x = x + self.mlp(self.post_attention_layernorm(x))"
 MOCA = "        if moca is not None:\n            x = moca(x, image_mask)\n"
-MAPS = "            attention = attention_to_image(q, k, *attend, self.self_attn.window)"
-NONE = "        attention = None\n        if attend"
+MAPS = "None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)"
+NONE = "return x, None if attend is None else attention"
 EARLY = "        if moca is not None:\n            x = moca(x, image_mask)\n"
 
 WRONG = [
@@ -94,7 +94,7 @@ WRONG = [
     ("rows and columns of the maps are mixed up", "attention_maps", MAPS,
      MAPS.replace("*attend", "attend[1], attend[0]")),
     ("a map is returned that nobody asked for", "attention_maps", NONE,
-     NONE.replace("attention = None", "attention = torch.zeros(())")),
+     NONE.replace("None if attend", "torch.zeros(()) if attend")),
 ]
 
 RIGHT = [
