@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # LLaVA-1.5 at the paper's settings, with any objective, both stages. Flags after the first two words go to both stages.
 #     runs/llava.sh 7b ce                        LLaVA-1.5, 2310.03744
-#     runs/llava.sh 13b vdep                     VDEP, 2502.09093 (its stage 1 is twice as long)
+#     runs/llava.sh 13b vdep                     VDEP, 2502.09093, at 13b, which is ours (stage 1 is twice as long)
 #     runs/llava.sh 7b vista                     VISTA, 2505.10917
 #     runs/llava.sh 7b basic                     BASIC, 2508.06895
 #     runs/llava.sh 7b ce --moca                 MoCa, 2410.07167
