@@ -121,7 +121,8 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             if step == steps or step % cfg.save_every == 0 or stopping:
                 folder.save(out, cfg, model, optimizer, step, steps, ranks)
             if stopping and step < steps:
-                raise UserError(f"stopped by a signal after {cfg.stage}'s step {step}; it is saved: --resume continues")
+                raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: "
+                                "--resume continues")
 
 
 def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Order:

@@ -18,7 +18,11 @@ from runs.walk import walk
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_public.py"]
 
 
-@pytest.fixture(scope="module", params=list(ASSIGNMENTS))
+# One folder in the suite, the others with the slow tests.
+NAMES = [name if name == "vista" else pytest.param(name, marks=pytest.mark.slow) for name in ASSIGNMENTS]
+
+
+@pytest.fixture(scope="module", params=NAMES)
 def folder(request, tmp_path_factory):
     """A folder as students get it."""
     out = tmp_path_factory.mktemp("course") / request.param

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -546,20 +547,20 @@ def test_inputs_as_released_are_images_as_trained_uncut_text_and_the_newline(che
         ids = batch.input_ids[0][batch.attention_mask[0] & ~batch.image_mask[0]]
         return batch.image_mask[0].sum(), "".join(load_tokenizer(folder).id_to_token(i) for i in ids.tolist())
     ours, theirs = (pair_batches(folder, pairs, images, as_released=r) for r in (False, True))
-    ours.max_length = 200
+    ours.samples.format = replace(ours.samples.format, max_length=200)
     (_, cut), (n, whole) = text_of(ours[0]), text_of(theirs[0])
     assert "▁USER:▁▁<0x0A>▁ASSISTANT:" in whole and "<0x0A>" not in cut, "the newline of an empty question"
     assert cut.count("▁circle") < whole.count("▁circle") == 100
-    assert n == theirs.image_tokens
-    assert theirs.pad and ours.pad, "after stage 2 images are padded"
+    assert n == theirs.samples.format.image_tokens
+    assert theirs.samples.format.pad and ours.samples.format.pad, "after stage 2 images are padded"
     config = json.loads((folder / "config.json").read_text())
     stage_1 = checkpoint.parent / "stage-1"
     shutil.copytree(folder, stage_1)
     (stage_1 / "config.json").write_text(json.dumps({**config, "pad": False}))
-    assert not pair_batches(stage_1, pairs, images, as_released=True).pad, "after stage 1 the centre is cropped"
-    assert pair_batches(stage_1, pairs, images).pad
+    assert not pair_batches(stage_1, pairs, images, as_released=True).samples.format.pad, "after stage 1 the centre is cropped"
+    assert pair_batches(stage_1, pairs, images).samples.format.pad
     asked = pair_batches(folder, [sample("a.png", "Yes", "Is it red?")], images, as_released=True)
-    assert asked.samples[0]["conversations"][0]["value"] == "<image>\nIs it red?"
+    assert asked.samples.samples[0]["conversations"][0]["value"] == "<image>\nIs it red?"
 
 
 def test_two_ranks_measure_what_one_does(small_world, checkpoint, tmp_path):
@@ -626,7 +627,7 @@ def test_any_images_and_texts_can_be_measured_in_any_template(checkpoint, small_
 
 
 def test_a_released_layout_is_measured_as_our_own(checkpoint, small_world, tmp_path):
-    assert call("py", "export", checkpoint, tmp_path / "hf").returncode == 0
+    assert call("hub", "export", checkpoint, tmp_path / "hf").returncode == 0
     data = ["--data", small_world / "val.jsonl", "--images", small_world / "images"]
     got, wanted = run_mir(tmp_path / "hf", *data)[0], run_mir(checkpoint)[0]
     assert got["layers"] == pytest.approx(wanted["layers"], rel=1e-6)
@@ -659,7 +660,8 @@ def test_what_cannot_be_measured_is_one_line(arguments, says, checkpoint, small_
 
 def test_training_says_what_mir_every_needs(small_world, tmp_path):
     refuses(train(small_world, tmp_path / "run", "--mir-every", 2), "--mir-every N and --mir-data FILE go together")
-    refuses(train(small_world, tmp_path / "run", "--mir-data", "x"), "--mir-every N and --mir-data FILE go together")
+    refuses(train(small_world, tmp_path / "run", "--mir-data", small_world / "val.jsonl"),
+            "--mir-every N and --mir-data FILE go together")
     refuses(train(small_world, tmp_path / "run", "--mir-data", "x", "--mir-every", 2), "--mir-data x does not exist")
     refuses(train(small_world, tmp_path / "run", "--mir-every", 0), "--mir-every must be more than 0")
     assert not (tmp_path / "run").exists()
