@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from common.files import read_json
 from common.flags import UserError, option
 from common.text import RULES
 from data import FAMILY_TEMPLATE, TEMPLATES
+from hub.configs import read_config
 from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +197,7 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
-        family = read_json(Path(cfg.llm) / "config.json").get("model_type")
+        family = read_config(cfg.llm).get("model_type")
         cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
