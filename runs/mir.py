@@ -31,7 +31,7 @@ def new_pictures(split: str, n: int, folder: Path) -> list[dict]:
     for i in range(n):
         scene = world.draw_from(split, rng)
         world.render(scene, rng).save(folder / f"{split}_{i}.png")
-        pairs.append(sample(f"{split}_{i}.png", world.inventory(scene, rng)))
+        pairs.append(sample(f"{split}_{i}.png", world.caption(scene, rng)))
     return pairs
 
 

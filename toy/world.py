@@ -25,7 +25,7 @@ COLUMNS = ("left", "center", "right")          # no word in common with ROWS
 NUMBERS = ("one", "two", "three")              # objects in a scene
 HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}      # shown in composition.jsonl alone
 CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
-MIX = {"existence": 2, "adversarial": 2, "count": 1, "colour": 2, "row": 5, "column": 3, "where": 3}      # of stage 2
+MIX = (2, 2, 1, 2, 5, 6)                       # how often stage 2 asks each: more of what is learned late
 REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.", "What do you see?")
 CELL = 16                                      # pixels; the tiny CLIP's patch size, so one cell is one image token
 SIZE = 3 * CELL
@@ -87,27 +87,17 @@ def long_caption(scene, rng):
 
 
 def caption(scene, rng):
-    """A caption for the backbones' pre-training: two in three are long."""
+    """A caption for stage 1: two in three are long."""
     return short_caption(scene, rng) if rng.random() < 1 / 3 else long_caption(scene, rng)
-
-
-def inventory(scene, rng):
-    """A caption for stage 1, the noun first, as the language model read facts in its pre-training: "square No, circle
-    red top left, …", every shape once. What follows a noun is what stage 2 asks for: a look-up by shape."""
-    things = {shape: f"{shape} {colour} {row} {column}" for row, column, colour, shape in scene}
-    return ", ".join(things.get(shape, f"{shape} No") for shape in rng.sample(SHAPES, len(SHAPES)))
 
 
 def questions(scene, category, hard=True, avoid=HELD_OUT):
     """Everything that can be asked about a scene in one category, {answer: [questions]}. A pair of `avoid` is named
     only if the scene shows it. Existence denies an absent shape; adversarial, as POPE, what is likely: a shape that is
-    there, in another colour, and if `hard` (where the scene allows) in the colour of a neighbour. "where" is asked in
-    training alone. Its answer begins with the column: captions give the row first, and often that tells the column, so
-    that nothing else would teach to look up the column by the shape."""
+    there, in another colour, and if `hard` (where the scene allows) in the colour of a neighbour."""
     if category == "count":
         return {NUMBERS[len(scene) - 1]: ["How many objects are there?"]}
-    shapes = {shape: {"row": row, "column": column, "colour": colour, "where": f"{column} {row}"}
-              for row, column, colour, shape in scene}
+    shapes = {shape: {"row": row, "column": column, "colour": colour} for row, column, colour, shape in scene}
     if category in ("existence", "adversarial"):
         shown = [(colour, shape) for _, _, colour, shape in scene]
         absent = [(c, s) for c in COLOURS for s in SHAPES
@@ -115,8 +105,7 @@ def questions(scene, category, hard=True, avoid=HELD_OUT):
         swapped = [(c, s) for c, s in absent if c in [colour for colour, _ in shown]]
         absent = swapped if hard and swapped and category == "adversarial" else absent
         return {a: [f"Is there a {c} {s}?" for c, s in pairs] for a, pairs in (("Yes", shown), ("No", absent))}
-    text = {"colour": "What colour is the", "row": "Which row has the", "column": "Which column has the",
-            "where": "Where is the"}[category]
+    text = {"colour": "What colour is the", "row": "Which row has the", "column": "Which column has the"}[category]
     answers = {}
     for shape, thing in shapes.items():
         answers.setdefault(thing[category], []).append(f"{text} {shape}?")
@@ -138,7 +127,7 @@ def conversation(scene, turns, rng):
     """`turns` different (question, answer) pairs."""
     asked = {}
     while len(asked) < turns:
-        asked.update([ask(scene, rng.choices(list(MIX), MIX.values())[0], rng)])
+        asked.update([ask(scene, rng.choices(CATEGORIES, MIX)[0], rng)])
     return list(asked.items())
 
 
@@ -158,7 +147,7 @@ def make_training(out, rng, images, conversations):
         scene, name = draw_from("train", rng), f"train_{i:06d}"
         render(scene, rng).save(out / "images" / f"{name}.png", compress_level=1)
         pretrain.append({"id": name, "image": f"{name}.png", "conversations": [
-            turn("human", "<image>\n" + rng.choice(REQUESTS)), turn("gpt", inventory(scene, rng))]})
+            turn("human", "<image>\n" + rng.choice(REQUESTS)), turn("gpt", caption(scene, rng))]})
         for j in range(conversations):
             turns = [turn(*t) for q, a in conversation(scene, 4, rng) for t in (("human", q), ("gpt", a))]
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
@@ -186,7 +175,7 @@ def make_questions(out, rng, split, scenes):
     (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make(out, seed=1, images=6000, conversations=2, scenes=300):
+def make(out, seed=1, images=12000, conversations=4, scenes=300):
     """Writes one data set to the folder `out`: `images` training pictures, each with a caption and `conversations`
     conversations; `scenes` pictures for each question file, each asked one question of every category."""
     out = Path(out)

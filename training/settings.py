@@ -22,9 +22,9 @@ LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, a
                           gradient_checkpointing=True),
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999,
                           gradient_checkpointing=True)}
-TOY = {"pretrain": dict(global_batch=24, micro_batch=24, lr=7e-3, epochs=4, adam_beta2=0.95,
+TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam_beta2=0.95,
                         gradient_checkpointing=False),
-       "finetune": dict(global_batch=16, micro_batch=16, lr=2e-3, epochs=1, adam_beta2=0.95,
+       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
                         gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 0.25
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
