@@ -221,7 +221,7 @@ def test_every_flag_that_a_page_names_exists():
     for part in ("check", "export"):
         known += call("hub", part, "--help").stdout
     known += call("look", "--help").stdout
-    for flag in sorted(set(re.findall(r"`(--[a-z-]+)", TEXT))):
+    for flag in sorted(set(re.findall(r"`(--[a-z0-9-]+)", TEXT))):
         assert re.search(rf"{flag}\b(?!-)", known), f"a page names {flag}, which no program has"
 
 

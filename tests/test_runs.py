@@ -19,7 +19,7 @@ def test_every_flag_of_a_recipe_exists_and_it_says_what_it_needs_makes_and_expec
     text = path.read_text()
     commands = "\n".join(line for line in text.splitlines() if "python -m runs." not in line)
     flags = {"--" + f.name.replace("_", "-") for f in dataclasses.fields(TrainConfig)} | {"--nproc_per_node"}
-    unknown = set(re.findall(r"--[a-z][a-z_-]+", commands)) - flags
+    unknown = set(re.findall(r"--[a-z][a-z0-9_-]+", commands)) - flags
     assert not unknown, f"{path.name} uses {', '.join(sorted(unknown))}, which train.py does not have"
     for word in ("# Needs:", "Makes:", "# Expected"):
         assert word in text, f"add a comment to {path.name} that says what it {word.strip('# :').lower()}"
