@@ -217,6 +217,7 @@ def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
     assert {"name", "score", "max_score", "output", "visibility"} == set(tests[0])
 
 
+@pytest.mark.slow
 def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
     done = subprocess.run([sys.executable, "-m", "course", "gradescope", "vista", "--out", str(tmp_path / "vista.zip")],
                           cwd=ROOT, capture_output=True, text=True)
