@@ -557,7 +557,8 @@ def test_inputs_as_released_are_images_as_trained_uncut_text_and_the_newline(che
     stage_1 = checkpoint.parent / "stage-1"
     shutil.copytree(folder, stage_1)
     (stage_1 / "config.json").write_text(json.dumps({**config, "pad": False}))
-    assert not pair_batches(stage_1, pairs, images, as_released=True).samples.format.pad, "after stage 1 the centre is cropped"
+    cropped = pair_batches(stage_1, pairs, images, as_released=True).samples.format
+    assert not cropped.pad, "after stage 1 the centre is cropped"
     assert pair_batches(stage_1, pairs, images).samples.format.pad
     asked = pair_batches(folder, [sample("a.png", "Yes", "Is it red?")], images, as_released=True)
     assert asked.samples.samples[0]["conversations"][0]["value"] == "<image>\nIs it red?"
