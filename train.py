@@ -291,7 +291,7 @@ def main() -> None:
         for plan in plans:
             run_stage(cfg, plan, out, ranks)
         alone = parallel.leave(ranks)                              # the report needs the first rank only
-    if ranks.first:                                       # imports what training does not need
+    if ranks.first:                                       # imported here: training needs neither benchmarks nor pages
         if cfg.data is None:
             from toy.report import report
             results = report(out, stages, alone.device, alone.dtype)

@@ -17,7 +17,7 @@ in MLLMs (VDEP), arXiv 2502.09093.
 
 Where the paper is silent
 * The target's gradient: none, a label is not trained. With it the projector finds the constant image, which is easy to
-  predict (LOG.md).
+  predict (docs/log.md).
 * h: after the final norm, as next-token prediction reads it. The norm fixes |h|, the target's |x| is free.
 * VDEP-mode prompts are marked <auto_image> in the paper. Attention is causal, so the caption, which comes after the
   image, cannot reach its hidden states. A sample in VDEP mode is therefore <s> and the image alone, and L_i of a joint
