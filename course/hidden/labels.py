@@ -4,7 +4,8 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from course.hidden import item, size
+from course.hidden import item
+from course.hidden.tools import size
 
 TOKENIZER = Tokenizer.from_file(str(Path(__file__).resolve().parents[2] / "toy/llm/tokenizer.json"))
 WORDS = ["red", "circle", "two", "row", "Yes", "No", "What", "colour", "is", "the", "square", "middle", "objects"]

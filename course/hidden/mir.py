@@ -1,7 +1,8 @@
 """MIR, eq. (1) to (4)."""
 import torch
 
-from course.hidden import item, size
+from course.hidden import item
+from course.hidden.tools import size
 
 
 def tokens(g, n, D, even=False):

@@ -2,7 +2,8 @@
 import torch
 from torch import nn
 
-from course.hidden import grads, item, normal, size
+from course.hidden import item
+from course.hidden.tools import grads, normal, size
 
 
 class CausalMean(nn.Module):

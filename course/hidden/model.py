@@ -1,7 +1,8 @@
 """Projector, merge and rotary attention."""
 import torch
 
-from course.hidden import grads, item, normal, size
+from course.hidden import item
+from course.hidden.tools import grads, normal, size
 
 THETA = 10000.0
 
