@@ -1,10 +1,9 @@
 """BASIC, eq. (4) to (7)."""
 import torch
-import torch._dynamo  # noqa: F401  torch.utils.checkpoint needs it, and a locked process cannot load it
+import torch._dynamo  # noqa: F401  for torch.utils.checkpoint: a locked process loads nothing
 
-from course.hidden import item
-from course.hidden.tools import (
-    detached, directions, equal_all, grads, in_parts, normal, size, whole, with_chunks)
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
@@ -96,7 +95,7 @@ def divergence_total(f, g):
     return by_patch(f.semantic_loss, g)
 
 
-@item(10, view=lambda r: [*directions(r[:2]), r[0].norm() / r[2].norm(), r[1].norm() / r[3].norm()])
+@item(10, view=lambda r: [*tools.directions(r[:2]), r[0].norm() / r[2].norm(), r[1].norm() / r[3].norm()])
 def gradients(f, g):
     """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what arrives
     in backward."""
@@ -113,16 +112,16 @@ def constants(f, g):
     return grads(direction, v, v_hat, a), grads(semantic, v, v_hat, a, E), direction, semantic
 
 
-@item(5, view=equal_all)
+@item(5, view=tools.equal_all)
 def chunks(f, g):
     """The size of a chunk changes nothing, in value and gradient."""
     v, *args = example(g)
-    return with_chunks(lambda c: f.semantic_loss(v, *args, chunk=c), v)
+    return tools.with_chunks(lambda c: f.semantic_loss(v, *args, chunk=c), v)
 
 
-@item(5, tolerance=1e-3, memory=220, view=whole)
+@item(5, tolerance=1e-3, memory=220, view=tools.whole)
 def memory(f, g):
     """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of patches."""
     v, v_hat = (torch.randn(8, 50, 8, generator=g, requires_grad=True) for _ in range(2))
     E, a = torch.randn(50000, 8, generator=g), torch.rand(8, 50, generator=g)
-    return in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8), v)
+    return tools.in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8), v)

@@ -1,10 +1,9 @@
 """Next-token cross-entropy, eq. (1) and (2) of the handout."""
 import torch
-import torch._dynamo  # noqa: F401  torch.utils.checkpoint needs it, and a locked process cannot load it
+import torch._dynamo  # noqa: F401  for torch.utils.checkpoint: a locked process loads nothing
 
-from course.hidden import item
-from course.hidden.tools import (
-    detached, equal_all, grads, in_parts, normal, ratio, share, size, twice, untouched, whole, with_chunks)
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, ignored=0.4, low=2, dtype=torch.float64):
@@ -29,14 +28,14 @@ def one_token(f, g):
     return one_word(f, g)[0]
 
 
-@item(5, view=ratio)
+@item(5, view=tools.ratio)
 def without_a_bias(f, g):
     """head_bias=None is a head without a bias, which is one whose bias is 0."""
     *args, b = example(g)
     return f.next_token_loss(*args)[0], f.next_token_loss(*args, 0 * b)[0]
 
 
-@item(5, view=ratio)
+@item(5, view=tools.ratio)
 def large_logits(f, g):
     """Logits of some hundred must not overflow: subtract the largest, or use logsumexp."""
     state = g.get_state()
@@ -62,7 +61,7 @@ def ignored_labels(f, g):
     return total, f.next_token_loss(other, labels, *head)[0], count, f.next_token_loss(h, none, *head)[1]
 
 
-@item(10, view=share)
+@item(10, view=tools.share)
 def sums(f, g):
     """The total is the sum over all supervised tokens of all samples; training divides by the
     count."""
@@ -80,20 +79,20 @@ def gradients(f, g):
     return grads(total, h, weight, b), grads(f.next_token_loss(h, labels, weight, b)[0] / 3, h)
 
 
-@item(5, view=equal_all)
+@item(5, view=tools.equal_all)
 def chunks(f, g):
     """The size of a chunk changes nothing, also where it does not divide the number of tokens."""
     h, *args = example(g)
-    return with_chunks(lambda c: f.next_token_loss(h, *args, chunk=c), h)
+    return tools.with_chunks(lambda c: f.next_token_loss(h, *args, chunk=c), h)
 
 
-@item(10, tolerance=1e-3, memory=140, view=whole)
+@item(10, tolerance=1e-3, memory=140, view=tools.whole)
 def memory(f, g):
     """The (B,T,V) logits must never exist, in forward or for backward: compute value and gradient
     by chunks."""
     h, V = torch.randn(8, 51, 8, generator=g, requires_grad=True), 60000
     weight, labels = torch.randn(V, 8, generator=g), torch.randint(0, V, (8, 51), generator=g)
-    return in_parts(lambda rows: f.next_token_loss(h[rows], labels[rows], weight, chunk=8), h)
+    return tools.in_parts(lambda rows: f.next_token_loss(h[rows], labels[rows], weight, chunk=8), h)
 
 
 @item(5, view=lambda r: r[:5])
@@ -116,7 +115,7 @@ def half_precision(f, g):
     return total, T - 1, f.next_token_loss(h[:, :2], labels[:, :2], weight)[0], V
 
 
-@item(5, view=untouched)
+@item(5, view=tools.untouched)
 def inputs_unchanged(f, g):
     """Inputs stay as they are: the labels too."""
-    return twice(f.next_token_loss, detached(*example(g)))
+    return tools.twice(f.next_token_loss, detached(*example(g)))

@@ -1,6 +1,6 @@
 """VDEP, eq. (11): L_i."""
-from course.hidden import item
-from course.hidden.tools import detached, equal_all, grads, normal, ratio, size
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
@@ -42,7 +42,7 @@ def same_token(f, g):
     return grads(d, h), d, [f.reconstruction_loss(h[:, [i, i]], x[:, [i, i]])[0] for i in range(h.shape[1])]
 
 
-@item(10, view=ratio)
+@item(10, view=tools.ratio)
 def positions(f, g):
     """A sample's L_i is the mean over its predicted positions, N − 1 of them."""
     h, x = alike(g, 2)
@@ -67,7 +67,7 @@ def target(f, g):
     return grads(f.reconstruction_loss(h, x)[0], h, x)
 
 
-@item(5, view=ratio)
+@item(5, view=tools.ratio)
 def inverse(f, g):
     """distance="inverse" is d / (1 + d) of each position, which grows with d: 1/d would push h away."""
     h, x = alike(g, 2)
@@ -75,7 +75,7 @@ def inverse(f, g):
     return f.reconstruction_loss(h, x, distance="inverse")[0], d / (1 + d)
 
 
-@item(5, view=ratio)
+@item(5, view=tools.ratio)
 def sigmoid(f, g):
     """distance="sigmoid" is 2 σ(d) − 1 of each position: 0 at d = 0."""
     h, x = alike(g, 2)
@@ -93,7 +93,7 @@ def literal_sum(f, g):
     return literal, mean, inverse, literal / (1 + literal)
 
 
-@item(5, tolerance=2e-5, view=equal_all)
+@item(5, tolerance=2e-5, view=tools.equal_all)
 def half_precision(f, g):
     """bfloat16 inputs are subtracted, squared and summed in float32 or better."""
     h, x = (t.bfloat16() for t in detached(*example(g)))

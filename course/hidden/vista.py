@@ -1,9 +1,8 @@
 """VISTA, eq. (9) and (10)."""
 import torch
 
-from course.hidden import item
-from course.hidden.tools import (
-    detached, directions, equal_all, grads, normal, randn, ratio, share, size, twice, untouched)
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, randn, size
 
 
 def example(g, B=4, ragged=True):
@@ -51,7 +50,7 @@ def weightings(f, g):
     return costs(f, g, "1", "t")
 
 
-@item(10, view=ratio)
+@item(10, view=tools.ratio)
 def average(f, g):
     """The sum over a sample's text tokens is divided by m, the number of that sample's text tokens."""
     x, _, S = example(g)
@@ -61,7 +60,7 @@ def average(f, g):
     return f.alignment_loss(same, every, S[:1], weighting="1")[0], one
 
 
-@item(10, view=share)
+@item(10, view=tools.share)
 def samples(f, g):
     """The total is the sum over samples: each has its own m, its own t and its own S_n."""
     x, mask, S = example(g, ragged=False)
@@ -80,7 +79,7 @@ def nothing_to_align(f, g):
     return count, zero, none, grads(none, S), some, f.alignment_loss(x[rest], mask[rest], S[rest])[0]
 
 
-@item(10, view=directions)
+@item(10, view=tools.directions)
 def gradients(f, g):
     """The gradient reaches x_t and S_n; neither is detached."""
     x, mask, S = example(g)
@@ -95,7 +94,7 @@ def cosine(f, g):
     return [f.alignment_loss(y, text, S, weighting="1", distance="cosine")[0] for y in (x, -x)]
 
 
-@item(5, tolerance=2e-4, view=equal_all)
+@item(5, tolerance=2e-4, view=tools.equal_all)
 def half_precision(f, g):
     """bfloat16 inputs are compared and summed in float32 or better."""
     x, mask, S = detached(*example(g))
@@ -104,7 +103,7 @@ def half_precision(f, g):
     return exact, f.alignment_loss(x, mask, S)[0]
 
 
-@item(5, view=untouched)
+@item(5, view=tools.untouched)
 def inputs_unchanged(f, g):
     """Inputs stay as they are: others read them after you."""
-    return twice(f.alignment_loss, detached(*example(g)))
+    return tools.twice(f.alignment_loss, detached(*example(g)))
