@@ -1,15 +1,13 @@
-"""The commands of the course: python -m course --help lists them."""
-import shutil
+"""The commands of the course: python -m course --help shows them."""
 import sys
-import zipfile
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
 from common.flags import UserError, option, parse, run
-from course.audit import TABLE, audit
+from course.audit import audit, passes, table
 from course.grade import grade_all
-from course.make import ASSIGNMENTS, MODULES, ROOT, find, make
+from course.make import ASSIGNMENTS, find, gradescope, make, make_all
 
 
 @dataclass
@@ -20,66 +18,32 @@ python -m course grade NAME SUBMISSIONS --out CSV grades, and a text and a resul
 python -m course gradescope NAME --out ZIP        the autograder for Gradescope
 python -m course audit [NAME …]                   grade the grader with wrong and right solutions"""
     out: str | None = option(None, "where the result is written")
-    all: bool = option(False, "make all assignments")
+    all: bool = option(False, "make every assignment")
     seed: int = option(1, "shapes and numbers of the hidden tests")
 
 
-def make_all(out: Path) -> None:
-    for number, name in enumerate([*ASSIGNMENTS, "capstone"], 1):
-        folder = out / f"{number}-{name}"
-        if name in ASSIGNMENTS:
-            make(name, folder)
-        else:
-            folder.mkdir()
-            shutil.copyfile(ROOT / f"course/handouts/{name}.md", folder / "handout.md")
-
-
-def gradescope(name: str, out: Path, seed: int) -> None:
-    """Write the zip that Gradescope takes: all that the grader reads, and two scripts."""
-    paths = [p for folder in ("course", "common") for p in (ROOT / folder).rglob("*.*") if p.suffix != ".pyc"]
-    paths += [ROOT / m["file"] for m in MODULES.values()]
-    paths += [ROOT / path for path in find(name)["files"]]
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
-        for path in sorted(set(paths)):
-            z.write(path, path.relative_to(ROOT))
-        for path in sorted((ROOT / "course/gradescope").iterdir()):
-            z.writestr(path.name, path.read_text().replace("NAME", name).replace("SEED", str(seed)))
-
-
-def run_audit(names: list[str], seed: int) -> None:
-    rows = [audit(find(name) and name, seed) for name in names]
-    for name, row in zip(names, rows):
-        for line in row["missed"]:
-            print(f"{name}: not caught, or too much lost: {line}")
-        for line in row["false_alarms"]:
-            print(f"{name}: false alarm: {line}")
-    print("\n".join([*TABLE, *(row["row"] for row in rows)]))
-    print(f"{sum(row['seconds'] for row in rows):.0f} s")
-    if not all(row["passes"] for row in rows):
-        raise UserError("the grader is not good enough: see the lines above the table")
-
-
 def main() -> None:
-    words = list(takewhile(lambda word: not word.startswith("--"), sys.argv[1:]))
-    flags = parse(Flags, sys.argv[1 + len(words):], "python -m course")
-    if words[:1] == ["audit"]:
-        run_audit(words[1:] or list(ASSIGNMENTS), flags.seed)
-        return
-    if flags.out is None:
+    words = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    flags = parse(Flags, sys.argv[1 + len(words):], "python -m course COMMAND")
+    out = Path(flags.out or "")
+    if words[:1] != ["audit"] and flags.out is None:
         raise UserError("--out is missing: python -m course --help shows every command")
-    out = Path(flags.out)
     match words:
         case ["make"] if flags.all:
             make_all(out)
         case ["make", name]:
             make(name, out)
         case ["grade", name, submissions]:
-            print("\n".join(grade_all(name, Path(submissions), out, flags.seed)))
+            grade_all(name, Path(submissions), out, flags.seed)
         case ["gradescope", name]:
             gradescope(name, out, flags.seed)
+        case ["audit", *names] if all(map(find, names)):
+            rows, complaints = zip(*(audit(name, flags.seed) for name in names or ASSIGNMENTS))
+            print("\n".join([*sum(complaints, []), table(rows)]))
+            if not all(map(passes, rows)):
+                raise UserError("the grader is not good enough: see the lines above the table")
         case _:
             raise UserError("there is no such command: python -m course --help shows every command")
-    print(f"{out} is written")
 
 
 if __name__ == "__main__":
