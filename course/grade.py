@@ -1,16 +1,11 @@
 """Grade submissions: run them in locked processes, compare what they return with the reference's.
 
-The reference and the known wrong solutions (trusted) run in a worker as submissions do, in another
-process. Results that equal those of a wrong solution get that mistake's name as feedback.
-"""
+Results that equal those of a known wrong solution get that mistake's name as feedback."""
 import csv
 import importlib
-import json
-import os
 import pickle
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,16 +18,14 @@ from course.hidden import rubric
 from course.make import MODULES, ROOT, find, handed_out, module
 
 SECONDS = 10                    # of computing, for one item; three times as long on the clock
-ENVIRONMENT = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-               "PYTHONDONTWRITEBYTECODE": "1", "TOKENIZERS_PARALLELISM": "false",
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
                "MALLOC_MMAP_THRESHOLD_": "4194304"}             # memory returns at once
 
 
 def execute(solutions: list[dict[str, str]], items: list, seed: int) -> list[list[tuple]]:
     """parse() of every item for each solution {module: text}, from a process that ends with it."""
-    job = pickle.dumps((solutions, items, seed, SECONDS))
-    done = subprocess.run([sys.executable, "-m", "course.worker"], input=job, cwd=ROOT,
-                          stdout=subprocess.PIPE, env=ENVIRONMENT, start_new_session=True)
+    done = subprocess.run([sys.executable, "-B", "-m", "course.worker"], cwd=ROOT, env=ENVIRONMENT,
+                          input=pickle.dumps((solutions, items, seed, SECONDS)), stdout=subprocess.PIPE)
     if done.returncode:
         raise UserError("the grader's worker ended: grading needs Linux on x86_64 or aarch64")
     return [[parse(answer) for answer in row] for row in pickle.loads(done.stdout)]
@@ -44,8 +37,8 @@ def parse(answer: bytes) -> tuple[list[list[Tensor]] | None, str]:
         if answer.startswith(b"results "):
             t = load(answer[8:])
             return [[t[k] for k in sorted(t) if k.startswith(draw)] for draw in ("0.", "1.")], ""
-        kind, text = json.loads(answer.removeprefix(b"error "))
-        return None, "".join(c if c.isprintable() else " " for c in f"{kind}: {text}")[:200]
+        text = answer.removeprefix(b"error ").decode(errors="replace")[:200]
+        return None, "".join(c if c.isprintable() else " " for c in text)
     except Exception:
         return None, "an answer that cannot be read"
 
@@ -63,18 +56,15 @@ def mark(t: Tensor) -> Tensor:
 def agree(got: list[list[Tensor]], want: list[list[Tensor]], item) -> bool:
     """True if the results earn the points: both draws agree, and what depends on the draw does."""
     try:
-        if not all(same(item.view(a), item.view(b), item.tolerance) for a, b in zip(got, want)):
-            return False
-        return not any((mark(a) - mark(b)).abs() > 1e-6 and mark(c) == mark(d)
-                       for a, b, c, d in zip(*want, *got))
+        right = all(same(item.view(a), item.view(b), item.tolerance) for a, b in zip(got, want))
+        return right and not any(mark(c) == mark(d) and (mark(a) - mark(b)).abs() > 1e-6
+                                 for a, b, c, d in zip(*want, *got))
     except Exception:                   # shapes and types that no view expects
         return False
 
 
 def solution(name: str, *patch: str) -> dict[str, str]:
-    """The reference and what is handed out with it. patch: texts and what replaces them, in turns.
-
-    Raises UserError if a text does not occur exactly once."""
+    """The reference and what is handed out with it. patch: texts and what replaces them, in turns."""
     texts = {m: (ROOT / MODULES[m]["file"]).read_text() for m in find(name)["write"]}
     for old, new in zip(patch[::2], patch[1::2]):
         if sum(text.count(old) for text in texts.values()) != 1:
@@ -88,17 +78,14 @@ class Key:
     """What the reference and the known wrong solutions return for one seed."""
     def __init__(self, name: str, seed: int):
         self.seed, self.items = seed, rubric(name)
-        known = importlib.import_module(f"course.mutants.{name}").WRONG
-        solutions = [solution(name), *(solution(name, *patch) for _, _, *patch in known)]
-        half = len(solutions) // 2 + 1
-        with ThreadPoolExecutor(2) as pool:         # each waits for a process
-            first, second = pool.map(lambda part: execute(part, self.items, seed),
-                                     (solutions[:half], solutions[half:]))
-        reference, *rows = first + second
+        self.known = importlib.import_module(f"course.mutants.{name}")
+        patches = [patch for _, _, *patch in self.known.WRONG]
+        solutions = [solution(name, *patch) for patch in [[], *patches]]
+        reference, *rows = execute(solutions, self.items, seed)
         if any(why for _, why in reference):
-            raise UserError(f"the reference of {name} fails: {reference}")
+            raise UserError(f"the reference of {name} fails: {[why for _, why in reference]}")
         self.want = [results for results, _ in reference]
-        self.mistakes = [(mistake, item, row) for (mistake, item, *_), row in zip(known, rows)]
+        self.mistakes = [(*wrong[:2], row) for wrong, row in zip(self.known.WRONG, rows)]
 
     def judge(self, row: list[tuple]) -> dict[str, str]:
         """Items whose points these results do not earn → the known mistake, or what is asked."""
@@ -110,9 +97,9 @@ class Key:
             if got is None:
                 feedback += f" (Your code stopped with {why})"
             for mistake, breaks, known in self.mistakes:
-                if breaks == item.__name__ and got and known[i][0]:
-                    if all(same(a, b, 1e-6) for a, b in zip(got, known[i][0])):
-                        feedback = mistake
+                theirs = known[i][0] if breaks == item.__name__ else None
+                if got and theirs and all(same(a, b, 1e-6) for a, b in zip(got, theirs)):
+                    feedback = mistake
             lost[item.__name__] = feedback
         return lost
 
@@ -137,15 +124,14 @@ def grade(name: str, folder: Path, key: Key) -> list[dict]:
     tests = []
     for item in key.items:
         points = 0 if item.__name__ in lost else item.points
-        tests.append({"name": item.__name__.replace("_", " "), "score": points, "visibility": "visible",
+        tests.append({"name": item.__name__.replace("_", " "), "visibility": "visible", "score": points,
                       "max_score": item.points, "output": lost.get(item.__name__, "right")})
     return tests
 
 
 def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
-    """Grade one submission, or a folder with a folder for each student. Prints a line a student.
-
-    Writes `out` (csv) and, in a folder named like it, STUDENT.txt and STUDENT.json (Gradescope)."""
+    """Grade one submission, or a folder with a folder a student: print totals, write `out` (csv)
+    and, in a folder named like it, STUDENT.txt and STUDENT.json (Gradescope)."""
     if not submissions.is_dir():
         raise UserError(f"{submissions} is not a folder: give one submission, or a folder of them")
     folders = sorted(p for p in submissions.iterdir() if p.is_dir() and not p.is_symlink())
@@ -160,9 +146,8 @@ def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
             tests, student = grade(name, folder, key), folder.resolve().name
             points, most = [t["score"] for t in tests], sum(t["max_score"] for t in tests)
             table.writerow([student, sum(points), *points])
-            lines = [f"{student}: {sum(points)} of {most} points"]
-            print(lines[0])
-            for t in tests:
-                lines.append(f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}")
-            write_text(details / f"{student}.txt", "\n".join(lines) + "\n")
+            total = f"{student}: {sum(points)} of {most} points"
+            print(total)
+            lines = [f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}" for t in tests]
+            write_text(details / f"{student}.txt", "\n".join([total, *lines]) + "\n")
             write_json(details / f"{student}.json", {"tests": tests})

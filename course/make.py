@@ -1,10 +1,6 @@
-"""Cut an assignment out of the project: the real files with bodies removed, and public tests.
-
-Nothing is kept twice: solutions, docstrings and public tests are read from the project's files.
-"""
+"""Cut an assignment out of the project's own files: bodies are removed, nothing is kept twice."""
 import ast
 import re
-import shutil
 import zipfile
 from pathlib import Path
 
@@ -24,8 +20,7 @@ def find(name: str) -> dict:
 
 
 def names_in(node: ast.AST) -> tuple[set[str], set[str]]:
-    """What a statement defines, and what it reads and does not set. Arguments count: a test's are
-    fixtures."""
+    """What a statement defines, and what it reads. Arguments count: those of tests are fixtures."""
     nodes = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
     own = {n.id for n in nodes if isinstance(n.ctx, ast.Store)}
     used = {n.id for n in nodes} - own | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
@@ -36,15 +31,14 @@ def names_in(node: ast.AST) -> tuple[set[str], set[str]]:
 
 def cut(source: str, keep: list[str] = (), drop: list[str] = ()) -> str:
     """Source with only the definitions of `keep` and what they use (empty: all), without `drop`,
-    and the imports that they all use. Comments above a definition stay with it."""
+    and the imports that they all use, made for files that lie side by side."""
     tree, lines, kept = ast.parse(source), source.splitlines(), []
     about = {node: names_in(node) for node in tree.body}
-    names = set(keep) or set().union(*(own for own, _ in about.values()))
+    names = set(keep) or set().union(*(own for own, _ in about.values()))       # that are needed
     while more := [node for node in tree.body if node not in kept and about[node][0] & names]:
         kept += more
         names = names.union(*(about[node][1] for node in more))
-    missing = set(keep).difference(*(about[node][0] for node in kept))
-    if missing:
+    if missing := set(keep).difference(*(about[node][0] for node in kept)):
         raise UserError(f"no file defines {missing}, which course/assignments.json names: mend it")
     out, end = [], 0
     for node in tree.body:
@@ -53,7 +47,9 @@ def cut(source: str, keep: list[str] = (), drop: list[str] = ()) -> str:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in names]
             if node.names:
-                out += [line for line in above if not line.strip()] + [ast.unparse(node)]
+                text = re.sub(r"^from (methods|common) import", "import", ast.unparse(node))
+                out += [line for line in above if not line.strip()]
+                out.append(re.sub(r"^from (methods|common)\.", "from ", text))
         elif isinstance(node, ast.Expr) or node in kept and not about[node][0] & set(drop):
             out += above + lines[start:end]
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(out).strip()) + "\n"
@@ -76,16 +72,9 @@ def stub(source: str, functions: list[str]) -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def flat(source: str) -> str:
-    """Imports of the project's folders → imports of modules that lie side by side."""
-    source = re.sub(r"^from (?:methods|common) import", "import", source, flags=re.M)
-    return re.sub(r"^from (?:methods|common)\.(\w+) import", r"from \1 import", source, flags=re.M)
-
-
 def module(name: str, source: str | None = None) -> str:
     """The text of a module with its solution. source: another text of the project's file."""
-    m = MODULES[name]
-    return flat(cut(source or (ROOT / m["file"]).read_text(), m["keep"]))
+    return cut(source or (ROOT / MODULES[name]["file"]).read_text(), MODULES[name]["keep"])
 
 
 def handed_out(name: str) -> str:
@@ -96,21 +85,18 @@ def handed_out(name: str) -> str:
 def make(name: str, out: Path) -> None:
     """Write one assignment to a new folder."""
     a, files = find(name), {}
-    tests = [cut((ROOT / "tests" / path).read_text(), names) for path, names in a["tests"].items()]
-    files["test_public.py"] = "\n\n".join(tests)
-    adapters = re.findall(r"^from adapters import (.*)$", files["test_public.py"], re.M)
-    if adapters:
-        names = re.findall(r"\w+", " ".join(adapters))
-        files["adapters.py"] = flat(cut((ROOT / "tests/adapters.py").read_text(), names))
-    for m in a["write"] + a["given"]:
-        files[f"{m}.py"] = handed_out(m)
-    for path in a["files"]:
-        files[Path(path).name] = (ROOT / path).read_text()
-    texts, hand_in = ROOT / "course/handouts", " ".join(f"{m}.py" for m in a["write"])
-    readme = (texts / "README.md").read_text()
-    files["README.md"] = readme.replace("TITLE", a["title"]).replace("FILES", hand_in)
+    files["test_public.py"] = "\n\n".join(
+        cut((ROOT / "tests" / path).read_text(), names) for path, names in a["tests"].items())
+    imports = re.findall(r"^from adapters import (.*)$", files["test_public.py"], re.M)
+    if imports:
+        adapters = re.findall(r"\w+", " ".join(imports))
+        files["adapters.py"] = cut((ROOT / "tests/adapters.py").read_text(), adapters)
+    files |= {f"{m}.py": handed_out(m) for m in a["write"] + a["given"]}
+    files |= {Path(path).name: (ROOT / path).read_text() for path in a["files"]}
+    readme, handout = ((ROOT / f"course/handouts/{n}.md").read_text() for n in ("README", name))
+    readme = readme.replace("FILES", " ".join(f"{m}.py" for m in a["write"]))
+    files["README.md"] = readme.replace("TITLE", a["title"])
     points = [f"| {item.__name__.replace('_', ' ')} | {item.points} |" for item in rubric(name)]
-    handout = (texts / f"{name}.md").read_text()
     files["handout.md"] = handout.replace("POINTS", "\n".join(points))
     if out.exists():
         raise UserError(f"{out} is there already: give another --out, or remove it")
@@ -125,14 +111,13 @@ def make_all(out: Path) -> None:
         make(name, out / f"{number}-{name}")
     capstone = out / f"{len(ASSIGNMENTS) + 1}-capstone"
     capstone.mkdir()
-    shutil.copyfile(ROOT / "course/handouts/capstone.md", capstone / "handout.md")
+    (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text())
 
 
 def gradescope(name: str, out: Path, seed: int) -> None:
     """Write the zip that Gradescope takes: all that the grader reads, and two scripts."""
-    paths = [p for folder in ("course", "common") for p in (ROOT / folder).rglob("*.*")]
-    paths += [ROOT / m["file"] for m in MODULES.values()]
-    paths += [ROOT / path for path in find(name)["files"]]
+    paths = [*(ROOT / "course").rglob("*.*"), *(ROOT / "common").rglob("*.py")]
+    paths += [ROOT / path for path in [m["file"] for m in MODULES.values()] + find(name)["files"]]
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
         for path in sorted(path for path in set(paths) if path.suffix != ".pyc"):
             z.write(path, path.relative_to(ROOT))

@@ -10,7 +10,7 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from course.audit import audit, passes
+from course.audit import audit
 from course.grade import Key, agree, execute, grade, grade_all, solution
 from course.hidden import rubric
 from course.make import ASSIGNMENTS, MODULES, handed_out, make, module
@@ -78,6 +78,7 @@ ESCAPES = {
     "it exits": "import os\nos._exit(0)",
     "it raises SystemExit": "raise SystemExit(0)",
     "it hangs": "while True:\n    pass",
+    "it sleeps": "import time\ntime.sleep(1000)",
     "it forks": "import os\nfor _ in range(100):\n    os.fork()",
     "it starts threads": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "it eats memory": "x = [bytearray(1 << 30) for _ in range(64)]",
@@ -273,9 +274,9 @@ def test_the_semester_is_one_command(tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
                                   for n in ASSIGNMENTS])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
-    row, complaints = audit(name, seed=3)
+    good, row, complaints = audit(name, seed=3)
     assert row["wrong solutions"] >= 30 and row["right solutions"] >= 3
-    assert passes(row), complaints
+    assert good, complaints
 
 
 @pytest.mark.parametrize("name", ASSIGNMENTS)
