@@ -1,27 +1,26 @@
 """Whole models: our checkpoints, written and read, and released LLaVA folders, read.
 
 A checkpoint is a folder: config.json (all that is needed to rebuild the model), model.safetensors (stage 1: what was
-trained; stage 2: everything), state.pt (to resume), tokenizer.json and preprocessor_config.json.
+trained; stage 2: everything), optimizer.safetensors (to resume), tokenizer.json and preprocessor_config.json.
 """
 import os
 import re
 import shutil
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
-from hub.tensors import check_safetensors, save_tensors, weight_files
+from hub.tensors import check_safetensors, save_tensors, weight_files, write_tensors
 from hub.tokenizer import load_tokenizer
 from model import Llava
 
 CODE_VERSION = 1
+OPTIMIZER = "optimizer.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -114,10 +113,12 @@ def checkpoint_problem(folder: Path) -> str | None:
         read_json(folder / "config.json")
         for path in weight_files(folder):
             check_safetensors(path)
+        if not (folder / OPTIMIZER).is_file():
+            return f"{folder / OPTIMIZER} is missing (the two newest checkpoints of a stage have one)"
+        check_safetensors(folder / OPTIMIZER)
     except UserError as e:
         return str(e)
-    state = folder / "state.pt"
-    return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
+    return None
 
 
 def is_whole(folder: Path, found=None) -> bool:
@@ -125,15 +126,17 @@ def is_whole(folder: Path, found=None) -> bool:
     return any(name.startswith("language_model.model.") for name in found or find_tensors(folder))
 
 
-def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state, write: bool = True) -> None:
+def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state: dict,
+                    write: bool = True) -> None:
     """Write a checkpoint under a temporary name, then rename it: a killed run leaves no partial checkpoint.
 
-    trained: names of the parameters to store. config: goes into config.json, with the configs of the parts. state:
-    tensors and plain values for `torch.load(weights_only=True)`. write=False: this rank only contributes its share of
-    sharded parameters. Raises UserError if the disk is full; earlier checkpoints are not touched."""
+    trained: names of the parameters to store. config: goes into config.json, with the configs of the parts. state: the
+    optimizer's tensors by name. write=False: this rank only contributes its share of sharded tensors. Raises UserError
+    if the disk is full; earlier checkpoints are not touched."""
     tensors = {n: p for n, p in model.named_parameters() if n in trained}
     if not write:
         save_tensors(folder, tensors, write=False)
+        write_tensors(folder / OPTIMIZER, state, write=False)
         return
     temporary = folder.parent / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -141,19 +144,15 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
     try:
         write_checkpoint(temporary, model, tensors, config, state)
         os.replace(temporary, folder)
-    except (OSError, RuntimeError, SafetensorError) as e:         # a full disk is another error in each library
+    except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(e).split())[:160]
-        if isinstance(e, RuntimeError):
-            if "inline_container" not in str(e):
-                raise                                             # not from torch.save: a rank was lost
-            reason = "writing failed"
         free = shutil.disk_usage(folder.parent).free / 1e9
         raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). Earlier checkpoints "
                         "are intact: make room, then --resume") from None
 
 
-def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state) -> None:
+def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state: dict) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
     shutil.copyfile(Path(config["vision"]) / "preprocessor_config.json", folder / "preprocessor_config.json")
     write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
@@ -161,7 +160,7 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
     save_tensors(folder, tensors)
-    torch.save(state, folder / "state.pt")
+    write_tensors(folder / OPTIMIZER, state)
     for path in folder.iterdir():
         with open(path, "rb") as f:
             os.fsync(f.fileno())                          # the rename must not reach the disk before the data

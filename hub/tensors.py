@@ -1,7 +1,6 @@
 """Files of weights: safetensors and .bin, whole or in shards. Checked before they are read; never unpickled."""
 import contextlib
 import json
-import os
 import pickle
 import re
 import struct
@@ -12,13 +11,13 @@ from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from common.files import read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
@@ -128,8 +127,7 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
                  limit: float = 5e9) -> None:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
 
-    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are
-    gathered one by one: every rank must call, with write=False on all but the one that writes."""
+    dtype, write: see write_tensors."""
     shards, size, total = [[]], 0, 0
     for name, t in tensors.items():
         bytes_ = t.numel() * (dtype or t.dtype).itemsize
@@ -142,14 +140,35 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
     places = {}
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        part = {}
-        for name in names:
-            full = whole(tensors[name].detach())
-            if write:
-                part[name] = full.to("cpu", dtype).contiguous()
-        if write:
-            save_file(part, folder / file, metadata={"format": "pt"})
-            os.chmod(folder / file, 0o644)                # the library makes it readable for its owner alone
+        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, write)
         places |= dict.fromkeys(names, file)
     if write and len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None,
+                  write: bool = True) -> None:
+    """Write a safetensors file tensor by tensor: no more than one is copied to the host at a time.
+
+    dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every rank must call, with
+    write=False on all but the one that writes. The bytes are those of the library's save_file."""
+    def kind(name: str) -> torch.dtype:
+        return dtype or tensors[name].dtype
+    order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))      # wide ones first: all are aligned
+    if not write:
+        for name in order:
+            whole(tensors[name].detach())
+        return
+
+    # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the tensors.
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * kind(name).itemsize
+        header[name] = {"dtype": DTYPES[kind(name)], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            full = whole(tensors[name].detach()).to("cpu", kind(name)).contiguous()
+            f.write(full.reshape(-1).view(torch.uint8).numpy())

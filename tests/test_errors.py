@@ -202,8 +202,9 @@ def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
     ckpt = folder / "run" / "pretrain-2"
     config = json.loads((ckpt / "config.json").read_text())
     (ckpt / "config.json").write_text(json.dumps({**config, "steps": 4}))       # as if killed half-way
-    (ckpt / "state.pt").write_bytes((ckpt / "state.pt").read_bytes()[:500])
-    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/state.pt is missing or cut off",
+    state = ckpt / "optimizer.safetensors"
+    state.write_bytes(state.read_bytes()[:500])
+    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/optimizer.safetensors is cut off",
             "no older checkpoint")
     vision = folder / "vision"
     shutil.copytree(ROOT / "toy" / "clip", vision)

@@ -6,7 +6,6 @@
 """
 import json
 import os
-import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -15,9 +14,10 @@ import torch
 
 from common.files import read_json, write_json, write_text
 from common.flags import UserError
-from common.parallel import Ranks, placed, whole
+from common.parallel import Ranks, placed
 from data import Batch
-from hub.checkpoint import checkpoint_problem, checkpoints, save_checkpoint
+from hub.checkpoint import OPTIMIZER, checkpoint_problem, checkpoints, save_checkpoint
+from hub.tensors import open_tensors
 from model import Llava
 from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
 
@@ -131,46 +131,42 @@ def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
-    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. The first rank writes; if
-    the model is sharded, every rank must call."""
+    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of those, the newest two
+    keep the optimizer's state: to resume, and to resume if the newest is damaged. The first rank writes; if the model
+    is sharded, every rank must call."""
     if not ranks.first and ranks.mesh is None:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
               "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
-    state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
-    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, state, write=ranks.first)
+    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, optimizer_tensors(optimizer), write=ranks.first)
     if ranks.first:
+        for older in checkpoints(out, cfg.stage)[:-2]:
+            (older / OPTIMIZER).unlink(missing_ok=True)
         for older in checkpoints(out, cfg.stage)[:-cfg.keep_last]:
             shutil.rmtree(older)
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """Return the optimizer's whole state in the first rank's memory: 8 bytes a trained parameter. Every rank must
-    call."""
-    state = optimizer.state_dict()
-    out = {}
-    for i, moments in state["state"].items():
-        out[i] = {}
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return AdamW's state by name: 3.exp_avg is of parameter 3. Of a sharded parameter: this rank's rows."""
+    tensors = {}
+    for i, moments in optimizer.state_dict()["state"].items():
         for name, tensor in moments.items():
-            full = whole(tensor)
-            if ranks.first:
-                out[i][name] = full.cpu()
-    return {**state, "state": out}
+            tensors[f"{i}.{name}"] = tensor
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
     """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
-    The file is mapped: no rank holds it whole."""
-    try:
-        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
-                        "then continues from the checkpoint before it") from None
+    One tensor at a time is read whole."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state["state"].items():
-        for name, tensor in moments.items():
+    state = {}
+    with open_tensors(ckpt / OPTIMIZER) as f:
+        for key in f.keys():
+            i, name = key.split(".")
+            tensor, p = f.get_tensor(key), parameters[int(i)]
             if tensor.dim():                              # the moments; the step count is a single number
-                moments[name] = placed(tensor, parameters[i], parameters[i].device, tensor.dtype)
-    optimizer.load_state_dict(state)
+                tensor = placed(tensor, p, p.device, tensor.dtype)
+            state.setdefault(int(i), {})[name] = tensor
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
