@@ -65,6 +65,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
     with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
         workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
+        saved = time.perf_counter()
         while step < steps:
             began = time.perf_counter()
 
@@ -89,12 +90,14 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
                     totals[t.name] += t.total.detach()
             norm = parallel.clip_gradients(trained, ranks, max_norm=1.0)
 
-            # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts.
+            # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts,
+            # and the first rank's clock, so that all ranks save after the same step.
+            late = ranks.first and cfg.save_minutes and time.perf_counter() - saved > 60 * cfg.save_minutes
             tokens = sum(batch.attention_mask.sum() for batch in micro)
-            summed = ranks.sum([*totals.values(), tokens, len(stop)])
+            summed = ranks.sum([*totals.values(), tokens, len(stop), bool(late)])
             numbers = torch.cat([summed, torch.stack(list(counts.values())), norm[None]]).tolist()
             n = len(totals)
-            total, (tokens, stopping), count, norm = numbers[:n], numbers[n:n + 2], numbers[n + 2:-1], numbers[-1]
+            total, (tokens, stopping, late), count, norm = numbers[:n], numbers[n:n + 3], numbers[n + 3:-1], numbers[-1]
             count = dict(zip(counts, count))
             values = {name: t / max(count[name], 1) for name, t in zip(totals, total)}
             loss = sum(t.weight * values[t.name] for t in terms)
@@ -118,8 +121,9 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
                 measured = measure_mir(objective, pairs, step, cfg, ranks)
                 if ranks.first:
                     log.write(stage=cfg.stage, step=step, kind="mir", **measured)
-            if step == steps or step % cfg.save_every == 0 or stopping:
+            if step == steps or step % cfg.save_every == 0 or late or stopping:
                 folder.save(out, cfg, model, optimizer, step, steps, ranks)
+                saved = time.perf_counter()
             if stopping and step < steps:
                 raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: "
                                 "--resume continues")

@@ -163,6 +163,15 @@ def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_pa
     assert [p.name for p in out.glob("finetune-*")] == [last], "older checkpoints of the stage were left"
 
 
+def test_checkpoints_come_by_the_clock_too_and_older_ones_keep_weights_alone(small_world, tmp_path):
+    """Ranks that save after different steps would wait for each other for ever."""
+    words = command(small_world, tmp_path / "run", steps=4, **{"save-minutes": 1e-6, "keep-last": 3, "micro-batch": 4})
+    done = launch(*words, ranks=2)
+    assert done.returncode == 0, done.stderr
+    saved = {p.name: (p / "optimizer.safetensors").exists() for p in (tmp_path / "run").glob("finetune-*")}
+    assert saved == {"finetune-2": False, "finetune-3": True, "finetune-4": True}
+
+
 def test_a_termination_signal_saves_and_leaves(small_world, trained, tmp_path):
     out = tmp_path / "run"
     program = start(*command(small_world, out)).until(lambda: steps_logged(out) > 0)

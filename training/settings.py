@@ -43,6 +43,7 @@ class TrainConfig:
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     max_steps: int | None = option(None, "steps of a stage; unset: as many as --epochs make")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    save_minutes: float | None = option(None, "minutes after which to save, if --save-every takes longer; unset: any")
     keep_last: int = option(1, "checkpoints of a stage to keep")
 
     vision: str = option("toy/clip", "folder of the vision encoder", "model")
@@ -114,8 +115,8 @@ class TrainConfig:
 
 
 # Flags that may change on --resume: they change no number, or only where the run goes from here.
-FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "keep_last", "mir_every",
-                  "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout")
+FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "save_minutes", "keep_last",
+                  "mir_every", "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout")
 
 
 def flag(name: str) -> str:
@@ -159,8 +160,9 @@ def check_start(cfg: TrainConfig) -> None:
 
 def check_numbers(cfg: TrainConfig) -> None:
     """Raise UserError for numbers out of range, and for flags of an objective that is not trained."""
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
-                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha", "mir_every"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "save_minutes",
+                 "keep_last", "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha",
+                 "mir_every"):
         value = getattr(cfg, name)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} must be more than 0, not {value}")
