@@ -62,12 +62,14 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         log = folder.Log(out / "metrics.jsonl", cfg.stage, step)
 
     hidden = None if ranks.first else True                # the bar: of the first rank, and only in a terminal
-    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
+    with (parallel.alarm(ranks, cfg.timeout) as alive, stop_signals() as stop,
+          tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar):
         workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
         saved = time.perf_counter()
         while step < steps:
             began = time.perf_counter()
+            alive()
 
             # This rank's share of one global batch.
             micro = [next(batches) for _ in range(accumulation)]
@@ -220,7 +222,7 @@ def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trai
     parts = [batch, f"{steps} steps", f"lr {cfg.lr:g}", cfg.loss, f"{dtype} on {ranks.device}",
              f"{sum(p.numel() for p in trained):,} parameters trained"]
     if ranks.mesh is not None:
-        parts.append("sharded")
+        parts.append("sharded" if ranks.mesh.ndim == 1 else "sharded within a node")
     if not once:
         parts.append("gradients reduced after every micro-batch")
     return ", ".join(parts)
@@ -258,7 +260,8 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         folder.check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    ranks = parallel.over(ranks, sharded=cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage)))
+    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
+    ranks = parallel.over(ranks, sharded, hybrid=cfg.parallel == "hsdp")
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
     model = build(stage, ckpt, ranks)

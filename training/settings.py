@@ -84,8 +84,9 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one", "machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
-    parallel: Literal["auto", "ddp", "fsdp"] = option(
-        "auto", "ddp: every rank holds the model; fsdp: a part of it; auto: fsdp if more than the projector is trained")
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
+        "auto", "ddp: every rank holds the model; fsdp: a part of it; hsdp: a part of its node's; auto: fsdp if more "
+        "than the projector is trained")
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them; unset: yes")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
