@@ -16,12 +16,10 @@ from safetensors import SafetensorError
 from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
-from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
-from hub.tensors import check_safetensors, save_tensors, weight_files
+from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision, read_tensors
+from hub.tensors import CODE_VERSION, DIGESTS, save_tensors
 from hub.tokenizer import load_tokenizer
-from model import Llava
-
-CODE_VERSION = 1
+from model import Llava, ViT
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -48,7 +46,15 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
         vit, decoder = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
         load_moca(folder, decoder, dtype, device, found)
     projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
-    return Llava(vit, projector, decoder, c["vision_layer"])
+    return Llava(vit, projector, decoder, checked_layer(folder, c["vision_layer"], vit))
+
+
+def checked_layer(folder: Path, layer, vit: ViT) -> int:
+    """Return the vision layer that config.json names. Raises UserError if the tower has no such layer."""
+    most = vit.config.num_hidden_layers
+    check_supported(folder / "config.json", [("features of vision layer", layer,
+                                              type(layer) is int and -most - 1 <= layer <= most)])
+    return layer
 
 
 def is_released(folder: str | Path) -> bool:
@@ -73,7 +79,6 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     projector = c.get("connector_type", c.get("mm_projector_type", "mlp2x_gelu")), c.get("projector_hidden_act", "gelu")
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("features of layers", layer, isinstance(layer, int)),
                                              ("projector", projector, projector == ("mlp2x_gelu", "gelu"))])
 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
@@ -85,7 +90,7 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
         vit = load_vision(vision, dtype, device, config)
     llm = load_llm(folder, dtype, device, found=found)
     projector = load_projector(folder, vit.config.hidden_size, llm.config.hidden_size, dtype, device, found)
-    return Llava(vit, projector, llm, layer)
+    return Llava(vit, projector, llm, checked_layer(folder, layer, vit))
 
 
 # ------------------------------------------------------------------------------------------------ a run's checkpoints
@@ -109,15 +114,23 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Checks headers and sizes, not tensors."""
+    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its digest. state.pt is a zip
+    file, which holds a digest of each tensor too."""
     try:
         read_json(folder / "config.json")
-        for path in weight_files(folder):
-            check_safetensors(path)
+        for _ in read_tensors(find_tensors(folder)):
+            pass
     except UserError as e:
         return str(e)
     state = folder / "state.pt"
-    return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
+    if not (state.is_file() and zipfile.is_zipfile(state)):
+        return f"{state} is missing or cut off"
+    try:
+        with zipfile.ZipFile(state) as file:
+            damaged = file.testzip()
+    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as e:
+        damaged = e
+    return f"{state} is not what was saved ({damaged} is damaged)" if damaged else None
 
 
 def is_whole(folder: Path, found=None) -> bool:
@@ -160,7 +173,7 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
-    save_tensors(folder, tensors)
+    write_json(folder / DIGESTS, save_tensors(folder, tensors))
     torch.save(state, folder / "state.pt")
     for path in folder.iterdir():
         with open(path, "rb") as f:
