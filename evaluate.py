@@ -15,6 +15,7 @@ vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answe
     results.json               metrics, headline, counts, and every setting that the numbers depend on
     submission.*               for the benchmark's server, where there is one
 """
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -27,18 +28,18 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import file_crc, locked, read_json, remove, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, start
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
-from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
+from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions, share_of
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
-from evaluation.scores import compare, score, summary
+from evaluation.scores import compare, notes, score, summary
 from evaluation.submit import check_packages, write_submission
-from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.checkpoint import CODE_VERSION, checkpoint_folder, is_whole, load_model
 from hub.configs import load_processor
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
@@ -154,7 +155,8 @@ def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
-    return {"checkpoint": checkpoint_digest(folder), "template": template, "pad": c["pad"],
+    bases = [] if is_whole(folder) else [cfg.vision or c["vision"], cfg.llm or c["llm"]]
+    return {"checkpoint": checkpoint_digest(folder, *bases), "template": template, "pad": c["pad"],
             "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": c["after_special"],
             "code_version": CODE_VERSION}
 
@@ -163,7 +165,9 @@ def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
 def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
     folder, source = None, {"answers": cfg.score_only}
-    if not cfg.score_only:
+    if cfg.score_only and Path(cfg.score_only).is_file():
+        source["answers_crc"] = file_crc(Path(cfg.score_only))
+    elif not cfg.score_only:
         folder = checkpoint_folder(cfg.ckpt)
         source = checkpoint_settings(cfg, folder, ranks)
     out = folder.parent / "eval" / folder.name if folder else Path(cfg.score_only).with_suffix(".scored")
@@ -174,16 +178,23 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
         check_packages(q.benchmark, q.samples)
         if not cfg.score_only:
             check_images_exist(q.samples)
-        if cfg.overwrite and ranks.first:
-            for path in [*q.out.glob("pred.rank*.jsonl"), q.out / "results.json"]:
-                path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        for q in sets:
+            stack.enter_context(locked(q.out, ranks.first))
+        return answer_and_score(cfg, folder, sets, ranks)
+
+
+def answer_and_score(cfg: "Config", folder: Path | None, sets: list[Questions], ranks: Ranks) -> list[dict]:
+    """The same, for questions whose folders are locked."""
+    if cfg.overwrite and ranks.first:
+        for q in sets:
+            remove([*q.out.glob("pred.*"), *q.out.glob("submission.*"), q.out / "results.json"])
     ranks.wait()
-    done = [read_predictions(q.out, q.settings)[0] for q in sets]
+    done = [read_predictions(q.out, q.settings, len(q.samples))[0] for q in sets]
 
     # The model is loaded only if there is something to ask.
     assistant = None
     for q, answered in zip(sets, done):
-        q.out.mkdir(parents=True, exist_ok=True)
         if not cfg.score_only and any(s.id not in answered for s in q.samples):
             if assistant is None:
                 assistant = Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, q.settings["template"],
@@ -194,15 +205,9 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
 
 
 def answer_share(assistant: Assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
-    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
-    depends on the questions alone, so ranks need not agree on what is done."""
-    groups = {}
-    for s in q.samples:
-        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
-    share = []
-    for group in list(groups.values())[ranks.rank::ranks.count]:
-        share += [s for s in group if s.id not in done]
-
+    """Append this rank's answers to its file. Its share depends on the questions alone, so ranks need not agree on what
+    is done."""
+    share = [s for s in share_of(q.samples, ranks.rank, ranks.count) if s.id not in done]
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
@@ -223,21 +228,16 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
     if cfg.score_only:
         predictions = read_answers(Path(cfg.score_only), q.samples, q.benchmark.repeats, counts)
     else:
-        predictions, settings["batch_size"] = read_predictions(q.out, q.settings)
-    n, partial = len(q.loaded.samples), len(q.samples) < len(q.loaded.samples)
+        predictions, settings["batch_size"] = read_predictions(q.out, q.settings, len(q.samples))
+    partial = len(q.samples) < len(q.loaded.samples)
     rows, results = score(q.benchmark, q.samples, predictions, partial)
     write_jsonl(q.out / "pred.jsonl", rows)
 
     counts["references that are none of the options"] = results["n_no_option"]
-    warnings = [f"{count} {what}" for what, count in counts.items() if count]
-    if q.benchmark.sizes and n not in q.benchmark.sizes:
-        warnings.append(f"{n} questions; the released files have {' or '.join(map(str, q.benchmark.sizes))}")
     submission = write_submission(q.benchmark, q.samples, rows, Path(q.loaded.files[0]).parent, q.out)
-    if q.benchmark.submission and not submission:
-        warnings.append("no spreadsheet for the benchmark's server: pip install openpyxl")
     report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder), "partial": partial, **results,
               "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission,
-              "warnings": warnings, "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
+              "warnings": notes(q, counts, submission), "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
     write_json(q.out / "results.json", report)
     return report
 

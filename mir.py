@@ -39,7 +39,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device, explain_lost_ranks, finish, start
 from common.roots import cholesky, five_rounds, newton_schulz, root_trace
@@ -258,6 +258,7 @@ class MIRConfig:
     """Measure the Modality Integration Rate of a checkpoint."""
     ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest one), or a released LLaVA", "run")
     out: str | None = option(None, "a JSON file for all the numbers; unset: they are only printed")
+    overwrite: bool = option(False, "replace the file in --out")
     batch_size: int = option(20, "pairs at a time, on a rank")
 
     data: str | None = option(None, "pairs: questions or LLaVA samples; unset: the toy's validation questions", "pairs")
@@ -303,6 +304,7 @@ def check(cfg: MIRConfig) -> None:
         raise UserError(f"--batch-size must be 1 or more, not {cfg.batch_size}")
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise UserError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
+    refuse_existing(None if cfg.overwrite else cfg.out)
 
 
 def main() -> None:

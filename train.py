@@ -11,7 +11,6 @@ training/setup.py, its files go through training/folder.py.
 import contextlib
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -23,17 +22,18 @@ from tqdm import tqdm
 
 import mir
 from common import parallel
-from common.files import read_json
+from common.files import locked, new_folder
 from common.flags import UserError, parse, run
 from common.parallel import Ranks
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
+from hub.configs import read_config
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
 from training import folder
 from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
-from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
+from training.setup import build, check_folders, check_objective, fingerprints, load_data, mir_pairs, parameter_groups
 
 LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
 
@@ -242,10 +242,8 @@ def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Draw the toy's data into the run's folder, unless it is there."""
     folder.make_folder(cfg, out, [], ranks)
     if ranks.first and not (out / "data").exists():
-        temporary = out / ".data.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        world.make(temporary, cfg.seed)
-        os.replace(temporary, out / "data")
+        with new_folder(out / "data") as temporary:
+            world.make(temporary, cfg.seed)
     ranks.wait()
 
 
@@ -253,7 +251,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
     """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
     ckpt = folder.newest(out, stage.stage, ranks)
     if ckpt:
-        saved = read_json(ckpt / "config.json")
+        saved = read_config(ckpt)
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
         # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)
@@ -269,7 +267,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         make_toy(cfg, out, ranks)
     data, bad = load_data(stage, out, ranks)
     pairs = mir_pairs(stage, data, out)
-    folder.make_folder(cfg, out, bad, ranks)
+    folder.make_folder(cfg, out, bad, ranks, fingerprints(stage, data))
     train(stage, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 
@@ -291,22 +289,24 @@ def main() -> None:
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     ranks = parallel.start(*parallel.choose_device(cfg.device, cfg.dtype), cfg.timeout)
-    with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
-        ranks.wait()                                      # every rank has looked at --out
-        if cfg.overwrite and ranks.first:
-            folder.clear(out)
-        for plan in plans:
-            run_stage(cfg, plan, out, ranks)
-        alone = parallel.leave(ranks)                              # the report needs the first rank only
-    if ranks.first:                                       # imported here: training needs neither benchmarks nor pages
-        if cfg.data is None:
-            from toy.report import report
-            results = report(out, stages, alone.device, alone.dtype)
-            folder.Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
-        else:
-            from look.runs import write_report
-            write_report(out)
-        print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
+    with locked(out, ranks.first):                        # until the end: no other run writes to --out
+        with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
+            ranks.wait()                                  # every rank has looked at --out
+            if ranks.first:
+                folder.check_out(cfg, out)                # again: another run may have ended there since
+                folder.clear(cfg, out)
+            for plan in plans:
+                run_stage(cfg, plan, out, ranks)
+            alone = parallel.leave(ranks)                 # the report needs the first rank only
+        if ranks.first:                                   # imported here: training needs neither benchmarks nor pages
+            if cfg.data is None:
+                from toy.report import report
+                results = report(out, stages, alone.device, alone.dtype)
+                folder.Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
+            else:
+                from look.runs import write_report
+                write_report(out)
+            print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
     parallel.finish(ranks)
 
 

@@ -1,9 +1,18 @@
-"""JSON in and out: one reader and one writer, with errors that name the file and the line."""
+"""JSON in and out: one reader and one writer, with errors that name the file and the line. Files and
+folders that are written whole or not at all, by one process at a time."""
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import shutil
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.flags import UserError
+
+LOCK = ".lock"                      # the file in a folder that says who writes there
 
 
 def read_json(path: str | Path):
@@ -63,5 +72,109 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)                 # a full disk leaves a part of it
+        raise
+
+
+def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | None = None) -> None:
+    """Raise UserError if a file would be written over. ours: how one begins that may be replaced."""
+    if path is None or not os.path.lexists(path):
+        return
+    if ours and Path(path).is_file():
+        with open(path, "rb") as f:
+            if f.read(len(ours.encode())) == ours.encode():
+                return
+    raise UserError(f"{flag} {path} exists already and is not written over: give another name, or "
+                    "move it away")
+
+
+# -------------------------------------------------------------------------------- one writer at a time
+def lock(file) -> bool:
+    """Lock an open file until it is closed or this process dies. Returns False if another has it.
+
+    lockf, not flock, whose locks pass to the processes that prepare batches: they outlive a kill."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as e:
+        print(f"warning: {file.name} cannot be locked ({e.strerror}): start no second command there")
+    return os.fstat(file.fileno()).st_nlink > 0           # 0: its owner has just deleted it
+
+
+@contextlib.contextmanager
+def locked(folder: Path, first: bool = True) -> Iterator[None]:
+    """Be the only process that writes to `folder`, which is made, and removed if nothing was written.
+    first: False on all ranks but one, which holds the lock for them. Raises UserError if another
+    process writes there."""
+    if not first:
+        yield
+        return
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        if not lock(file):
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends, "
+                            "or give another --out")
+        try:
+            yield
+        finally:
+            if folder.is_dir() and os.listdir(folder) == [LOCK]:
+                os.unlink(folder / LOCK)
+                for path in made:
+                    with contextlib.suppress(OSError):    # something else is in there by now
+                        path.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all. Yields a folder with a temporary name, empty but for its
+    lock. It is renamed to `out` at the end, and removed after an error."""
+    temporary = out.parent / f".{out.name}.tmp"
+    with locked(temporary):
+        remove([p for p in temporary.iterdir() if p.name != LOCK])  # what a killed process left
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        os.unlink(out / LOCK)
+
+
+def remove(paths: list[Path]) -> None:
+    """Delete files and folders."""
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------- what a file holds
+def file_crc(path: Path) -> int:
+    """Return the CRC-32 of a file's bytes."""
+    crc = 0
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def folder_digest(folder: str | Path, *patterns: str) -> str:
+    """Hash the files of a folder whose names match: of each its size and 64 blocks of 64 KiB spread
+    over it. Training changes weights everywhere, so this shows any change; hashing all of 14 GB would
+    take longer than loading them."""
+    h = hashlib.sha256()
+    for path in sorted({p for pattern in patterns for p in Path(folder).glob(pattern)}):
+        size = path.stat().st_size
+        h.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            for block in range(64):
+                f.seek(block * max(0, size - 65536) // 63)
+                h.update(f.read(65536))
+    return h.hexdigest()[:16]

@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from common.files import new_folder, refuse_existing
 from common.flags import UserError, option, parse, run
 from course.audit import audit, passes, table
 from course.grade import grade_all
@@ -25,6 +26,7 @@ class Flags:
 def gradescope(name: str, out: Path, seed: int) -> None:
     """Write the zip that Gradescope takes: setup.sh, run_autograder, and the files that the grader reads."""
     find(name)
+    refuse_existing(out)
     paths = [p for folder in ("course", "common") for p in (ROOT / folder).rglob("*") if p.suffix in (".py", ".md")]
     paths += [ROOT / m.file for m in MODULES.values()] + [ROOT / "course/assignments.json"]
     paths += [ROOT / path for a in ASSIGNMENTS.values() for path in a.files]
@@ -35,6 +37,7 @@ def gradescope(name: str, out: Path, seed: int) -> None:
                    "pip3 install torch numpy safetensors tokenizers "
                    "--extra-index-url https://download.pytorch.org/whl/cpu\n")
         z.writestr("run_autograder", "#!/usr/bin/env bash\nset -e\ncd /autograder/source\n"
+                   "rm -rf /tmp/grades /tmp/grades.csv\n"
                    f"python3 -m course grade {name} /autograder/submission --seed {seed} --out /tmp/grades.csv\n"
                    "cp /tmp/grades/submission.json /autograder/results/results.json\n")
 
@@ -69,9 +72,11 @@ def main() -> None:
         case _ if flags.out is None:
             raise UserError("--out is missing: python -m course --help shows every command")
         case ["make"] if everything:
-            for number, name in enumerate(ASSIGNMENTS, 1):
-                make(name, Path(flags.out) / f"{number}-{name}")
-            capstone(Path(flags.out) / f"{len(ASSIGNMENTS) + 1}-capstone")
+            refuse_existing(flags.out)
+            with new_folder(Path(flags.out)) as semester:
+                for number, name in enumerate(ASSIGNMENTS, 1):
+                    make(name, semester / f"{number}-{name}")
+                capstone(semester / f"{len(ASSIGNMENTS) + 1}-capstone")
             print(f"{flags.out}: {len(ASSIGNMENTS)} assignments and the capstone")
         case ["make", name]:
             make(name, Path(flags.out))

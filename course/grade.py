@@ -5,6 +5,7 @@ submission's results that equal those of a known wrong solution get that mistake
 """
 import csv
 import importlib
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, refuse_existing, write_json, write_text
 from common.flags import UserError
 from course.hidden import rubric
 from course.make import MODULES, ROOT, find, handed_out, module
@@ -236,21 +237,25 @@ def grade_all(name: str, submissions: Path, out: Path, seed: int) -> list[str]:
     STUDENT.json (Gradescope). Returns a line a student."""
     if not submissions.is_dir():
         raise UserError(f"{submissions} is not a folder: give one submission, or a folder with a folder a student")
+    if out.suffix != ".csv":
+        raise UserError(f"--out {out} is to be a table: give it a name that ends in .csv")
+    for path in (out, out.with_suffix("")):
+        refuse_existing(path)
     folders = sorted(p for p in submissions.iterdir() if p.is_dir() and not p.is_symlink())
     if any((submissions / f"{m}.py").exists() for m in find(name).write) or not folders:
         folders = [submissions]
     key, rows, lines = Key(name, seed), [], []
-    details = out.with_suffix("")
-    details.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        scores = grade(name, folder, key)
-        student, total = folder.resolve().name, sum(s.points for s in scores)
-        rows.append({"student": student, "total": total, **{s.item: s.points for s in scores}})
-        write_text(details / f"{student}.txt", report(student, name, scores))
-        write_json(details / f"{student}.json", gradescope_results(scores))
-        lines.append(f"{student}: {total}")
-    with out.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
+    with new_folder(out.with_suffix("")) as details:
+        for folder in folders:
+            scores = grade(name, folder, key)
+            student, total = folder.resolve().name, sum(s.points for s in scores)
+            rows.append({"student": student, "total": total, **{s.item: s.points for s in scores}})
+            write_text(details / f"{student}.txt", report(student, name, scores))
+            write_json(details / f"{student}.json", gradescope_results(scores))
+            lines.append(f"{student}: {total}")
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+        write_text(out, table.getvalue())
     return lines

@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.files import read_json
+from common.files import new_folder, read_json, refuse_existing
 from common.flags import UserError
 from course.hidden import rubric
 
@@ -143,10 +143,12 @@ def find(name: str) -> Assignment:
 
 def make(name: str, out: Path) -> None:
     """Write one assignment to a new folder."""
-    a = find(name)
-    if out.exists():
-        raise UserError(f"{out} is there already: give another --out, or remove it")
-    out.mkdir(parents=True)
+    refuse_existing(out)
+    with new_folder(out) as folder:
+        write_assignment(name, find(name), folder)
+
+
+def write_assignment(name: str, a: Assignment, out: Path) -> None:
     for m in a.write + a.given:
         (out / f"{m}.py").write_text(handed_out(m))
     tests = []

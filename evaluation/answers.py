@@ -3,23 +3,17 @@ import hashlib
 import json
 from pathlib import Path
 
-from common.files import read_json, read_lines
+from common.files import folder_digest, read_json, read_lines
 from common.flags import UserError
 from evaluation.questions import Sample, bare, match_text
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """Hash a checkpoint's weights: of each file its size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading them."""
-    h = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        h.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as f:
-            for block in range(64):
-                f.seek(block * max(0, size - 65536) // 63)
-                h.update(f.read(65536))
-    return h.hexdigest()[:16]
+def checkpoint_digest(folder: Path, *bases: str | Path) -> str:
+    """Hash a checkpoint's weights, and those of the folders that a stage-1 checkpoint is used with: `folder_digest`."""
+    digests = [folder_digest(folder, "*.safetensors")]
+    for base in bases:
+        digests.append(folder_digest(base, "*.safetensors", "*.bin"))
+    return "-".join(digests)
 
 
 def questions_digest(samples: list[Sample]) -> str:
@@ -31,9 +25,9 @@ def questions_digest(samples: list[Sample]) -> str:
     return h.hexdigest()[:16]
 
 
-def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[int]]:
-    """Return (predictions by id, batch sizes) of all runs so far. Raises UserError if other settings made them, or the
-    results beside them."""
+def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str], list[int]]:
+    """Return (predictions by id, batch sizes) of all runs so far. n: questions that are asked now. Raises UserError if
+    other settings made them, or the results beside them; if those are of more questions, or of another program."""
     done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
@@ -42,8 +36,16 @@ def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[in
                 sizes.add(line["batch_size"])
             else:
                 done[line["id"]] = line["prediction"]
-    if (out / "results.json").exists():
-        headers.append((out / "results.json", read_json(out / "results.json")["settings"]))
+    results = out / "results.json"
+    if results.exists():
+        found = read_json(results)
+        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+            raise UserError(f"{results} is no evaluation's: --overwrite, or another --out")
+        if found.get("n", 0) > n:
+            raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
+        headers.append((results, found["settings"]))
+    for path in [] if headers else [*out.glob("pred.jsonl"), *out.glob("submission.*")]:
+        raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
         changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
         if changed:
@@ -93,3 +95,14 @@ def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict)
     if not found:
         raise UserError(f"{path} answers none of the {len(samples)} questions: is it of another benchmark or split?")
     return found
+
+
+def share_of(samples: list[Sample], rank: int, ranks: int) -> list[Sample]:
+    """Return a rank's share: every ranks-th image with all questions about it."""
+    groups = {}
+    for s in samples:
+        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
+    share = []
+    for group in list(groups.values())[rank::ranks]:
+        share += group
+    return share

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from common.files import read_jsonl, write_text
 from common.flags import UserError
-from common.images import open_image
+from common.images import open_image, with_8_bits
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -66,6 +66,7 @@ def decode(image: str | Cell) -> Image.Image:
             data = base64.b64decode(image, validate=True)
         decoded = Image.open(io.BytesIO(data))
         decoded.load()
+        decoded = with_8_bits(decoded)
     except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as e:
         raise ValueError(f"not an image ({type(e).__name__})") from None
     return decoded

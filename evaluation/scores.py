@@ -7,7 +7,7 @@ from common.files import read_json
 from common.flags import UserError
 from evaluation import metrics
 from evaluation.benchmarks import LETTERS, Benchmark
-from evaluation.questions import Sample
+from evaluation.questions import Questions, Sample
 
 
 # ------------------------------------------------------------------------------------------------ one answer
@@ -277,3 +277,14 @@ def compare(folders: list[str]) -> str:
         if len(found) > 1:
             lines.append(f"warning: {name}'s {k} differs: " + ", ".join(f"{v} in {f}" for v, f in found.items()))
     return "\n".join(lines)
+
+
+def notes(q: Questions, counts: dict[str, int], submission: str | None) -> list[str]:
+    """Return what to know about these results. counts: what → how many."""
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    if q.benchmark.sizes and len(q.loaded.samples) not in q.benchmark.sizes:
+        sizes = " or ".join(map(str, q.benchmark.sizes))
+        found.append(f"{len(q.loaded.samples)} questions; the released files have {sizes}")
+    if q.benchmark.submission and not submission:
+        found.append("no spreadsheet for the benchmark's server: pip install openpyxl")
+    return found

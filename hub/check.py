@@ -1,4 +1,5 @@
 """python -m hub check FILE: which samples of a file cannot be used, and why, before a run finds out."""
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from common.files import refuse_existing, write_text
 from common.flags import UserError, option
 from common.images import open_image
 from data import IGNORE, TEMPLATES, encode, eos_id
@@ -103,16 +105,14 @@ def print_check(path: str, cfg: CheckFlags) -> None:
     """Print the counts of a file and write --out. Raises UserError if any sample cannot be used."""
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"--images {cfg.images} is not a folder")
-    try:
-        out = open(cfg.out, "w") if cfg.out else None           # first: the check may take minutes
-    except OSError as e:
-        raise UserError(f"--out {cfg.out} cannot be written: {e.strerror}") from None
+    refuse_existing(cfg.out)
+    if cfg.out and not os.access(Path(cfg.out).parent, os.W_OK):                # first: the check may take minutes
+        raise UserError(f"--out {cfg.out} cannot be written: {Path(cfg.out).parent} is no folder, or is read-only")
     rows, why = check(path, cfg)
     for name, count in rows.items():
         print(f"{name:32} {count:12,}")
-    if out:
-        with out:
-            out.writelines(f"sample {i} {why[i]}\n" for i in sorted(why))
+    if cfg.out:
+        write_text(Path(cfg.out), "".join(f"sample {i} {why[i]}\n" for i in sorted(why)))
     if why:
         first, lists = min(why), cfg.out or "--out FILE"
         raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {path} cannot be used; the first is sample "

@@ -15,11 +15,10 @@ from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
-from hub.tensors import check_safetensors, save_tensors, weight_files, write_tensors
+from hub.tensors import CODE_VERSION, DIGESTS, open_tensors, save_tensors, weight_files, write_tensors
 from hub.tokenizer import load_tokenizer
-from model import Llava
+from model import Llava, ViT
 
-CODE_VERSION = 1
 OPTIMIZER = "optimizer.safetensors"
 
 
@@ -47,7 +46,15 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
         vit, decoder = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
         load_moca(folder, decoder, dtype, device, found)
     projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
-    return Llava(vit, projector, decoder, c["vision_layer"])
+    return Llava(vit, projector, decoder, checked_layer(folder, c["vision_layer"], vit))
+
+
+def checked_layer(folder: Path, layer, vit: ViT) -> int:
+    """Return the vision layer that config.json names. Raises UserError if the tower has no such layer."""
+    most = vit.config.num_hidden_layers
+    check_supported(folder / "config.json", [("features of vision layer", layer,
+                                              type(layer) is int and -most - 1 <= layer <= most)])
+    return layer
 
 
 def is_released(folder: str | Path) -> bool:
@@ -72,7 +79,6 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     projector = c.get("connector_type", c.get("mm_projector_type", "mlp2x_gelu")), c.get("projector_hidden_act", "gelu")
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("features of layers", layer, isinstance(layer, int)),
                                              ("projector", projector, projector == ("mlp2x_gelu", "gelu"))])
 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
@@ -84,7 +90,7 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
         vit = load_vision(vision, dtype, device, config)
     llm = load_llm(folder, dtype, device, found=found)
     projector = load_projector(folder, vit.config.hidden_size, llm.config.hidden_size, dtype, device, found)
-    return Llava(vit, projector, llm, layer)
+    return Llava(vit, projector, llm, checked_layer(folder, layer, vit))
 
 
 # ------------------------------------------------------------------------------------------------ a run's checkpoints
@@ -108,14 +114,15 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Checks headers and sizes, not tensors."""
+    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its digest."""
     try:
         read_json(folder / "config.json")
-        for path in weight_files(folder):
-            check_safetensors(path)
         if not (folder / OPTIMIZER).is_file():
             return f"{folder / OPTIMIZER} is missing (the two newest checkpoints of a stage have one)"
-        check_safetensors(folder / OPTIMIZER)
+        for path in [*weight_files(folder), folder / OPTIMIZER]:
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    file.get_tensor(name)
     except UserError as e:
         return str(e)
     return None
@@ -159,8 +166,8 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
-    save_tensors(folder, tensors)
-    write_tensors(folder / OPTIMIZER, state)
+    digests = save_tensors(folder, tensors)
+    write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})
     for path in folder.iterdir():
         with open(path, "rb") as f:
             os.fsync(f.fileno())                          # the rename must not reach the disk before the data

@@ -6,6 +6,7 @@ from pathlib import Path
 from common.files import read_json
 from common.flags import UserError
 from data import ImageProcessor
+from hub.tensors import CODE_VERSION
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
 # A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
@@ -45,6 +46,10 @@ def read_config(folder: str | Path) -> dict:
     c = read_json(path)
     if not isinstance(c, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
+    version = c.get("code_version", 0)
+    if c.get("model_type") == OURS and version not in range(CODE_VERSION + 1):
+        raise UserError(f"{path} has code_version {version!r}, this nanoalign knows {CODE_VERSION} and older: use the "
+                        "version that wrote it")
     return c
 
 

@@ -5,8 +5,6 @@ LLaVA-1.5 was trained without that space. The first round, which is all that ben
 """
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, write_json, write_text
 from common.flags import UserError, option
 from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
 from hub.checkpoint import checkpoint_folder, load_model
@@ -197,14 +195,11 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
             tensors[name] = grow(tensors[name], rows)
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors.values()})
 
-    temporary = out.parent / f".{out.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_configs(temporary, c, model, rows, dtype, ids, image)
-    write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, c["pad"]))
-    tokenizer.save(str(temporary / "tokenizer.json"))
-    save_tensors(temporary, tensors, dtype)
-    os.replace(temporary, out)
+    with new_folder(out) as temporary:
+        write_configs(temporary, c, model, rows, dtype, ids, image)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, c["pad"]))
+        write_text(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
+        save_tensors(temporary, tensors, dtype)
     size = sum(t.numel() for t in tensors.values()) * dtype.itemsize / 1e9
     return (f"{out}: {size:.2f} GB in {str(dtype).removeprefix('torch.')}; the vocabulary grew from {old} to {rows} "
             f"rows, {IMAGE} is {image}, {PAD} is {pad}")

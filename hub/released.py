@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.flags import UserError
 from common.parallel import placed
 from hub.configs import decoder_config, vision_config
-from hub.tensors import is_mapped, open_tensors, weight_files
+from hub.tensors import check_weight, is_mapped, open_tensors, weight_files
 from model import Decoder, DecoderConfig, Projector, VisionConfig, ViT
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
@@ -150,6 +150,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
             tensor, shape = tensor[first:end], (total, *shape[1:])
         if tuple(stored) != tuple(shape):
             raise UserError(f"{path}: {key} has shape {tuple(stored)}, but the config makes it {tuple(shape)}")
+        check_weight(path, key, tensor)
         put(name, tensor)
         del tensor                                  # else the file stays mapped
     if tied:

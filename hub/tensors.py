@@ -1,10 +1,12 @@
 """Files of weights: safetensors and .bin, whole or in shards. Checked before they are read; never unpickled."""
 import contextlib
 import json
+import math
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,9 @@ from common.files import read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
+CODE_VERSION = 1                    # of our checkpoints
+DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of a tensor → its digest
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -90,11 +95,39 @@ def open_tensors(path: Path) -> Iterator:
     """Open a file of weights: an object with keys() and get_tensor(name). Raises UserError for a damaged file."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
+        digests = path.parent / DIGESTS
+        wanted = read_json(digests) if digests.is_file() else {}
         with safe_open(path, "pt") as f:
-            yield f
+            def get_tensor(name: str) -> torch.Tensor:
+                tensor = f.get_tensor(name)
+                if wanted.get(name, "") not in ("", digest(tensor)):
+                    raise UserError(f"{path}: {name} is not what was saved (its digest in {DIGESTS} differs): the disk "
+                                    "or a copy has damaged it, so take another checkpoint")
+                return tensor
+            yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:
         tensors = read_bin(path)
         yield SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes: it shows a single changed bit, and reads 5 GB a second."""
+    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()):08x}"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True if no number of a tensor is NaN or infinite. One pass without a copy: NaN is both least and greatest."""
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
+
+
+def check_weight(path: Path, key: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a stored tensor that is no weight: it is not of floats, or not finite."""
+    if tensor.dtype not in FLOATS:
+        raise UserError(f"{path}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; weights of 16, 32 and "
+                        "64-bit floats are read: get this model in one of them")
+    if not is_finite(tensor):
+        raise UserError(f"{path}: {key} holds numbers that are not finite: take an earlier checkpoint, or download it "
+                        "again")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -124,11 +157,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, write: bool = True,
-                 limit: float = 5e9) -> None:
+                 limit: float = 5e9) -> dict[str, str]:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
 
-    dtype, write: see write_tensors."""
-    shards, size, total = [[]], 0, 0
+    dtype, write: see write_tensors. Returns the digest of each tensor written."""
+    shards, size, total, digests = [[]], 0, 0, {}
     for name, t in tensors.items():
         bytes_ = t.numel() * (dtype or t.dtype).itemsize
         if shards[-1] and size + bytes_ > limit:
@@ -140,25 +173,28 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
     places = {}
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, write)
+        digests |= write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, write)
         places |= dict.fromkeys(names, file)
     if write and len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    return digests
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None,
-                  write: bool = True) -> None:
+                  write: bool = True) -> dict[str, str]:
     """Write a safetensors file tensor by tensor: no more than one is copied to the host at a time.
 
     dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every rank must call, with
-    write=False on all but the one that writes. The bytes are those of the library's save_file."""
+    write=False on all but the one that writes. The bytes are those of the library's save_file. Returns the digest of
+    each tensor written."""
     def kind(name: str) -> torch.dtype:
         return dtype or tensors[name].dtype
     order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))      # wide ones first: all are aligned
+    digests = {}
     if not write:
         for name in order:
             whole(tensors[name].detach())
-        return
+        return digests
 
     # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the tensors.
     header, end = {"__metadata__": {"format": "pt"}}, 0
@@ -171,4 +207,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dty
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             full = whole(tensors[name].detach()).to("cpu", kind(name)).contiguous()
+            digests[name] = digest(full)
             f.write(full.reshape(-1).view(torch.uint8).numpy())
+    return digests

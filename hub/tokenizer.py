@@ -45,6 +45,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
                         "merges.txt: copy it there from where the weights came from")
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None                          # random merges: the same text would get other ids
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

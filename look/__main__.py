@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from common.files import write_json
+from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.images import open_image
 from common.parallel import choose_device
@@ -21,7 +21,7 @@ from hub.configs import load_processor, vision_config
 from hub.samples import SampleFile
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, open_checkpoint, picture_of
-from look.page import convert, write_page, write_pictures
+from look.page import TEMPLATE, convert, write_page, write_pictures
 from look.runs import group_runs
 
 
@@ -110,6 +110,10 @@ def main() -> None:
         raise UserError("say what to look at: --ckpt DIR …, --run DIR …, or --data FILE")
     if cfg.watch is not None and (cfg.run is None or cfg.watch < 1):
         raise UserError("--watch N goes with --run; N is in seconds, 1 at least")
+    refuse_existing(cfg.out, ours=TEMPLATE.read_text(encoding="utf-8")[:200])
+    refuse_existing(cfg.json, "--json")
+    for ckpt in cfg.ckpt or []:
+        refuse_existing(cfg.png and Path(cfg.png) / Path(ckpt).name, "--png")
     if cfg.ckpt:
         look_at_checkpoints(cfg)
     elif cfg.data:

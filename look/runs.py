@@ -15,7 +15,7 @@ from look.page import write_page
 
 POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
 NOT_CURVES = ("stage", "step", "kind", "supervised", "tokens_per_s", "peak_gib")
-NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout")
+NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout", "files")
 
 
 def write_report(out: Path, assistant: Assistant | None = None) -> None:

@@ -1,25 +1,31 @@
 """A run's folder: run.json, metrics.jsonl, checkpoints, the optimizer's state.
 
-    out/run.json         the flags of the run, compared on --resume
+    out/run.json         the flags of the run and the fingerprints of what it reads, compared on --resume
     out/metrics.jsonl    a line a step
     out/pretrain-250     a checkpoint, see hub/checkpoint.py; out/finetune-1000 likewise
+    out/.lock            locked by the first rank while it runs
 """
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from common.files import read_json, write_json, write_text
+from common.files import LOCK, read_json, remove, write_json, write_text
 from common.flags import UserError
-from common.parallel import Ranks, placed
+from common.parallel import Ranks, local, placed
 from data import Batch
 from hub.checkpoint import OPTIMIZER, checkpoint_problem, checkpoints, save_checkpoint
-from hub.tensors import open_tensors
+from hub.tensors import is_finite, open_tensors
 from model import Llava
 from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
+
+# What a kill or a full disk leaves: temporary names of the files and folders above.
+LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html|results\.json|data|"
+                      r"(pretrain|finetune)-\d+)\.tmp")
 
 
 # ------------------------------------------------------------------------------------------------ start and resume
@@ -28,6 +34,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     holds = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    holds = [name for name in holds if name != LOCK and not LEFTOVER.fullmatch(name)]
     if not holds:
         return
     if cfg.overwrite:
@@ -58,18 +65,33 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
         raise UserError(f"--resume: {place} was started with {', '.join(changed)}")
 
 
-def clear(out: Path) -> None:
-    """Delete a run that saved no checkpoint (--overwrite): its flags, its log, the toy's data."""
-    for name in ("metrics.jsonl", "bad_images.txt", "run.json"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "data", ignore_errors=True)
+def clear(cfg: TrainConfig, out: Path) -> None:
+    """Delete what killed runs left and, with --overwrite, a run that saved no checkpoint: its flags,
+    its log, the toy's data. Call with the folder locked."""
+    remove([p for p in out.iterdir() if LEFTOVER.fullmatch(p.name)])
+    if cfg.overwrite:
+        remove([p for p in out.iterdir() if p.name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
 
 
-def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks) -> None:
-    """Make the run's folder with run.json, and bad_images.txt if images are left out. Every rank must call."""
+def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files=None) -> None:
+    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files: fingerprints of what the
+    stage reads, from `fingerprints`. Raises UserError if a rank or the run's start had others."""
+    files = files or {}
+    for rank, seen in enumerate(ranks.gather(files)):
+        for name in files:
+            if seen[name] != files[name]:
+                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
+                                f"{files[name]}): give every machine the same files")
+    started = {}
+    if (out / "run.json").is_file():
+        started = read_json(out / "run.json").get("files", {})
+    for name in files:
+        if started.get(name, files[name]) != files[name]:
+            raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "
+                            f"{files[name]}): put back what it was, or start a new run with another --out")
+    ranks.wait()                                          # every rank has read run.json
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", asdict(cfg))
+        write_json(out / "run.json", {**asdict(cfg), "files": {**started, **files}})
         if bad:
             write_text(out / "bad_images.txt", "".join(line + "\n" for line in bad))
     ranks.wait()
@@ -134,6 +156,11 @@ def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps:
     """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of those, the newest two
     keep the optimizer's state: to resume, and to resume if the newest is damaged. The first rank writes; if the model
     is sharded, every rank must call."""
+    broken = [n for n, p in model.named_parameters() if p.requires_grad and not is_finite(local(p.detach()))]
+    broken = [name for names in ranks.gather(broken[:1]) for name in names]
+    if broken:
+        raise UserError(f"step {step} of {cfg.stage}: {broken[0]} holds numbers that are not finite, so it is not "
+                        "saved: lower --lr. Earlier checkpoints are unchanged")
     if not ranks.first and ranks.mesh is None:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import read_json
+from common.files import folder_digest, read_json
 from common.flags import UserError
 from common.parallel import Ranks, shard
-from data import IGNORE, Batch, Format, Samples, eos_id
+from data import IGNORE, Batch, Format, Samples, encode, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
 from hub.configs import decoder_config, load_processor, vision_config
@@ -22,7 +22,7 @@ from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, TrainConfig, stores_all
+from training.settings import RANDOM, TrainConfig, flag, stores_all
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -207,9 +207,30 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
     samples.keep(~spoiled)
     if not len(data):
         raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} no usable image)")
+    check_targets(data)
     if ranks.first:
         report_data(cfg, path, len(data), unanswered, int(spoiled.sum()), len(bad))
     return data, bad
+
+
+def fingerprints(cfg: TrainConfig, data: Samples) -> dict[str, str]:
+    """Return what the files that a stage reads are like: a change of one, or another one on a rank,
+    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them."""
+    kinds = "*.safetensors", "*.bin", "*.json", "*.model", "merges.txt"
+    return {f"the --data of {cfg.stage}": data.samples.fingerprint(),
+            **{flag(name): folder_digest(getattr(cfg, name), *kinds) for name in ("vision", "llm")}}
+
+
+def check_targets(data: Samples) -> None:
+    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has an answer."""
+    f = data.format
+    for i in range(len(data)):
+        labels = encode(data.samples[i]["conversations"], data.tokenizer, f.template, f.image_tokens, f.max_length,
+                        f.after_special)[1]
+        if (labels != IGNORE).any():
+            return
+    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an image takes "
+                    f"{f.image_tokens} positions")
 
 
 def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoiled: int, bad: int) -> None:
