@@ -24,42 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.flags import UserError
 from common.images import open_image
+from common.templates import TEMPLATES
 from common.text import bos_ids, encode_text
 
 IGNORE = -100                                             # label of a position that is not supervised
 IMAGE = "<image>"
 PLACEHOLDER = 0                                           # id at image and padding positions; masks tell them apart
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
-                  "the user provides, and assist the user with a variety of tasks using natural language.")
 
 
 # ------------------------------------------------------------------------------------------------ text
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written. {system} is the place of the system prompt in the first turn, {text} that of a
-    turn's text. Answers are supervised from their first character to their last, questions are not."""
-    user: str
-    answer: str
-    eos: str                    # the token that ends an answer
-    system: str = ""
-    later: str = ""             # in front of every question but the first
-
-
-TEMPLATES = {
-    "plain": Template("", "{text}\n", "\n"),                                 # stage 1: <image> and the caption alone
-    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>", SYSTEM + " "),                # Vicuna
-    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>", SYSTEM + " "),
-    "gemma": Template("{system}USER: {text} ASSISTANT:", " {text}<eos>", "<eos>", SYSTEM + " "),
-    "llama_2": Template("[INST] {system}{text} [/INST]", " {text} </s>", "</s>",
-                        f"<<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>"),
-    "mistral": Template("[INST] {text} [/INST]", " {text} </s>", "</s>"),
-    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "", "\n"),
-}
-FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": "gemma"}      # all others: v1
-
-
 @dataclass(frozen=True)
 class Format:
     """How a sample becomes ids and pixels. A checkpoint stores it, so that questions are written as training was."""
@@ -72,7 +45,8 @@ class Format:
 
 
 def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
-    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does). Returns (text, supervised) pieces.
+    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does; from phi3 on: as the language model was
+    tuned to). Returns (text, supervised) pieces.
 
     plain (stage 1): "<image>a cat\\n", the caption alone; the request is dropped.
     v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised from the space before an answer
@@ -93,8 +67,12 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
     for speaker, text in turns:
         if IMAGE in text and image_first:
             text = (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
+        if t.strip:
+            text = text.strip()
         if speaker == "gpt":
             out.append((t.answer.replace("{text}", text), True))
+            if t.after:
+                out.append((t.after, False))
         elif out:
             out.append((t.later + t.user.replace("{system}", "").replace("{text}", text), False))
         else:

@@ -9,8 +9,8 @@ from typing import Literal
 
 from common.flags import UserError, option
 from common.text import RULES
-from data import FAMILY_TEMPLATE, TEMPLATES
-from hub.configs import read_config
+from data import TEMPLATES
+from hub.tokenizer import family_template
 from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,8 +197,7 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
-        family = read_config(cfg.llm).get("model_type")
-        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
+        cfg = replace(cfg, template=family_template(cfg.llm))
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
 
