@@ -134,6 +134,7 @@ class ImageProcessor:
     stretch: bool = False                                       # SigLIP: both edges to crop_size, no cropping
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = 3                                           # Pillow's number: 3 bicubic, 2 bilinear (SigLIP2)
 
     def __call__(self, image: Image.Image, pad: bool) -> Tensor:
         """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
@@ -149,7 +150,7 @@ class ImageProcessor:
         # Resize: to a fixed square, or the shortest edge to `size` with the aspect kept.
         long = self.size if self.stretch else int(self.size * max(w, h) / min(w, h))
         to = (self.size, long) if w <= h else (long, self.size)
-        image = image.resize(to, Image.Resampling.BICUBIC)
+        image = image.resize(to, Image.Resampling(self.resample))
         left, top = (image.width - self.crop_size) // 2, (image.height - self.crop_size) // 2
         image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)

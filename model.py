@@ -385,7 +385,7 @@ class Llava(nn.Module):
         self.multi_modal_projector = projector
         self.language_model = language_model
         self.vision_layer = vision_layer
-        self.image_tokens = getattr(projector, "queries", vision_tower.config.image_tokens)      # a Q-Former's own, or N
+        self.image_tokens = getattr(projector, "queries", vision_tower.config.image_tokens)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""

@@ -59,8 +59,8 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
 def rescale(frequencies: Tensor, scaling: dict | None) -> Tensor:
     """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: as they are.
 
-    With P = original_max_position_embeddings, pairs that turn less than low_freq_factor times in P positions are slowed
-    down by `factor`, pairs that turn more than high_freq_factor times are not, and between the two it is interpolated."""
+    Pairs that turn less than low_freq_factor times in original_max_position_embeddings positions are slowed down by
+    `factor`. Pairs that turn more than high_freq_factor times are not. Between the two it is interpolated."""
     if scaling is None:
         return frequencies
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -52,6 +52,7 @@ TEMPLATES = {
 }
 FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": "gemma"}
 # Families that share a model_type are known by a token, then by a phrase of the chat template beside the tokenizer.
-TOKEN_TEMPLATES = [("<|start_header_id|>", "Cutting Knowledge Date", "llama_3_1"), ("<|start_header_id|>", "", "llama_3"),
+TOKEN_TEMPLATES = [("<|start_header_id|>", "Cutting Knowledge Date", "llama_3_1"),
+                   ("<|start_header_id|>", "", "llama_3"),
                    ("<|im_start|>", QWEN2_5_SYSTEM, "qwen2_5"), ("<|im_start|>", QWEN2_SYSTEM, "qwen2"),
                    ("<|im_start|>", "", "smollm2")]

@@ -142,11 +142,12 @@ def load_processor(folder: str | Path) -> ImageProcessor:
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
-    if c.get("resample", 3) != 3:
-        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, is supported")
+    if c.get("resample", 3) not in (2, 3):
+        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are supported")
 
     def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
         return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
     stretch = "crop_size" not in c or c.get("do_center_crop") is False
     crop_size = c["size"] if stretch else c["crop_size"]
-    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]))
+    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]),
+                          c.get("resample", 3))

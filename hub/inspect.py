@@ -13,9 +13,9 @@ from hub.tokenizer import family_template, load_tokenizer
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
-KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "phi": "Phi-2", "phi3": "Phi-3", "gemma": "Gemma",
-         LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout", TINY: "TinyLLaVA",
-         OURS: "nanoalign checkpoint"}
+KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "phi": "Phi-2", "phi3": "Phi-3",
+         "gemma": "Gemma", LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout",
+         TINY: "TinyLLaVA", OURS: "nanoalign checkpoint"}
 
 
 @dataclass

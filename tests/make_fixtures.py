@@ -50,8 +50,8 @@ NEWER = {  # P = 24: of the pairs one is kept, two are between, one is slowed do
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0}), 0.1),
     "llama3": (hf.LlamaForCausalLM, hf.LlamaConfig(
         **LLAMA | {"head_dim": 8}, num_key_value_heads=2, rope_parameters=LLAMA3), 0.1)}
-DEFAULTS = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig, "phi": hf.PhiConfig, "phi3": hf.Phi3Config,
-            "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
+DEFAULTS = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig, "phi": hf.PhiConfig,
+            "phi3": hf.Phi3Config, "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
             "siglip_vision_model": hf.SiglipVisionConfig}
 KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "max_position_embeddings", "hidden_act",
@@ -105,7 +105,8 @@ def decoder(family: str, seed: int) -> None:
     assert torch.allclose(attentions.logits, out.logits, rtol=0, atol=5e-6)
     finish(family, model, {"input_ids": input_ids, "hidden_states": torch.stack(out.hidden_states),
                            "logits": out.logits, "attention": torch.stack(attentions.attentions).mean(2),
-                           "embeds_bfloat16": embeds, "normed_bfloat16": half.layers[0].input_layernorm(embeds), **newer})
+                           "embeds_bfloat16": embeds,
+                           "normed_bfloat16": half.layers[0].input_layernorm(embeds), **newer})
 
 
 def encoder(family: str, seed: int) -> None:
