@@ -22,6 +22,7 @@ from common.text import bos_ids
 from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
 from hub.checkpoint import checkpoint_folder, load_model
 from hub.configs import ACTIVATION_NAMES, load_processor, read_config
+from hub.connectors import name_of
 from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
 from methods.lora import merge
@@ -181,6 +182,9 @@ def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> 
     if c.moca:
         raise UserError(f"{folder} has MoCa, a map of image tokens after every layer: llava-hf's layout has no place "
                         "for it")
+    name = name_of(model.multi_modal_projector)
+    if name != "mlp2x":
+        raise UserError(f"{folder} has the connector {name}: llava-hf's layout holds mlp2x alone")
     if c.head_bias:
         raise UserError(f"{folder} is built on Phi-2, whose head has a bias: transformers' LLaVA has none, and would "
                         "drop it and compute other logits")

@@ -7,6 +7,7 @@ from common.text import bos_ids
 from data import eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
 from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, load_processor, read_config
+from hub.connectors import Connector, configured, image_tokens, read_connector
 from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
 from hub.tensors import open_tensors, weight_files
 from hub.tokenizer import family_template, load_tokenizer
@@ -46,6 +47,9 @@ def inspect(folder: str | Path) -> str:
     found = files and attempt(problems, find_tensors, folder)
     vit, llm = load_parts(problems, folder, kind, found) if found else (None, None)
     lines += describe_parts(vit and vit.config, llm and llm.config)
+    name = configured(c)
+    if vit and kind not in TOWERS and read_connector(name) != Connector(2):
+        lines.append(("connector", f"{name}: {image_tokens(name, vit.config)} image tokens"))
     if found:
         lines += attempt(problems, describe_stored, found) or []
     if files:

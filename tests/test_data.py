@@ -142,9 +142,11 @@ LLAMA_3 = [("llama_3", ""), ("llama_3_1", "<|start_header_id|>system<|end_header
     *[(name, f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
        "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
        ["A1<|im_end|>", "A2<|im_end|>"]) for name, system in CHATML],
-    *[(name, f"{system}<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|><|start_header_id|>"
-       "assistant<|end_header_id|>\n\nA1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|><|start_header_id|>"
-       "assistant<|end_header_id|>\n\nA2<|eot_id|>", ["A1<|eot_id|>", "A2<|eot_id|>"]) for name, system in LLAMA_3],
+    *[(name, f"{system}<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+       "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>",
+       ["A1<|eot_id|>", "A2<|eot_id|>"]) for name, system in LLAMA_3],
 ])
 def test_each_template_writes_a_conversation_as_its_family_does(template, text, supervised):
     parts = pieces(THREE, template)
