@@ -24,42 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.flags import UserError
 from common.images import open_image
+from common.templates import TEMPLATES
 from common.text import bos_ids, encode_text
 
 IGNORE = -100                                             # label of a position that is not supervised
 IMAGE = "<image>"
 PLACEHOLDER = 0                                           # id at image and padding positions; masks tell them apart
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
-                  "the user provides, and assist the user with a variety of tasks using natural language.")
 
 
 # ------------------------------------------------------------------------------------------------ text
-@dataclass(frozen=True)
-class Template:
-    """How a conversation is written. {system} is the place of the system prompt in the first turn, {text} that of a
-    turn's text. Answers are supervised from their first character to their last, questions are not."""
-    user: str
-    answer: str
-    eos: str                    # the token that ends an answer
-    system: str = ""
-    later: str = ""             # in front of every question but the first
-
-
-TEMPLATES = {
-    "plain": Template("", "{text}\n", "\n"),                                 # stage 1: <image> and the caption alone
-    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>", SYSTEM + " "),                # Vicuna
-    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>", SYSTEM + " "),
-    "gemma": Template("{system}USER: {text} ASSISTANT:", " {text}<eos>", "<eos>", SYSTEM + " "),
-    "llama_2": Template("[INST] {system}{text} [/INST]", " {text} </s>", "</s>",
-                        f"<<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>"),
-    "mistral": Template("[INST] {text} [/INST]", " {text} </s>", "</s>"),
-    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "", "\n"),
-}
-FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": "gemma"}      # all others: v1
-
-
 @dataclass(frozen=True)
 class Format:
     """How a sample becomes ids and pixels. A checkpoint stores it, so that questions are written as training was."""
@@ -72,7 +45,8 @@ class Format:
 
 
 def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
-    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does). Returns (text, supervised) pieces.
+    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does; from phi3 on: as the language model was
+    tuned to). Returns (text, supervised) pieces.
 
     plain (stage 1): "<image>a cat\\n", the caption alone; the request is dropped.
     v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised from the space before an answer
@@ -93,8 +67,12 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
     for speaker, text in turns:
         if IMAGE in text and image_first:
             text = (IMAGE + "\n" + text.replace(IMAGE, "").strip()).strip()
+        if t.strip:
+            text = text.strip()
         if speaker == "gpt":
             out.append((t.answer.replace("{text}", text), True))
+            if t.after:
+                out.append((t.after, False))
         elif out:
             out.append((t.later + t.user.replace("{system}", "").replace("{text}", text), False))
         else:
@@ -156,6 +134,7 @@ class ImageProcessor:
     stretch: bool = False                                       # SigLIP: both edges to crop_size, no cropping
     image_mean: tuple = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple = (0.26862954, 0.26130258, 0.27577711)
+    resample: int = 3                                           # Pillow's number: 3 bicubic, 2 bilinear (SigLIP2)
 
     def __call__(self, image: Image.Image, pad: bool) -> Tensor:
         """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
@@ -171,7 +150,7 @@ class ImageProcessor:
         # Resize: to a fixed square, or the shortest edge to `size` with the aspect kept.
         long = self.size if self.stretch else int(self.size * max(w, h) / min(w, h))
         to = (self.size, long) if w <= h else (long, self.size)
-        image = image.resize(to, Image.Resampling.BICUBIC)
+        image = image.resize(to, Image.Resampling(self.resample))
         left, top = (image.width - self.crop_size) // 2, (image.height - self.crop_size) // 2
         image = image.crop((left, top, left + self.crop_size, top + self.crop_size))
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)

@@ -67,7 +67,7 @@ class Assistant:
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;
         which of them each prompt is about. Raises UserError for an image that cannot be read."""
-        size, tokens = self.processor.crop_size, self.model.vision_tower.config.image_tokens
+        size, tokens = self.processor.crop_size, self.model.image_tokens
         ids, masks, pixels, number, which = [], [], [], {}, []
         for s in samples:
             # <image> stays where the prompt has it, else it comes first.

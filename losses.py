@@ -62,7 +62,7 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
     """BASIC eq. (8): outputs and attention of the layers 1..k become targets of the projector's output."""
     if not (cfg.basic_das or cfg.basic_sds):
         return ce(model, batch, cfg)
-    lm, n, equal = model.language_model, model.vision_tower.config.image_tokens, cfg.basic_degree == "equal"
+    lm, n, equal = model.language_model, model.image_tokens, cfg.basic_degree == "equal"
     k = cfg.basic_k or max(1, lm.config.num_hidden_layers // 2)
     w, text, E = layer_weights(k, cfg.basic_weights).tolist(), batch.text_after_image(), lm.model["embed_tokens"].weight
     rows, exact = true_positions(text) >= 0, torch.promote_types(E.dtype, torch.float32)            # (B,M)

@@ -6,8 +6,8 @@ RULES = ("4.31", "4.37", "legacy")                        # versions of transfor
 
 
 def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the id that a sequence begins with, <s> or <bos>, as a list; empty for families without one (Phi-2)."""
-    for token in ("<s>", "<bos>"):
+    """Return the id that a sequence begins with, as a list; empty for families without one (Phi-2, Qwen2, SmolLM2)."""
+    for token in ("<s>", "<bos>", "<|begin_of_text|>"):
         if tokenizer.token_to_id(token) is not None:
             return [tokenizer.token_to_id(token)]
     return []

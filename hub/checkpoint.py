@@ -14,6 +14,7 @@ import torch
 from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
+from hub.connectors import name_of
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
 from hub.tensors import CODE_VERSION, DIGESTS, open_tensors, save_tensors, weight_files, write_tensors
 from hub.tokenizer import load_tokenizer
@@ -77,9 +78,9 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     strategy = c.get("vision_feature_select_strategy", c.get("mm_vision_select_feature", "patch"))
     patches_only = strategy in ("default", "patch")
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
-    projector = c.get("connector_type", c.get("mm_projector_type", "mlp2x_gelu")), c.get("projector_hidden_act", "gelu")
+    activation = c.get("projector_hidden_act", "gelu")
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("projector", projector, projector == ("mlp2x_gelu", "gelu"))])
+                                             ("projector_hidden_act", activation, activation == "gelu")])
 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
     config = replace(config, drop_first_patch=siglip and patches_only)
@@ -165,6 +166,7 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
     write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
+        "connector": name_of(model.multi_modal_projector),
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
     digests = save_tensors(folder, tensors)
     write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})

@@ -14,6 +14,8 @@ DECODERS = {
     "llama": dict(),
     "mistral": dict(num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072,
                     sliding_window=4096),
+    "qwen2": dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
+                  sliding_window=4096, qkv_bias=True),
     "phi": dict(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, rms_norm_eps=1e-5,
                 partial_rotary_factor=0.5, hidden_act="gelu_tanh", norm="layer", gated=False, bias=True, head_bias=True,
                 parallel=True),
@@ -27,6 +29,7 @@ VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16
                                                                    hidden_act="gelu_tanh", class_token=False)}
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
 
@@ -90,8 +93,8 @@ def vision_config(folder: str | Path) -> VisionConfig:
 
 
 def decoder_config(folder: str | Path) -> DecoderConfig:
-    """Return the config of a language model. Reads folders of LLaMA, Mistral, Phi-2, Phi-3, Gemma, LLaVA, and our
-    checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
+    """Return the config of a language model. Reads folders of LLaMA, Mistral, Qwen2, Phi-2, Phi-3, Gemma, LLaVA, and
+    our checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
     path, top = Path(folder) / "config.json", read_config(folder)
     if top.get("model_type") == OURS:
         return DecoderConfig(**top["text_config"])
@@ -113,15 +116,22 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
     quantized = "quantization_config" in c or "quantization_config" in top
     switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
-    check_supported(path, [("rope scaling", scaling, scaling == "default"), ("hidden_act", act, act in ACTIVATIONS),
-                           ("quantization_config", "…", not quantized)] + switches)
+    first_window = c.get("max_window_layers", 28)               # Qwen2's window acts in this layer and those after it
+    windows = kind == "qwen2" and c.get("use_sliding_window") and first_window < c.get("num_hidden_layers", 32)
+    scaled = scaling == "llama3" and set(rope) >= set(LLAMA3)
+    check_supported(path, [("rope scaling", scaling, scaling == "default" or scaled),
+                           ("hidden_act", act, act in ACTIVATIONS), ("quantization_config", "…", not quantized),
+                           ("max_window_layers", first_window, not windows or first_window == 0)] + switches)
 
     fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
+    fields["rope_scaling"] = {name: rope[name] for name in LLAMA3} if scaled else None
     for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
     fields["rms_norm_eps"] = c.get("layer_norm_eps" if kind == "phi" else "rms_norm_eps")
-    fixed = ["norm", "norm_plus_one", "gated", "bias", "head_bias", "parallel", "embed_scale"]
-    if kind not in ("mistral", "phi3"):
+    fixed = ["norm", "norm_plus_one", "gated", "bias", "head_bias", "parallel", "embed_scale", "qkv_bias"]
+    if kind == "qwen2" and not windows:
+        fields["sliding_window"] = None
+    if kind not in ("mistral", "phi3", "qwen2"):
         fixed.append("sliding_window")                          # the other families ignore the field
     config = from_fields(DecoderConfig, DECODERS[kind], fields, fixed)
     if kind == "gemma":
@@ -137,11 +147,12 @@ def load_processor(folder: str | Path) -> ImageProcessor:
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
-    if c.get("resample", 3) != 3:
-        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, is supported")
+    if c.get("resample", 3) not in (2, 3):
+        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are supported")
 
     def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
         return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
     stretch = "crop_size" not in c or c.get("do_center_crop") is False
     crop_size = c["size"] if stretch else c["crop_size"]
-    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]))
+    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]),
+                          c.get("resample", 3))

@@ -4,18 +4,19 @@ from pathlib import Path
 
 from common.flags import UserError
 from common.text import bos_ids
-from data import FAMILY_TEMPLATE, eos_id
+from data import eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
 from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, load_processor, read_config
+from hub.connectors import Connector, configured, image_tokens, read_connector
 from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
 from hub.tensors import open_tensors, weight_files
-from hub.tokenizer import load_tokenizer
+from hub.tokenizer import family_template, load_tokenizer
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
-KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "phi": "Phi-2", "phi3": "Phi-3", "gemma": "Gemma",
-         LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout", TINY: "TinyLLaVA",
-         OURS: "nanoalign checkpoint"}
+KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "phi": "Phi-2", "phi3": "Phi-3",
+         "gemma": "Gemma", LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout",
+         TINY: "TinyLLaVA", OURS: "nanoalign checkpoint"}
 
 
 @dataclass
@@ -46,6 +47,9 @@ def inspect(folder: str | Path) -> str:
     found = files and attempt(problems, find_tensors, folder)
     vit, llm = load_parts(problems, folder, kind, found) if found else (None, None)
     lines += describe_parts(vit and vit.config, llm and llm.config)
+    name = configured(c)
+    if vit and kind not in TOWERS and read_connector(name) != Connector(2):
+        lines.append(("connector", f"{name}: {image_tokens(name, vit.config)} image tokens"))
     if found:
         lines += attempt(problems, describe_stored, found) or []
     if files:
@@ -116,7 +120,7 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
 
 
 def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
-    name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
+    name = c.get("template") or attempt(problems, family_template, folder) or "v1"
     template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
     tokenizer = attempt(problems, load_tokenizer, folder)
     if not tokenizer:

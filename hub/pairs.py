@@ -16,6 +16,7 @@ from common.files import read_json, read_jsonl
 from common.flags import UserError
 from data import IMAGE, Batch, Format, Samples, collate
 from hub.configs import load_processor, vision_config
+from hub.connectors import configured, image_tokens
 from hub.samples import question_file, read_questions, read_samples
 from hub.tokenizer import load_tokenizer
 
@@ -52,7 +53,7 @@ def pair_batches(folder: Path, samples: list[dict], images: Path, template: str 
     after stage 1), text is never cut, and an empty question keeps its newline: "<image>\\n ASSISTANT:". Otherwise
     images are padded to a square, text is cut at the checkpoint's max_length, and that newline is stripped."""
     c, vision = read_json(folder / "config.json"), vision or folder
-    text = Format(template, vision_config(vision).image_tokens, c.get("max_length", 2048), True,
+    text = Format(template, image_tokens(configured(c), vision_config(vision)), c.get("max_length", 2048), True,
                   c.get("after_special", "4.31"))
     if as_released:
         samples = [image_in_front(s) for s in samples]

@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from common.files import read_json
 from common.flags import UserError
+from common.templates import FAMILY_TEMPLATE, TOKEN_TEMPLATES
 from common.text import SPACE
 from hub.tensors import check_download
 
@@ -28,8 +29,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for path in (model, fast, vocab, merges):
         if path.is_file():
             check_download(path, "a tokenizer", least=0)
-    c = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"model_type": "llama"}
-    family = (c.get("text_config") or c).get("model_type") or c.get("model_type") or ""
+    family = family_of(folder)
     llama = family.startswith(("llama", "mistral", "llava", "nanoalign"))
     if model.is_file() and (llama or not fast.is_file()):
         tokenizer = read_sentencepiece(model)
@@ -40,6 +40,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         except Exception as e:                                  # the library raises bare Exception
             raise UserError(f"{fast} is not a tokenizer ({e}): download it again") from None
     elif vocab.is_file() and merges.is_file():
+        if family in ("qwen2", "llama") and (folder / "config.json").is_file():
+            raise UserError(f"{folder} has vocab.json with merges.txt, which do not say how the tokenizers of {family} "
+                            "split a text: copy tokenizer.json there too")
         tokenizer = read_gpt2(vocab, merges)
         add_extra_tokens(tokenizer, folder)
     else:
@@ -50,6 +53,28 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
+
+
+def family_of(folder: Path) -> str:
+    """Return the model_type of a folder's language model."""
+    c = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"model_type": "llama"}
+    return (c.get("text_config") or c).get("model_type") or c.get("model_type") or ""
+
+
+def family_template(folder: str | Path) -> str:
+    """Return the name of the template that a folder's language model was tuned with; v1 for all others. Raises
+    UserError if the tokenizer cannot be read."""
+    folder = Path(folder)
+    family = family_of(folder)
+    if family in FAMILY_TEMPLATE:
+        return FAMILY_TEMPLATE[family]
+    tokenizer = load_tokenizer(folder)
+    files = [folder / name for name in ("chat_template.jinja", "tokenizer_config.json")]
+    chat = "".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
+    for token, phrase, name in TOKEN_TEMPLATES:
+        if tokenizer.token_to_id(token) is not None and phrase in chat:
+            return "qwen2" if name == "smollm2" and family == "qwen2" else name
+    return "v1"
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:

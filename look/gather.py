@@ -8,6 +8,7 @@ norm, the others as they leave the layer (as in mir.py). Attention is that of th
 Shape letters: N image tokens · M text tokens after the image · T both and what is before · L layers · H heads ·
 D width · V words
 """
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
     pixels = a.processor(image, a.pad)[None].to(device)                         # (1,3,H,W)
     text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
     ids, _, mask = encode([{"from": "human", "value": text}], a.tokenizer, a.template,
-                          a.model.vision_tower.config.image_tokens, None, a.after_special, image_first=False)
+                          a.model.image_tokens, None, a.after_special, image_first=False)
     ids, mask, asked = ids.to(device), mask.to(device), len(ids)
     eos = eos_id(a.tokenizer, a.template)
     said = a.model.generate(ids, pixels, mask, max_new, eos)
@@ -172,6 +173,11 @@ def picture_of(processor: ImageProcessor, pixels: Tensor) -> Image.Image:
 def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: int = 32, tsne: bool = False) -> dict:
     """Every number of the page for one checkpoint and one question, as tensors, lists and text."""
     inside, c = answer(a, image, prompt, max_new), a.model.vision_tower.config
+    side, first = int(c.num_patches ** 0.5), c.num_patches - c.image_tokens
+    queries = getattr(a.model.multi_modal_projector, "queries", 0)
+    if queries:                                                                 # drawn as a square all the same
+        side, first = math.ceil(queries ** 0.5), 0
+        name = f"{name} (its {queries} image tokens are queries: a cell is no place in the picture)"
     image_states = [h[inside.image] for h in inside.states]                     # (N,D) a layer
     text_states = [h[inside.rows] for h in inside.states]                       # (M,D) a layer
     points = [torch.cat(pair) for pair in zip(image_states, text_states)]       # (N+M,D) a layer
@@ -180,7 +186,7 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     tokens = [show_token(a.tokenizer, i) for i in inside.ids.tolist()]
     return {
         "name": name, "template": a.template, "picture": picture_of(a.processor, a.processor(image, a.pad)),
-        "side": int(c.num_patches ** 0.5), "first": c.num_patches - c.image_tokens, "layers": len(inside.attention),
+        "side": side, "first": first, "layers": len(inside.attention),
         "before": tokens[:int(inside.image.nonzero()[0])], "tokens": [tokens[i] for i in inside.rows.tolist()],
         "prompt": prompt, "prompt_rows": int((inside.rows < inside.answer).sum()),
         "answer": a.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip(),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -76,8 +77,10 @@ def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: 
 
 
 def overlay(picture: Image.Image, values: Tensor, side: int, first: int = 0, size: int = 336) -> Image.Image:
-    """The picture, darker where a map (N,) is small. first: cells of the grid (side,side) that are no token."""
-    grid = torch.cat([torch.zeros(first), values.cpu().float().clamp(min=0)]).view(side, side)
+    """The picture, darker where a map (N,) is small. first: cells of the grid (side,side) that are no token; there may
+    be more at its end."""
+    grid = torch.cat([torch.zeros(first), values.cpu().float().clamp(min=0)])
+    grid = F.pad(grid, (0, side * side - len(grid))).view(side, side)
     light = grid / grid.max().clamp(min=1e-12) * 0.82 + 0.18
     veil = Image.fromarray((light * 255).byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
     sharp = Image.Resampling.NEAREST if picture.width <= 128 else Image.Resampling.BICUBIC

@@ -9,8 +9,9 @@ from typing import Literal
 
 from common.flags import UserError, option
 from common.text import RULES
-from data import FAMILY_TEMPLATE, TEMPLATES
-from hub.configs import read_config
+from data import TEMPLATES
+from hub.connectors import read_connector
+from hub.tokenizer import family_template
 from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,7 @@ TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
                         gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 0.25
+TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for the toy's 9 patches, as wide as its models
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
 
@@ -49,7 +51,9 @@ class TrainConfig:
     vision: str = option("toy/clip", "folder of the vision encoder", "model")
     llm: str = option("toy/llm", "folder of the language model")
     projector: str | None = option(None, "where --stage finetune starts: a stage-1 checkpoint, a released LLaVA, or "
-                                   "random. In stage 1 only with --unlock-…")
+                                   "random. In stage 1 with --unlock-…, or a Q-Former for --connector qformer")
+    connector: str | None = option(None, "linear, mlp2x, mlp4x, …: so many linear maps; qformer: 32 queries; "
+                                   "qformer-64: 64; qformer-4-96x2: also width and layers; unset: mlp2x")
     moca: bool = option(False, "calibrate image tokens after every layer (MoCa); trained in both stages")
     unlock_llm: Literal["none", "lora", "half", "all"] | None = option(
         None, "what to train of the language model; half: its lower layers; unset: all in stage 2, none in stage 1")
@@ -131,6 +135,11 @@ def in_checkout(path: str) -> str:
     return path
 
 
+def starts_qformer(cfg: TrainConfig) -> bool:
+    """True if --projector holds a Q-Former to begin stage 1 with."""
+    return cfg.stage != "finetune" and cfg.projector is not None and (cfg.connector or "").startswith("qformer")
+
+
 def stores_all(cfg: TrainConfig) -> bool:
     """True if checkpoints hold the whole model: in stage 2, and in stage 1 if more than the projector is trained."""
     return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
@@ -147,7 +156,9 @@ def check_start(cfg: TrainConfig) -> None:
     if cfg.stage == "finetune" and cfg.projector is None and not cfg.resume:
         raise UserError("--stage finetune starts from a projector: give --projector with stage 1's --out folder, or "
                         "--projector random to start from an untrained one")
-    if cfg.projector not in (None, RANDOM) and not stores_all(cfg):
+    if cfg.connector is not None:
+        read_connector(cfg.connector)
+    if cfg.projector not in (None, RANDOM) and not stores_all(cfg) and not starts_qformer(cfg):
         raise UserError(f"--projector is the start of --stage finetune; --stage {cfg.stage} does not use it")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of the two")
@@ -194,14 +205,15 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
         recipe.update(LORA)
     recipe["unlock_llm"] = "none" if stage == "pretrain" else "all"
     recipe["projector_scale"] = TOY_PROJECTOR_SCALE if toy else 1.0
+    if toy and cfg.connector == "qformer":
+        cfg = replace(cfg, connector=TOY_QFORMER)
     unset = {name: value for name, value in recipe.items() if getattr(cfg, name) is None}
     cfg = replace(cfg, stage=stage, **unset)
 
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
-        family = read_config(cfg.llm).get("model_type")
-        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
+        cfg = replace(cfg, template=family_template(cfg.llm))
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
 

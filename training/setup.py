@@ -15,14 +15,15 @@ from data import IGNORE, Batch, Format, Samples, encode, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
 from hub.configs import decoder_config, load_processor, vision_config
+from hub.connectors import make_connector, name_of, read_connector
 from hub.pairs import held_out
-from hub.released import load_llm, load_moca, load_projector, load_vision
+from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, TrainConfig, flag, stores_all
+from training.settings import RANDOM, TrainConfig, flag, starts_qformer, stores_all
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -32,7 +33,7 @@ def check_folders(cfg: TrainConfig) -> None:
     layers = decoder_config(cfg.llm).num_hidden_layers
     if cfg.basic_k and cfg.basic_k > layers:
         raise UserError(f"--basic-k {cfg.basic_k}, but {cfg.llm} has {layers} layers")
-    if cfg.projector in (None, RANDOM):
+    if cfg.projector in (None, RANDOM) or starts_qformer(cfg):
         return
     path = start_folder(cfg)
     if not is_foreign(path) and is_whole(path):
@@ -147,20 +148,27 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     return Llava(vision, projector, llm)
 
 
-def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> Projector:
-    """Return the projector of the checkpoint to resume or of --projector, else a random one. MoCa that was trained
-    beside a stored projector is put into `llm`."""
+def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> nn.Module:
+    """Return the connector of the checkpoint to resume or of --projector, else a random one. MoCa that was trained
+    beside a stored projector is put into `llm`. Raises UserError if --connector asks for another one."""
     source = ckpt
-    if source is None and cfg.projector not in (None, RANDOM):
+    if source is None and cfg.projector not in (None, RANDOM) and not starts_qformer(cfg):
         source = start_folder(cfg)
     if source is None:
         torch.manual_seed(cfg.seed)
-        projector = Projector(vision_size, llm.config.hidden_size).to(ranks.device)
-        projector.linear_2.weight.data *= cfg.projector_scale
-        return projector
+        projector = make_connector(cfg.connector or "mlp2x", vision_size, llm.config.hidden_size)
+        list(projector.children())[-1].weight.data *= cfg.projector_scale
+        if starts_qformer(cfg):
+            new = start_qformer(projector, cfg.projector)
+            if ranks.first:
+                print(f"the Q-Former of {cfg.projector}, but for {len(new)} tensors of other shapes, which are new")
+        return projector.to(ranks.device)
     if not (source == ckpt and stores_all(cfg)):
         load_moca(source, llm, torch.float32, ranks.device)
-    return load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
+    projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
+    if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
+        raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: leave the flag out")
+    return projector
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
@@ -175,9 +183,9 @@ def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
 
 
 # ------------------------------------------------------------------------------------------------ the samples
-def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[str]]:
-    """Return the samples of a stage, checked, and the images that cannot be used. Raises UserError before any step if
-    there are such images and they are not to be skipped."""
+def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> tuple[Samples, list[str]]:
+    """Return the samples of a stage, checked, and the images that cannot be used. image_tokens: of an image. Raises
+    UserError before any step if there are such images and they are not to be skipped."""
     path, images = cfg.data, cfg.images
     if path is None:
         path, images = out / "data" / f"{cfg.stage}.json", out / "data" / "images"
@@ -193,7 +201,7 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
                         f"config.json wants {vision.image_size}: they belong to two models")
-    text = Format(cfg.template, vision.image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+    text = Format(cfg.template, image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
     data = Samples(samples, images or ".", tokenizer, processor, text, cfg.vdep_joint)
 
     # Every image is opened once before the first step.
