@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -15,11 +16,29 @@ from common.flags import UserError
 LOCK = ".lock"                      # the file in a folder that says who writes there
 
 
+def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(400)
+    if head.startswith(b"version https://git-lfs"):
+        real = re.search(rb"size (\d{8,})", head)
+        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
+    pages = rb"\s*<(!doctype|html)|Access to model|Entry not found|Invalid username or password|\s*\{\"error"
+    if re.match(pages, head, re.I):
+        start = " ".join(head[:60].decode(errors="replace").split())
+        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
+                        "repositories need an accepted licence and a token")
+    if size < least:
+        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
+
+
 def read_json(path: str | Path):
     """Return the value in a JSON file. Raises UserError if there is none; then it names what the folder holds."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))         # with or without a byte order mark
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
@@ -28,6 +47,8 @@ def read_json(path: str | Path):
             raise UserError(f"{path} does not exist; the folder is empty") from None
         raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
     except (ValueError, OSError) as e:
+        if path.is_file():
+            check_download(path, "JSON", least=0)
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
 
 
@@ -165,12 +186,12 @@ def file_crc(path: Path) -> int:
     return crc
 
 
-def folder_digest(folder: str | Path, *patterns: str) -> str:
-    """Hash the files of a folder whose names match: of each its size and 64 blocks of 64 KiB spread
-    over it. Training changes weights everywhere, so this shows any change; hashing all of 14 GB would
-    take longer than loading them."""
+def files_digest(paths: Iterator[Path]) -> str:
+    """Hash files: of each its name, size and 64 blocks of 64 KiB spread over it. Training changes
+    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading
+    them."""
     h = hashlib.sha256()
-    for path in sorted({p for pattern in patterns for p in Path(folder).glob(pattern)}):
+    for path in paths:
         size = path.stat().st_size
         h.update(f"{path.name} {size}".encode())
         with open(path, "rb") as f:

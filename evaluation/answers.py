@@ -1,19 +1,15 @@
 """Files of answers: our own, which a stopped run leaves unfinished, and those of others."""
 import hashlib
 import json
+import os
 from pathlib import Path
 
-from common.files import folder_digest, read_json, read_lines
+from tqdm import tqdm
+
+from common.files import read_json, read_lines
 from common.flags import UserError
-from evaluation.questions import Sample, bare, match_text
-
-
-def checkpoint_digest(folder: Path, *bases: str | Path) -> str:
-    """Hash a checkpoint's weights, and those of the folders that a stage-1 checkpoint is used with: `folder_digest`."""
-    digests = [folder_digest(folder, "*.safetensors")]
-    for base in bases:
-        digests.append(folder_digest(base, "*.safetensors", "*.bin"))
-    return "-".join(digests)
+from common.parallel import Ranks
+from evaluation.questions import Questions, Sample, bare, match_text
 
 
 def questions_digest(samples: list[Sample]) -> str:
@@ -23,6 +19,30 @@ def questions_digest(samples: list[Sample]) -> str:
         image = s.image.name if isinstance(s.image, Path) else getattr(s.image, "digest", s.image)
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
+
+
+def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
+    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
+    depends on the questions alone, so ranks need not agree on what is done."""
+    groups = {}
+    for s in q.samples:
+        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
+    share = []
+    for group in list(groups.values())[ranks.rank::ranks.count]:
+        share += [s for s in group if s.id not in done]
+
+    path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
+    hide = None if ranks.first else True                            # None: show the bar on a terminal only
+    with open(path, "a", encoding="utf-8") as f, \
+            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
+        f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
+        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
+            for s, answer in zip(batch, answers):
+                f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
+            f.flush()
+            bar.update(len(batch))
 
 
 def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str], list[int]]:

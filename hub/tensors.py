@@ -3,7 +3,6 @@ import contextlib
 import json
 import math
 import pickle
-import re
 import struct
 import zipfile
 import zlib
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import torch
 from safetensors import safe_open
 
-from common.files import read_json, write_json
+from common.files import check_download, read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
@@ -23,23 +22,6 @@ DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-
-
-def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
-    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(400)
-    if head.startswith(b"version https://git-lfs"):
-        real = re.search(rb"size (\d{8,})", head)
-        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
-        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
-    if re.match(rb"\s*<(!doctype|html)|Access to model|Entry not found|\s*\{\"error", head, re.I):
-        start = " ".join(head[:60].decode(errors="replace").split())
-        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
-                        "repositories need an accepted licence and a token")
-    if size < least:
-        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
 
 def check_safetensors(path: Path) -> None:
@@ -123,8 +105,10 @@ def is_finite(tensor: torch.Tensor) -> bool:
 def check_weight(path: Path, key: str, tensor: torch.Tensor) -> None:
     """Raise UserError for a stored tensor that is no weight: it is not of floats, or not finite."""
     if tensor.dtype not in FLOATS:
-        raise UserError(f"{path}: {key} is stored as {str(tensor.dtype).removeprefix('torch.')}; weights of 16, 32 and "
-                        "64-bit floats are read: get this model in one of them")
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.itemsize == 1:
+            kind += ": 8-bit weights are not supported"
+        raise UserError(f"{path}: {key} is stored in {kind}; get the model in floats of 16, 32 or 64 bits")
     if not is_finite(tensor):
         raise UserError(f"{path}: {key} holds numbers that are not finite: take an earlier checkpoint, or download it "
                         "again")

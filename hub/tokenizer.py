@@ -9,11 +9,10 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from common.files import read_json
+from common.files import check_download, read_json
 from common.flags import UserError
 from common.templates import FAMILY_TEMPLATE, TOKEN_TEMPLATES
 from common.text import SPACE
-from hub.tensors import check_download
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
 
@@ -29,14 +28,15 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for path in (model, fast, vocab, merges):
         if path.is_file():
             check_download(path, "a tokenizer", least=0)
-    family = family_of(folder)
+    c = language_config(folder)
+    family = c.get("model_type", "")
     llama = family.startswith(("llama", "mistral", "llava", "nanoalign"))
     if model.is_file() and (llama or not fast.is_file()):
         tokenizer = read_sentencepiece(model)
         add_extra_tokens(tokenizer, folder)
     elif fast.is_file():
         try:
-            tokenizer = Tokenizer.from_file(str(fast))
+            tokenizer = Tokenizer.from_str(fast.read_text(encoding="utf-8-sig"))
         except Exception as e:                                  # the library raises bare Exception
             raise UserError(f"{fast} is not a tokenizer ({e}): download it again") from None
     elif vocab.is_file() and merges.is_file():
@@ -50,22 +50,29 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
                         "merges.txt: copy it there from where the weights came from")
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None                          # random merges: the same text would get other ids
+    size, rows = tokenizer.get_vocab_size(False), c.get("vocab_size")
+    if rows and size > rows:                                    # added tokens aside: a pad may have no row
+        raise UserError(f"{folder} has a tokenizer of {size} tokens for a vocabulary of {rows}: it belongs to another "
+                        "model; copy the right one there from where the weights came from")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def family_of(folder: Path) -> str:
-    """Return the model_type of a folder's language model."""
+def language_config(folder: Path) -> dict:
+    """Return the part of a folder's config.json that is of its language model; without the file, LLaMA's."""
     c = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"model_type": "llama"}
-    return (c.get("text_config") or c).get("model_type") or c.get("model_type") or ""
+    return {"model_type": c.get("model_type", ""), "template": c.get("template"), **(c.get("text_config") or c)}
 
 
 def family_template(folder: str | Path) -> str:
-    """Return the name of the template that a folder's language model was tuned with; v1 for all others. Raises
-    UserError if the tokenizer cannot be read."""
+    """Return the template that a folder's config.json names (our checkpoints and exports do), else the one that its
+    language model was tuned with; v1 for all others. Raises UserError if the tokenizer cannot be read."""
     folder = Path(folder)
-    family = family_of(folder)
+    c = language_config(folder)
+    if c.get("template"):
+        return c["template"]
+    family = c.get("model_type")
     if family in FAMILY_TEMPLATE:
         return FAMILY_TEMPLATE[family]
     tokenizer = load_tokenizer(folder)
