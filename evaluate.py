@@ -33,7 +33,7 @@ from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, st
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
 from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
 from evaluation.benchmarks import BENCHMARKS
-from evaluation.files import picture, write_jsonl
+from evaluation.files import group_by_image, picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
 from evaluation.scores import compare, score, summary
@@ -142,7 +142,7 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
             if bench == "own":
                 settings["metric"] = benchmark.score
             if not cfg.score_only:
-                settings["max_new_tokens"] = cfg.max_new_tokens or benchmark.max_new
+                settings["max_new_tokens"] = cfg.max_new_tokens or loaded.max_new
             sets.append(Questions(name, bench, benchmark, loaded, samples[:cfg.limit], settings, out / place))
     return sets
 
@@ -196,12 +196,11 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
 def answer_share(assistant: Assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
     """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
     depends on the questions alone, so ranks need not agree on what is done."""
-    groups = {}
-    for s in q.samples:
-        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
+    groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
     share = []
-    for group in list(groups.values())[ranks.rank::ranks.count]:
-        share += [s for s in group if s.id not in done]
+    for group in groups[ranks.rank::ranks.count]:
+        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
+        share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():

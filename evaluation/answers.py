@@ -23,10 +23,10 @@ def checkpoint_digest(folder: Path) -> str:
 
 
 def questions_digest(samples: list[Sample]) -> str:
-    """Hash ids, prompts and images (files by name)."""
+    """Hash ids, prompts and images (those in files by name: they are not opened)."""
     h = hashlib.sha256()
     for s in samples:
-        image = s.image.name if isinstance(s.image, Path) else getattr(s.image, "digest", s.image)
+        image = getattr(s.image, "name", s.image)           # a file or a cell by its name, base64 whole
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
 
