@@ -542,7 +542,8 @@ def mmbench_lmms(root: Path, lang: str = "en") -> Case:
     none, ask = ("", LETTER) if lang == "en" else ("nan ", "\n请直接使用所提供的选项字母作为答案回答。")
     prompts = [f"{hint}{q} There are several options:" + "".join(f"\n{c}. {o}" for c, o in zip("ABC", options))
                + "\n" + ask
-               for hint, q, options in [(none, "Which?", "cat dog cow".split()), (none, "Which?", "dog cow cat".split()),
+               for hint, q, options in [(none, "Which?", "cat dog cow".split()),
+                                        (none, "Which?", "dog cow cat".split()),
                                         (none, "Which?", "cow cat dog".split()),
                                         ("Look closely. ", "Is it?", ["yes", "no"]),
                                         ("Look closely. ", "Is it?", ["no", "yes"])]]

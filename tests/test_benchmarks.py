@@ -130,7 +130,7 @@ def test_a_missing_answer_is_wrong_even_if_an_empty_one_would_be_a_yes(tmp_path)
 
 
 def four_options(root):
-    """As in MMBench dev 20230712: own rows first, then their rotations. Question 9 has four options and three rotations.
+    """As in MMBench dev 20230712: own rows first, then their rotations. Question 9 has four options and three of them.
     Question 12 has all four, and the answer to its last is wrong."""
     rows, cell = [], b64(1)
     for rotation in range(4):
