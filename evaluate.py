@@ -2,11 +2,14 @@
 
     python evaluate.py --ckpt out/toy                                     the toy's test questions
     python evaluate.py --ckpt DIR --image photo.jpg --prompt "What is this?"
+    python evaluate.py --ckpt DIR --image photo.jpg                       a conversation
     python evaluate.py --ckpt DIR --data questions.jsonl --images DIR     your own: {question_id, image, text, answer}
     python evaluate.py --ckpt DIR --bench pope --data eval/pope --images coco/val2014
     torchrun --nproc_per_node=8 evaluate.py --ckpt DIR --bench vqav2 --data eval/vqav2 --images coco/test2015
     python evaluate.py --bench pope --data eval/pope --score-only answers.jsonl          no model: score these answers
     python evaluate.py --compare out/a/eval out/b/eval
+
+DIR is a checkpoint, a run, or a released LLaVA (--vision: its CLIP, where it holds none).
 
 Results go to OUT/<name>. OUT is eval/<checkpoint> beside the checkpoint, or --out. <name> is the benchmark (pope,
 vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answers about shuffled images.
@@ -15,7 +18,6 @@ vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answe
     results.json               metrics, headline, counts, and every setting that the numbers depend on
     submission.*               for the benchmark's server, where there is one
 """
-import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,23 +27,26 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, start
+from common.text import RULES
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
-from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
+from evaluation.answers import answer_share, checkpoint_digest, questions_digest, read_answers, read_predictions
 from evaluation.benchmarks import BENCHMARKS
-from evaluation.files import group_by_image, picture, write_jsonl
+from evaluation.chat import talk
+from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
 from evaluation.scores import compare, score, summary
 from evaluation.submit import check_packages, write_submission
-from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.checkpoint import CODE_VERSION, is_released, load_model
 from hub.configs import load_processor
 from hub.samples import question_file
+from hub.tensors import weight_files
 from hub.tokenizer import load_tokenizer
+from hub.usage import model_folder, read_usage
 from model import Llava
 
 
@@ -57,11 +62,15 @@ class Assistant:
 
     @classmethod
     def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
-                        vision=None, llm=None) -> "Assistant":
-        folder = checkpoint_folder(ckpt)
-        c = read_json(folder / "config.json")
+                        vision=None, llm=None, after_special: str | None = None,
+                        pad: bool | None = None) -> "Assistant":
+        """Load a checkpoint, the newest of a run, or a released LLaVA. None: as it was trained."""
+        folder = model_folder(ckpt)
+        use = read_usage(folder, vision)
+        if pad is None:
+            pad = use.pad
         return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
-                   load_processor(folder), template or c["template"], c["after_special"], c["pad"])
+                   load_processor(folder, vision), template or use.template, after_special or use.after_special, pad)
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;
@@ -149,14 +158,21 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
 
 def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     """Return what a checkpoint's answers depend on. Raises UserError if it has learned captions alone."""
-    c = read_json(folder / "config.json")
-    template = cfg.template or c["template"]
+    use, files = read_usage(folder, cfg.vision), weight_files(folder)
+    if cfg.vision:
+        files += weight_files(Path(cfg.vision))
+    template, pad = cfg.template or use.template, use.pad if cfg.pad is None else cfg.pad
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
-    return {"checkpoint": checkpoint_digest(folder), "template": template, "pad": c["pad"],
-            "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": c["after_special"],
+    return {"checkpoint": checkpoint_digest(files), "template": template, "pad": pad,
+            "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": cfg.after_special or use.after_special,
             "code_version": CODE_VERSION}
+
+
+def open_assistant(cfg: "Config", folder: Path, settings: dict, ranks: Ranks) -> Assistant:
+    return Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, settings["template"], cfg.vision, cfg.llm,
+                                     settings["after_special"], settings["pad"])
 
 
 # ------------------------------------------------------------------------------------------------ asking and scoring
@@ -164,9 +180,14 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
     folder, source = None, {"answers": cfg.score_only}
     if not cfg.score_only:
-        folder = checkpoint_folder(cfg.ckpt)
+        folder = model_folder(cfg.ckpt)
         source = checkpoint_settings(cfg, folder, ranks)
-    out = folder.parent / "eval" / folder.name if folder else Path(cfg.score_only).with_suffix(".scored")
+    if cfg.score_only:
+        out = Path(cfg.score_only).with_suffix(".scored")
+    elif is_released(folder):
+        out = Path("out/eval") / folder.resolve().name      # nothing is written beside weights that are not ours
+    else:
+        out = folder.parent / "eval" / folder.name
     sets = load_questions(cfg, folder, Path(cfg.out) if cfg.out else out, source)
 
     # Everything that can go wrong does so before the first question is asked.
@@ -186,34 +207,10 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
         q.out.mkdir(parents=True, exist_ok=True)
         if not cfg.score_only and any(s.id not in answered for s in q.samples):
             if assistant is None:
-                assistant = Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, q.settings["template"],
-                                                      cfg.vision, cfg.llm)
+                assistant = open_assistant(cfg, folder, q.settings, ranks)
             answer_share(assistant, q, answered, cfg.batch_size, ranks)
     ranks.wait()
     return [score_and_write(cfg, folder, q) for q in sets] if ranks.first else []
-
-
-def answer_share(assistant: Assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
-    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
-    depends on the questions alone, so ranks need not agree on what is done."""
-    groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
-    share = []
-    for group in groups[ranks.rank::ranks.count]:
-        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
-        share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
-
-    path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
-    hide = None if ranks.first else True                            # None: show the bar on a terminal only
-    with open(path, "a", encoding="utf-8") as f, \
-            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
-        f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
-        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
-            for s, answer in zip(batch, answers):
-                f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
-            f.flush()
-            bar.update(len(batch))
 
 
 def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
@@ -245,22 +242,25 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
 @dataclass
 class Config:
     """Ask a checkpoint one question, the questions of a file, or a benchmark's; score the answers."""
-    ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest checkpoint)", "run")
-    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside the checkpoint)")
+    ckpt: str = option("out/toy", "folder of a checkpoint, a run (its newest one), or a released LLaVA", "run")
+    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside the checkpoint, out/eval/"
+                                   "<folder> for a released model)")
     overwrite: bool = option(False, "replace the answers and results in --out")
     batch_size: int = option(64, "questions at a time; with bfloat16 use 1 for numbers to publish")
     limit: int | None = option(None, "ask only the first N questions (unset: all)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it")
     prompt: str | None = option(None, "the question; the answer is printed", "one question")
-    image: str | None = option(None, "the image that it is about (unset: none)")
+    image: str | None = option(None, "the image that it is about (unset: none); without --prompt: talk about it")
     data: str | None = option(None, "JSONL, or --bench's file or folder (unset: the toy's questions)", "many questions")
     images: str | None = option(None, "the folder of their images")
     bench: Literal[tuple(BENCHMARKS)] | None = option(None, "a benchmark (unset: own, your questions)")
     labels: str | None = option(None, "file or folder of the labels (unset: beside --data)")
     split: str | None = option(None, "the benchmark's split (unset: that of the first files found)")
     shuffle_images: bool = option(False, "also ask each question about another one's image")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the checkpoint's)", "prompts")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the model's)", "prompts")
+    after_special: Literal[RULES] | None = option(None, "spaces after </s>, in later turns (unset: the model's)")
+    pad: bool | None = option(None, "pad images to a square, or crop them (unset: as the model was trained)")
     max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for your questions)")
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
@@ -269,7 +269,8 @@ class Config:
         None, "rule for your questions (unset: exact)", "scoring")
     score_only: str | None = option(None, "score this file of {question_id, text} lines; no model is loaded")
     compare: list[str] | None = option(None, "print the results in these folders side by side")
-    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "stage-1 checkpoint")
+    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)",
+                                      "parts that --ckpt does not hold")
     llm: str | None = option(None, "folder of the language model (unset: as in training)")
 
 
@@ -283,8 +284,8 @@ def check(cfg: Config) -> None:
         if own and getattr(cfg, name):
             raise UserError(f"--{name} needs --bench, the benchmark's name")
     for wrong, text in [
-            (cfg.image and not one, '--image needs a question: --prompt "What is this?"'),
-            (one and (cfg.data or cfg.bench), "--prompt asks one question, --data and --bench those of a file"),
+            ((one or cfg.image) and (cfg.data or cfg.bench),
+             "--prompt and --image ask about one image, --data and --bench the questions of a file"),
             (cfg.image and not Path(cfg.image).is_file(), f"--image {cfg.image} does not exist"),
             (cfg.metric and not own, f"--metric is for your own questions; {cfg.bench} has its own rule"),
             (not own and not cfg.data, f"--bench {cfg.bench} needs --data: its file, or the folder that holds it"),
@@ -303,15 +304,17 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
     with explain_lost_ranks(ranks):
-        if cfg.prompt is None:
+        if not (cfg.prompt or cfg.image):
             reports = evaluate(cfg, ranks)
             if reports:
                 print(summary(reports))
         elif ranks.first:
-            template = checkpoint_settings(cfg, checkpoint_folder(cfg.ckpt), ranks)["template"]
-            assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm)
-            image = Path(cfg.image) if cfg.image else None
-            print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+            folder, image = model_folder(cfg.ckpt), Path(cfg.image) if cfg.image else None
+            assistant = open_assistant(cfg, folder, checkpoint_settings(cfg, folder, ranks), ranks)
+            if cfg.prompt:
+                print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+            else:
+                talk(assistant, image, cfg.max_new_tokens or 512)
         finish(ranks)
 
 

@@ -45,8 +45,9 @@ from common.parallel import choose_device, explain_lost_ranks, finish, start
 from common.roots import cholesky, five_rounds, newton_schulz, root_trace
 from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds
 from data import TEMPLATES, Batch
-from hub.checkpoint import checkpoint_folder, is_released, load_model
+from hub.checkpoint import load_model
 from hub.pairs import choose_pairs, pair_batches
+from hub.usage import model_folder
 from methods.ce import next_token_loss
 from model import Llava, Output
 
@@ -265,7 +266,8 @@ class MIRConfig:
     texts: str | None = option(None, "texts for --images, paired at random: a folder (.story, .txt), .txt, JSON, JSONL")
     n: int = option(100, "how many image-text pairs")
     seed: int | None = option(None, "draws the pairs; unset: the first ones of --data, and seed 0 for --texts")
-    template: Literal[tuple(TEMPLATES)] = option("v1", "how a pair is written; plain: the image and the text alone")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "how a pair is written; plain: the image and the text "
+                                                        "alone; unset: as the model was trained, v1 after stage 1")
     as_released: bool = option(False, "prepare pairs as published numbers did: images as in training, text never cut, "
                                       "the newline of an empty question kept")
 
@@ -308,11 +310,9 @@ def check(cfg: MIRConfig) -> None:
 def main() -> None:
     cfg = parse(MIRConfig)
     check(cfg)
-    released = is_released(Path(cfg.ckpt))
-    folder = Path(cfg.ckpt) if released else checkpoint_folder(cfg.ckpt)
+    folder = model_folder(cfg.ckpt)
     samples, images = choose_pairs(folder, cfg.data, cfg.images, cfg.texts, cfg.n, cfg.seed)
-    vision = Path(cfg.vision) if released and cfg.vision else None
-    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, vision, cfg.as_released)
+    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, cfg.vision, cfg.as_released)
     device, dtype = choose_device(cfg.device, cfg.dtype)
     ranks = start(device, dtype, minutes=60)
     with explain_lost_ranks(ranks):
@@ -322,7 +322,8 @@ def main() -> None:
         except ValueError as e:
             raise UserError(f"{folder}: {e}") from None
     if ranks.first:
-        notes = [f"{folder}: {len(samples)} image-text pairs", cfg.template, cfg.mode, f"outliers {cfg.outliers}"]
+        template = batches.samples.format.template
+        notes = [f"{folder}: {len(samples)} image-text pairs", template, cfg.mode, f"outliers {cfg.outliers}"]
         if cfg.no_normalise:
             notes.append("without normalisation")
         if cfg.as_released:

@@ -32,7 +32,7 @@ from losses import Objective, count_terms
 from model import Llava
 from toy import world
 from training import folder
-from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
+from training.settings import TrainConfig, check_start, fill_parts, settings, stores_all
 from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
 
 LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
@@ -269,8 +269,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
 
 def main() -> None:
     began = time.perf_counter()
-    cfg = parse(TrainConfig)
-    cfg = replace(cfg, vision=in_checkout(cfg.vision), llm=in_checkout(cfg.llm))
+    cfg = fill_parts(parse(TrainConfig))
     out = Path(cfg.out)
 
     # Everything that can be wrong in flags and folders, before any long work.

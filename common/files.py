@@ -1,16 +1,35 @@
 """JSON in and out: one reader and one writer, with errors that name the file and the line."""
 import json
 import os
+import re
 from pathlib import Path
 
 from common.flags import UserError
+
+
+def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(400)
+    if head.startswith(b"version https://git-lfs"):
+        real = re.search(rb"size (\d{8,})", head)
+        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
+    pages = rb"\s*<(!doctype|html)|Access to model|Entry not found|Invalid username or password|\s*\{\"error"
+    if re.match(pages, head, re.I):
+        start = " ".join(head[:60].decode(errors="replace").split())
+        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
+                        "repositories need an accepted licence and a token")
+    if size < least:
+        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
 
 def read_json(path: str | Path):
     """Return the value in a JSON file. Raises UserError if there is none; then it names what the folder holds."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))         # with or without a byte order mark
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
@@ -19,6 +38,8 @@ def read_json(path: str | Path):
             raise UserError(f"{path} does not exist; the folder is empty") from None
         raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
     except (ValueError, OSError) as e:
+        if path.is_file():
+            check_download(path, "JSON", least=0)
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
 
 

@@ -1,18 +1,24 @@
 """Files of answers: our own, which a stopped run leaves unfinished, and those of others."""
 import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from common.files import read_json, read_lines
 from common.flags import UserError
-from evaluation.questions import Sample, bare, match_text
+from common.parallel import Ranks
+from evaluation.files import group_by_image
+from evaluation.questions import Questions, Sample, bare, match_text
 
 
-def checkpoint_digest(folder: Path) -> str:
-    """Hash a checkpoint's weights: of each file its size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading them."""
+def checkpoint_digest(files: list[Path]) -> str:
+    """Hash files of weights: of each its size and 64 blocks of 64 KiB spread over it. Training changes weights
+    everywhere, so this shows any change; hashing all of 14 GB would take longer than loading them."""
     h = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in files:
         size = path.stat().st_size
         h.update(f"{path.name} {size}".encode())
         with open(path, "rb") as f:
@@ -29,6 +35,29 @@ def questions_digest(samples: list[Sample]) -> str:
         image = getattr(s.image, "name", s.image)           # a file or a cell by its name, base64 whole
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
+
+
+def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
+    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
+    depends on the questions alone, so ranks need not agree on what is done."""
+    groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
+    share = []
+    for group in groups[ranks.rank::ranks.count]:
+        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
+        share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
+
+    path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
+    hide = None if ranks.first else True                            # None: show the bar on a terminal only
+    with open(path, "a", encoding="utf-8") as f, \
+            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
+        f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
+        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
+            for s, answer in zip(batch, answers):
+                f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
+            f.flush()
+            bar.update(len(batch))
 
 
 def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[int]]:

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 
 from common.files import read_json, write_json, write_text
 from common.flags import UserError
-from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
+from hub.configs import OURS, RELEASED, check_supported, image_settings, read_config, refuse_hub_id, vision_config
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
 from hub.tensors import check_safetensors, save_tensors, weight_files
 from hub.tokenizer import load_tokenizer
-from model import Llava
+from model import Llava, VisionConfig
 
 CODE_VERSION = 1
 
@@ -54,18 +54,15 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
 def is_released(folder: str | Path) -> bool:
     """True if a folder holds a multimodal model in a layout other than our checkpoints'."""
     path = Path(folder) / "config.json"
-    return path.is_file() and read_config(folder).get("model_type") in (LLAVA_HF, LLAVA_L, TINY)
+    return path.is_file() and read_config(folder).get("model_type") in RELEASED
 
 
-def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | None, device) -> Llava:
-    """Load a released LLaVA in one of the layouts that hub/released.py renames. See load_model."""
-    c, found = read_config(folder), find_tensors(folder)
-    stored = any(name.startswith("vision_tower.") for name in found)
+def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfig, int]:
+    """Return the vision tower's config of a released model, and the layer of it that the projector reads."""
+    c = read_config(folder)
     described = "vision_config" in c
-    if not vision and not (stored and described):
-        what = "does not say of what shape its vision tower is" if stored else "has no vision tower"
-        raise UserError(f"{folder} {what}: give the folder of its CLIP too (--vision)")
-
+    if not (vision or described):
+        raise UserError(f"{folder} has no vision tower: give the folder of its CLIP too (--vision)")
     config = vision_config(folder if described else vision)
     siglip = not config.class_token
     strategy = c.get("vision_feature_select_strategy", c.get("mm_vision_select_feature", "patch"))
@@ -76,8 +73,21 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
                                              ("features of layers", layer, isinstance(layer, int)),
                                              ("projector", projector, projector == ("mlp2x_gelu", "gelu"))])
 
+    depth = config.num_hidden_layers
+    if not -depth - 1 <= layer <= depth:
+        raise UserError(f"{folder}/config.json asks for layer {layer} of a vision tower that has {depth}")
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
-    config = replace(config, drop_first_patch=siglip and patches_only)
+    return replace(config, drop_first_patch=siglip and patches_only), layer
+
+
+def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | None, device) -> Llava:
+    """Load a released LLaVA in one of the layouts that hub/released.py renames. See load_model."""
+    c, found = read_config(folder), find_tensors(folder)
+    stored = any(name.startswith("vision_tower.") for name in found)
+    if not vision and not (stored and "vision_config" in c):
+        what = "does not say of what shape its vision tower is" if stored else "has no vision tower"
+        raise UserError(f"{folder} {what}: give the folder of its CLIP too (--vision)")
+    config, layer = released_tower(folder, vision)
     # A tower stored inside was trained further: it wins over the folder it once came from.
     if stored:
         vit = load_vision(folder, dtype, device, config, found=found)
@@ -155,7 +165,7 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
 
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
-    shutil.copyfile(Path(config["vision"]) / "preprocessor_config.json", folder / "preprocessor_config.json")
+    write_json(folder / "preprocessor_config.json", image_settings(config["vision"])[1])
     write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,

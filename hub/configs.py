@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.files import read_json
 from common.flags import UserError
-from data import ImageProcessor
+from data import FAMILY_TEMPLATE, ImageProcessor
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
 # A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
@@ -27,6 +27,7 @@ VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
+RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
 
 
@@ -39,13 +40,23 @@ def refuse_hub_id(folder: str | Path) -> None:
 
 
 def read_config(folder: str | Path) -> dict:
-    """Return the config.json of a folder. Raises UserError if there is none."""
+    """Return the config.json of a folder. Raises UserError if there is none, or if it is of a LLaVA that cuts images
+    into tiles (LLaVA-NeXT, OneVision)."""
     refuse_hub_id(folder)
     path = Path(folder) / "config.json"
     c = read_json(path)
     if not isinstance(c, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
+    kind, aspect = str(c.get("model_type")), str(c.get("image_aspect_ratio"))
+    if kind.startswith(("llava_next", "llava_onevision")) or aspect.startswith("anyres"):
+        raise UserError(f"{path} is of LLaVA-NeXT or OneVision (model_type {kind}): any-resolution tiles are not "
+                        "supported; take a LLaVA-1.5")
     return c
+
+
+def family_template(c: dict) -> str:
+    """Return the template that a config.json names (an export's), else the one of the language model's family."""
+    return c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
 
 
 def check_supported(path: Path, fields: list[tuple[str, object, bool]]) -> None:
@@ -100,18 +111,23 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         raise UserError(f"{path} has model_type {kind!r}; supported are {', '.join(DECODERS)}")
 
     # transformers 5 keeps everything about rotary positions in rope_parameters, earlier ones in separate fields.
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    scaled = c.get("rope_scaling") or {}
+    typed = not scaled or "rope_type" in scaled or "type" in scaled
+    rope = {**scaled, **(c.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     act = c.get("hidden_activation") or c.get("hidden_act") or DECODERS[kind].get("hidden_act", "silu")
     act = ACTIVATION_NAMES.get(act, act)
     if kind == "gemma":
         act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
-    quantized = "quantization_config" in c or "quantization_config" in top
+    quantized = top.get("quantization_config", c.get("quantization_config"))
     switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
     check_supported(path, [("rope scaling", scaling, scaling == "default"), ("hidden_act", act, act in ACTIVATIONS),
-                           ("quantization_config", "…", not quantized)] + switches)
+                           ("rope_scaling without a type,", scaled, typed),
+                           ("quantization_config", quantized, quantized is None)] + switches)
 
     fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
+    if top.get("tie_word_embeddings"):                          # transformers 5 may say so there alone
+        fields["tie_word_embeddings"] = True
     for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
     fields["rms_norm_eps"] = c.get("layer_norm_eps" if kind == "phi" else "rms_norm_eps")
@@ -125,10 +141,24 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
 
 
 # ------------------------------------------------------------------------------------------------ images
-def load_processor(folder: str | Path) -> ImageProcessor:
-    """Read preprocessor_config.json. Raises UserError if it lacks a field or asks for another interpolation."""
-    path = Path(folder) / "preprocessor_config.json"
-    c = read_json(path)
+def image_settings(folder: str | Path, vision: str | Path | None = None) -> tuple[Path, dict]:
+    """Return the file that says how images are prepared, and what it says: preprocessor_config.json of `folder`, or its
+    processor_config.json as transformers 5 writes it, else the same of `vision`. Raises UserError if there is none."""
+    for place in (folder, vision or folder):
+        older, newer = Path(place) / "preprocessor_config.json", Path(place) / "processor_config.json"
+        if older.is_file():
+            return older, read_json(older)
+        c = read_json(newer) if newer.is_file() else {}
+        if "image_processor" in c:
+            return newer, c["image_processor"]
+    raise UserError(f"{older} does not exist: copy it there from where the weights came from, or say with --vision "
+                    "where the vision encoder is")
+
+
+def load_processor(folder: str | Path, vision: str | Path | None = None) -> ImageProcessor:
+    """Read the image settings of a folder. Raises UserError if they lack a field or ask for another interpolation.
+    vision: see image_settings."""
+    path, c = image_settings(folder, vision)
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")

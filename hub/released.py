@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from common.flags import UserError
 from common.parallel import placed
-from hub.configs import decoder_config, vision_config
+from hub.configs import TINY, decoder_config, read_config, vision_config
 from hub.tensors import is_mapped, open_tensors, weight_files
 from model import Decoder, DecoderConfig, Projector, VisionConfig, ViT
 
@@ -150,6 +150,9 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
             tensor, shape = tensor[first:end], (total, *shape[1:])
         if tuple(stored) != tuple(shape):
             raise UserError(f"{path}: {key} has shape {tuple(stored)}, but the config makes it {tuple(shape)}")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise UserError(f"{path}: {key} is stored in {str(tensor.dtype).removeprefix('torch.')}: 8-bit weights are "
+                            "not supported; get the model in 16 or 32 bits")
         put(name, tensor)
         del tensor                                  # else the file stays mapped
     if tied:
@@ -185,6 +188,13 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
     with torch.device("meta"):
         projector = Projector(vision_size, hidden_size)
     fill(projector, "multi_modal_projector", found or find_tensors(folder), folder, dtype, device)
+    path = Path(folder) / "config.json"
+    c = read_config(folder) if path.is_file() else {}
+    if c.get("model_type") == TINY and c.get("text_config", {}).get("model_type") == "gemma":
+        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the first layer by
+        # sqrt(hidden size), image tokens too; our decoder, as transformers 5, words alone. The last map takes the rest.
+        for p in projector.linear_2.parameters():
+            p.data *= hidden_size ** 0.5
     return projector
 
 

@@ -3,7 +3,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -14,28 +13,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from common.files import read_json, write_json
+from common.files import check_download, read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
-
-
-def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
-    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(400)
-    if head.startswith(b"version https://git-lfs"):
-        real = re.search(rb"size (\d{8,})", head)
-        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
-        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
-    if re.match(rb"\s*<(!doctype|html)|Access to model|Entry not found|\s*\{\"error", head, re.I):
-        start = " ".join(head[:60].decode(errors="replace").split())
-        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
-                        "repositories need an accepted licence and a token")
-    if size < least:
-        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
 
 def check_safetensors(path: Path) -> None:

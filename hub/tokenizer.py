@@ -9,10 +9,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from common.files import read_json
+from common.files import check_download, read_json
 from common.flags import UserError
 from common.text import SPACE
-from hub.tensors import check_download
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
 
@@ -36,7 +35,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         add_extra_tokens(tokenizer, folder)
     elif fast.is_file():
         try:
-            tokenizer = Tokenizer.from_file(str(fast))
+            tokenizer = Tokenizer.from_str(fast.read_text(encoding="utf-8-sig"))
         except Exception as e:                                  # the library raises bare Exception
             raise UserError(f"{fast} is not a tokenizer ({e}): download it again") from None
     elif vocab.is_file() and merges.is_file():
@@ -45,6 +44,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
                         "merges.txt: copy it there from where the weights came from")
+    size, rows = tokenizer.get_vocab_size(False), (c.get("text_config") or c).get("vocab_size")
+    if rows and size > rows:                                    # added tokens aside: a pad may have no row
+        raise UserError(f"{folder} has a tokenizer of {size} tokens for a vocabulary of {rows}: it belongs to another "
+                        "model; copy the right one there from where the weights came from")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer

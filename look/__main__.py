@@ -17,10 +17,11 @@ from common.images import open_image
 from common.parallel import choose_device
 from common.text import show_token
 from data import IGNORE, TEMPLATES, Format, Samples
+from evaluate import Assistant
 from hub.configs import load_processor, vision_config
 from hub.samples import SampleFile
 from hub.tokenizer import load_tokenizer
-from look.gather import gather, open_checkpoint, picture_of
+from look.gather import gather, picture_of
 from look.page import convert, write_page, write_pictures
 from look.runs import group_runs
 
@@ -63,7 +64,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
     device, dtype = choose_device(cfg.device)
     looks = []
     for ckpt in cfg.ckpt:
-        assistant = open_checkpoint(ckpt, cfg.vision, cfg.llm, device, dtype, cfg.template)
+        assistant = Assistant.from_checkpoint(ckpt, device, dtype, cfg.template, cfg.vision, cfg.llm)
         looks.append(gather(assistant, ckpt, image, cfg.prompt, cfg.max_new_tokens, cfg.tsne))
         print(f"{ckpt}: {looks[-1]['answer']}")
         if cfg.png:

@@ -9,7 +9,6 @@ Shape letters: N image tokens · M text tokens after the image · T both and wha
 D width · V words
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -17,30 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 import mir
-from common.files import read_json
 from common.flags import UserError
 from common.text import is_word, show_token
 from data import IMAGE, ImageProcessor, encode, eos_id
 from evaluate import Assistant
-from hub.checkpoint import checkpoint_folder, is_released, load_model
-from hub.configs import load_processor
-from hub.tokenizer import load_tokenizer
 from methods.basic import supervision_degree
 
 
 # ------------------------------------------------------------------------------------------------ one answer
-def open_checkpoint(ckpt: str, vision: str | None, llm: str | None, device, dtype: torch.dtype,
-                    template: str | None) -> Assistant:
-    """Load a checkpoint, the newest of a run's folder, or a released LLaVA. A released one does not say how it was
-    trained: v1 and square padding, unless `template` says otherwise."""
-    if not is_released(Path(ckpt)):
-        return Assistant.from_checkpoint(checkpoint_folder(ckpt), device, dtype, template, vision, llm)
-    model = load_model(ckpt, vision, llm, dtype, device).eval()
-    inside = (Path(ckpt) / "preprocessor_config.json").is_file()
-    return Assistant(model, load_tokenizer(ckpt), load_processor(ckpt if inside else vision),
-                     template or "v1", read_json(Path(ckpt) / "config.json").get("after_special", "4.31"), True)
-
-
 @dataclass
 class Inside:
     """One prompt, its answer, and what every layer made of them."""

@@ -13,7 +13,7 @@ from make_benchmarks import LETTER, LLAVA, LMMS, MILLION, SHORT, b64, jsonl, pic
 import evaluate
 from common.flags import UserError
 from common.parallel import Ranks
-from evaluation import metrics
+from evaluation import answers, metrics
 from evaluation.answers import checkpoint_digest
 from evaluation.benchmarks import BENCHMARKS
 from evaluation.files import group_by_image
@@ -306,14 +306,14 @@ def test_one_rank_reads_the_images_to_group_questions_and_the_others_follow_it(t
 
     q = Questions("pope", "pope", BENCHMARKS["pope"], loaded, samples, {"max_new_tokens": 1}, tmp_path)
     groups = group_by_image(samples)
-    monkeypatch.setattr(evaluate, "group_by_image", lambda samples: pytest.fail("this rank read the images too"))
+    monkeypatch.setattr(answers, "group_by_image", lambda samples: pytest.fail("this rank read the images too"))
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [groups, value])
     assert groups == [list(range(7)), [7], [8], [9]], "MMStar's first image is POPE's"
-    evaluate.answer_share(Stub(), q, {"7": "done"}, 4, Ranks(1, 2, torch.device("cpu"), torch.float32))
+    answers.answer_share(Stub(), q, {"7": "done"}, 4, Ranks(1, 2, torch.device("cpu"), torch.float32))
     assert [s.id for s in asked] == ["9"], "of four groups the second and fourth, less what is done"
     monkeypatch.undo()
     asked.clear()
-    evaluate.answer_share(Stub(), q, {}, 4, Ranks(0, 1, torch.device("cpu"), torch.float32))
+    answers.answer_share(Stub(), q, {}, 4, Ranks(0, 1, torch.device("cpu"), torch.float32))
     assert len(asked) == 10 and len({s.image for s in asked}) == 4, "an image that several cells hold is encoded once"
 
 
@@ -651,7 +651,7 @@ def test_the_digest_of_weights_reads_blocks_all_over_the_file(tmp_path):
             data[at:at + 200_000] = bytes([n]) * len(data[at:at + 200_000])
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "model.safetensors").write_bytes(data)
-    assert len({checkpoint_digest(tmp_path / str(n)) for n in range(4)}) == 4
+    assert len({checkpoint_digest([tmp_path / str(n) / "model.safetensors"]) for n in range(4)}) == 4
 
 
 def test_two_ranks_resume_what_one_process_left_print_once_and_equal_it(world, ckpt):

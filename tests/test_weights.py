@@ -15,7 +15,7 @@ from hub.released import load_llm, load_vision
 from hub.tensors import weight_files
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
-LLM = {"model_type": "llama", "vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+LLM = {"model_type": "llama", "vocab_size": 547, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
        "num_attention_heads": 4, "rms_norm_eps": 1e-5}
 CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 8}

@@ -9,8 +9,11 @@ from typing import Literal
 
 from common.flags import UserError, option
 from common.text import RULES
-from data import FAMILY_TEMPLATE, TEMPLATES
-from hub.configs import read_config
+from data import TEMPLATES
+from hub.checkpoint import is_released
+from hub.configs import family_template, read_config
+from hub.tensors import weight_files
+from hub.usage import read_usage
 from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +48,9 @@ class TrainConfig:
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
     keep_last: int = option(1, "checkpoints of a stage to keep")
 
-    vision: str = option("toy/clip", "folder of the vision encoder", "model")
-    llm: str = option("toy/llm", "folder of the language model")
+    vision: str | None = option(None, "folder of the vision encoder; unset: the toy's, or that of a released LLaVA in "
+                                "--projector", "model")
+    llm: str | None = option(None, "folder of the language model; unset: likewise")
     projector: str | None = option(None, "where --stage finetune starts: a stage-1 checkpoint, a released LLaVA, or "
                                    "random. In stage 1 only with --unlock-…")
     moca: bool = option(False, "calibrate image tokens after every layer (MoCa); trained in both stages")
@@ -65,7 +69,8 @@ class TrainConfig:
     skip_bad_images: bool = option(False, "leave out samples whose image cannot be read; bad_images.txt lists them")
     template: Literal[tuple(TEMPLATES)] | None = option(
         None, "how conversations are written in stage 2; unset: as the language model's family does")
-    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this version of transformers has them")
+    after_special: Literal[RULES] | None = option(None, "spaces after </s>: as this version of transformers has them; "
+                                                  "unset: 4.31, or as a released LLaVA in --projector was trained")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
     workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
 
@@ -129,6 +134,19 @@ def in_checkout(path: str) -> str:
     return path
 
 
+def fill_parts(cfg: TrainConfig) -> TrainConfig:
+    """Return cfg with --vision, --llm and --after-special. What is unset is that of a whole released LLaVA in
+    --projector, else the toy's. Raises UserError if that LLaVA holds no vision encoder and --vision names none."""
+    vision, llm, rule = "toy/clip", "toy/llm", "4.31"
+    if cfg.projector not in (None, RANDOM) and is_released(cfg.projector):
+        folder = Path(cfg.projector)
+        if weight_files(folder)[0].name != "mm_projector.bin":
+            vision = llm = cfg.projector
+            rule = read_usage(folder, cfg.vision).after_special
+    return replace(cfg, vision=in_checkout(cfg.vision or vision), llm=in_checkout(cfg.llm or llm),
+                   after_special=cfg.after_special or rule)
+
+
 def stores_all(cfg: TrainConfig) -> bool:
     """True if checkpoints hold the whole model: in stage 2, and in stage 1 if more than the projector is trained."""
     return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
@@ -184,7 +202,7 @@ def check_numbers(cfg: TrainConfig) -> None:
 # ------------------------------------------------------------------------------------------------ recipes
 def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     """Return cfg for one stage, with what is unset filled in. Raises UserError for settings that cannot be."""
-    toy = cfg.data is None
+    toy, cfg = cfg.data is None, fill_parts(cfg)
     recipe = dict((TOY if toy else LLAVA)[stage])
     largest_micro = recipe.pop("micro_batch")
     if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
@@ -197,8 +215,8 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
-        family = read_config(cfg.llm).get("model_type")
-        cfg = replace(cfg, template=FAMILY_TEMPLATE.get(family, "v1"))
+        family = family_template(read_config(cfg.llm))
+        cfg = replace(cfg, template="v1" if family == "plain" else family)
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
 

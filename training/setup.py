@@ -13,7 +13,7 @@ from common.flags import UserError
 from common.parallel import Ranks, shard
 from data import IGNORE, Batch, Format, Samples, eos_id
 from hub.check import image_problems
-from hub.checkpoint import checkpoint_folder, is_released, is_whole
+from hub.checkpoint import checkpoint_folder, is_released, is_whole, released_tower
 from hub.configs import decoder_config, load_processor, vision_config
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision
@@ -102,7 +102,21 @@ def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int)
 
 
 def tower_config(cfg: TrainConfig) -> VisionConfig:
-    return replace(vision_config(cfg.vision), drop_first_patch=cfg.drop_first_patch)
+    if is_released(cfg.vision):
+        tower, _ = released_tower(Path(cfg.vision), None)
+    else:
+        tower = vision_config(cfg.vision)
+    return replace(tower, drop_first_patch=cfg.drop_first_patch or tower.drop_first_patch)
+
+
+def vision_layer(cfg: TrainConfig, ckpt: Path | None) -> int:
+    """Return the layer of the vision encoder that the projector reads: that of the checkpoint to resume or of a
+    released LLaVA in --projector, else the last but one."""
+    if ckpt is not None:
+        return read_json(ckpt / "config.json")["vision_layer"]
+    if cfg.projector not in (None, RANDOM) and is_released(cfg.projector):
+        return released_tower(Path(cfg.projector), cfg.vision)[1]
+    return -2
 
 
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
@@ -144,7 +158,7 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     if cfg.moca:
         llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
-    return Llava(vision, projector, llm)
+    return Llava(vision, projector, llm, vision_layer(cfg, ckpt))
 
 
 def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> Projector:
