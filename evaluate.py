@@ -152,7 +152,7 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
             if bench == "own":
                 settings["metric"] = benchmark.score
             if not cfg.score_only:
-                settings["max_new_tokens"] = cfg.max_new_tokens or benchmark.max_new
+                settings["max_new_tokens"] = cfg.max_new_tokens or loaded.max_new
             sets.append(Questions(name, bench, benchmark, loaded, samples[:cfg.limit], settings, out / place))
     return sets
 

@@ -57,7 +57,7 @@ def read_jsonl(path: str | Path) -> list:
     rows = []
     number = 0
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     rows.append(json.loads(line))
@@ -72,7 +72,7 @@ def read_lines(path: Path) -> tuple[list[dict], dict | None]:
     """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final newline if it parses,
     else None (a stopped run may leave half a line). Raises UserError for any other invalid line."""
     rows = []
-    *lines, end = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    *lines, end = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -9,14 +10,15 @@ from tqdm import tqdm
 from common.files import read_json, read_lines
 from common.flags import UserError
 from common.parallel import Ranks
+from evaluation.files import group_by_image
 from evaluation.questions import Questions, Sample, bare, match_text
 
 
 def questions_digest(samples: list[Sample]) -> str:
-    """Hash ids, prompts and images (files by name)."""
+    """Hash ids, prompts and images (those in files by name: they are not opened)."""
     h = hashlib.sha256()
     for s in samples:
-        image = s.image.name if isinstance(s.image, Path) else getattr(s.image, "digest", s.image)
+        image = getattr(s.image, "name", s.image)           # a file or a cell by its name, base64 whole
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
 
@@ -24,12 +26,11 @@ def questions_digest(samples: list[Sample]) -> str:
 def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
     """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
     depends on the questions alone, so ranks need not agree on what is done."""
-    groups = {}
-    for s in q.samples:
-        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
+    groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
     share = []
-    for group in list(groups.values())[ranks.rank::ranks.count]:
-        share += [s for s in group if s.id not in done]
+    for group in groups[ranks.rank::ranks.count]:
+        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
+        share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():

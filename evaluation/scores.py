@@ -122,7 +122,7 @@ def summary_circular(t: Scored) -> dict:
     own = {}
     for s in sorted(t.samples, key=lambda s: int(s.id)):
         own.setdefault(int(s.id) % 10 ** 6, s)
-    sizes = {question: len(s.options) for question, s in own.items()}
+    sizes = {question: max(2, s.record["rotations"]) for question, s in own.items()}
     rows, groups = [], {}
     for s, score in zip(t.samples, t.scores):
         rows.append((int(s.id), score == 1))

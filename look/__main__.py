@@ -36,19 +36,15 @@ class LookConfig:
     tsne: bool = option(False, "t-SNE in place of PCA; needs scikit-learn")
     json: str | None = option(None, "also write the numbers to this file")
     png: str | None = option(None, "also write attention and similarity as pictures to this folder")
-
     run: list[str] | None = option(None, "--out folders of train.py; seeds of one setting make a band", "runs")
     watch: int | None = option(None, "write the page again every N seconds, until Ctrl-C")
-
     data: str | None = option(None, "LLaVA JSON or JSONL", "data")
     images: str | None = option(None, "the folder of its images")
     show: int = option(12, "samples to show")
     vdep: bool = option(False, "after each sample with an image the same one in VDEP mode")
-
     vision: str | None = option(None, "folder of the vision encoder", "model")
     llm: str | None = option(None, "folder of the language model")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "how text is written; unset: as the checkpoint was "
-                                                        "trained, else v1")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "how text is written (unset: as in training, or v1)")
     out: str = option("page.html", "the page")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
 
@@ -61,10 +57,9 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
         image = open_image(Path(cfg.image))
     except ValueError as e:
         raise UserError(f"--image {cfg.image}: {e}") from None
-    device, dtype = choose_device(cfg.device)
     looks = []
     for ckpt in cfg.ckpt:
-        assistant = Assistant.from_checkpoint(ckpt, device, dtype, cfg.template, cfg.vision, cfg.llm)
+        assistant = Assistant.from_checkpoint(ckpt, *choose_device(cfg.device), cfg.template, cfg.vision, cfg.llm)
         looks.append(gather(assistant, ckpt, image, cfg.prompt, cfg.max_new_tokens, cfg.tsne))
         print(f"{ckpt}: {looks[-1]['answer']}")
         if cfg.png:
@@ -83,13 +78,12 @@ def look_at_samples(cfg: LookConfig) -> None:
         raise UserError(f"{cfg.data} names images: add --images with the folder they are in")
     text = Format(template, vision_config(cfg.vision).image_tokens, pad=template != "plain")
     samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), load_processor(cfg.vision), text)
-    numbers = []
+    shown = []
     for i in range(min(cfg.show, len(samples))):
-        numbers.append(i)
+        shown.append(show_sample(samples, i))
         if cfg.vdep and file[i].get("image") is not None:
-            numbers.append(i + len(samples))                    # the same one in VDEP mode
-    write_page(Path(cfg.out), f"{Path(cfg.data).name} as the model gets it, template {template}",
-               samples=[show_sample(samples, i) for i in numbers])
+            shown.append(show_sample(samples, i + len(samples)))                # the same one in VDEP mode
+    write_page(Path(cfg.out), f"{Path(cfg.data).name} as the model gets it, template {template}", samples=shown)
 
 
 def show_sample(samples: Samples, i: int) -> dict:
