@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, start
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
@@ -39,7 +39,7 @@ from evaluation.questions import Questions, Reading, Sample, check_images_exist,
 from evaluation.scores import compare, score, summary
 from evaluation.submit import check_packages, write_submission
 from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
-from hub.configs import load_processor
+from hub.configs import load_processor, read_config
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
 from model import Llava
@@ -57,10 +57,10 @@ class Assistant:
 
     @classmethod
     def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
-                        vision=None, llm=None) -> "Assistant":
+                        vision=None, llm=None, plain_specials: bool | None = None) -> "Assistant":
         folder = checkpoint_folder(ckpt)
-        c = read_json(folder / "config.json")
-        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
+        c = read_config(folder, "template", "after_special", "pad")
+        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder, plain_specials),
                    load_processor(folder), template or c["template"], c["after_special"], c["pad"])
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
@@ -149,14 +149,14 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
 
 def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     """Return what a checkpoint's answers depend on. Raises UserError if it has learned captions alone."""
-    c = read_json(folder / "config.json")
+    c = read_config(folder, "template", "after_special", "pad")
     template = cfg.template or c["template"]
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
     return {"checkpoint": checkpoint_digest(folder), "template": template, "pad": c["pad"],
             "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": c["after_special"],
-            "code_version": CODE_VERSION}
+            "code_version": CODE_VERSION, "plain_specials": cfg.plain_specials}
 
 
 # ------------------------------------------------------------------------------------------------ asking and scoring
@@ -187,7 +187,7 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
         if not cfg.score_only and any(s.id not in answered for s in q.samples):
             if assistant is None:
                 assistant = Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, q.settings["template"],
-                                                      cfg.vision, cfg.llm)
+                                                      cfg.vision, cfg.llm, cfg.plain_specials)
             answer_share(assistant, q, answered, cfg.batch_size, ranks)
     ranks.wait()
     return [score_and_write(cfg, folder, q) for q in sets] if ranks.first else []
@@ -206,9 +206,8 @@ def answer_share(assistant: Assistant, q: Questions, done: dict, batch_size: int
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
-    hide = None if ranks.first else True                            # None: show the bar on a terminal only
     with open(path, "a", encoding="utf-8") as f, \
-            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
+            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=not ranks.first or None) as bar:
         f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
         for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
             for s, answer in zip(batch, answers):
@@ -262,7 +261,8 @@ class Config:
     split: str | None = option(None, "the benchmark's split (unset: that of the first files found)")
     shuffle_images: bool = option(False, "also ask each question about another one's image")
     template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the checkpoint's)", "prompts")
-    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for your questions)")
+    plain_specials: bool | None = option(None, "read </s> in a question as text (unset: as in training)")
+    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for yours)", most=2**16)
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")
@@ -310,9 +310,9 @@ def main() -> None:
                 print(summary(reports))
         elif ranks.first:
             template = checkpoint_settings(cfg, checkpoint_folder(cfg.ckpt), ranks)["template"]
-            assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm)
-            image = Path(cfg.image) if cfg.image else None
-            print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+            assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm,
+                                                  cfg.plain_specials)
+            print(assistant.answer([(cfg.prompt, cfg.image and Path(cfg.image))], cfg.max_new_tokens or 64)[0])
         finish(ranks)
 
 

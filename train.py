@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import mir
 from common import parallel
-from common.files import read_json
 from common.flags import UserError, parse, run
 from common.parallel import Ranks
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
+from hub.configs import read_config
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
@@ -247,7 +247,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
     """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
     ckpt = folder.newest(out, stage.stage, ranks)
     if ckpt:
-        saved = read_json(ckpt / "config.json")
+        saved = read_config(ckpt, "step", "steps", "settings")
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
         # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)

@@ -37,14 +37,18 @@ def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[in
     done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
-            if "settings" in line:
+            if isinstance(line.get("settings"), dict) and isinstance(line.get("batch_size"), int):
                 headers.append((path, line["settings"]))
                 sizes.add(line["batch_size"])
-            else:
+            elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
+            else:
+                raise UserError(f"{path}: {str(line)[:60]} is no answer: --overwrite, or another --out")
     if (out / "results.json").exists():
-        headers.append((out / "results.json", read_json(out / "results.json")["settings"]))
+        headers.append((out / "results.json", read_json(out / "results.json", dict).get("settings")))
     for path, old in headers:
+        if not isinstance(old, dict):
+            raise UserError(f"{path} has no settings: --overwrite, or another --out")
         changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
         if changed:
             raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")

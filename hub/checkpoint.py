@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from common.files import read_json, write_json, write_text
+from common.files import write_json, write_text
 from common.flags import UserError
 from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
@@ -37,7 +37,7 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
     if is_released(folder):
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
-    c, found = read_config(folder), find_tensors(folder)
+    c, found = read_config(folder, "vision", "llm", "vision_layer"), find_tensors(folder)
     if is_whole(folder, found):
         vit, decoder = (load(folder, dtype, device, found=found) for load in (load_vision, load_llm))
     else:
@@ -111,7 +111,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 def checkpoint_problem(folder: Path) -> str | None:
     """Return why a checkpoint cannot be resumed, or None. Checks headers and sizes, not tensors."""
     try:
-        read_json(folder / "config.json")
+        read_config(folder)
         for path in weight_files(folder):
             check_safetensors(path)
     except UserError as e:
@@ -156,7 +156,7 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
     shutil.copyfile(Path(config["vision"]) / "preprocessor_config.json", folder / "preprocessor_config.json")
-    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
+    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})

@@ -151,8 +151,8 @@ def write_configs(folder: Path, c: dict, model: Llava, rows: int, dtype: torch.d
 
 
 # ------------------------------------------------------------------------------------------------ export
-def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> None:
-    """Raise UserError for a model that has no place in this layout. tokens: of its tokenizer."""
+def check_exportable(folder: Path, model: Llava, template: str) -> None:
+    """Raise UserError for a model that has no place in this layout."""
     c = model.language_model.config
     if c.moca:
         raise UserError(f"{folder} has MoCa, a map of image tokens after every layer: llava-hf's layout has no place "
@@ -160,8 +160,6 @@ def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> 
     kind = (c.norm, c.norm_plus_one, c.gated, c.bias, c.head_bias, c.parallel, c.partial_rotary_factor, c.embed_scale)
     if kind != ("rms", False, True, False, False, False, 1, 1) or template in ("phi", "phi3", "gemma"):
         raise UserError(f"{folder} is built on Phi-2, Phi-3 or Gemma: LLaMA's and Mistral's families can be exported")
-    if tokens > c.vocab_size:
-        raise UserError(f"{folder} has a tokenizer of {tokens} tokens for a vocabulary of {c.vocab_size}")
 
 
 def grow(weight: Tensor, rows: int) -> Tensor:
@@ -179,10 +177,10 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
     folder, out = checkpoint_folder(ckpt), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
-    c, model = read_config(folder), load_model(folder, vision, llm)
+    c, model = read_config(folder, "template", "pad"), load_model(folder, vision, llm)
     tokenizer, processor = load_tokenizer(folder), load_processor(folder)
     old = model.language_model.config.vocab_size
-    check_exportable(folder, model, c["template"], tokenizer.get_vocab_size())
+    check_exportable(folder, model, c["template"])
     merge(model.language_model)
 
     # The vocabulary: two more tokens, and rows in multiples of 64 as transformers pads them.

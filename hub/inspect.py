@@ -52,7 +52,7 @@ def inspect(folder: str | Path) -> str:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} …"
         lines.append(("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"))
     if kind not in TOWERS:
-        lines += describe_tokenizer(problems, folder, c, llm)
+        lines += describe_tokenizer(problems, folder, c)
     if vit or (folder / "preprocessor_config.json").is_file():
         p = attempt(problems, load_processor, folder)
         if p and p.stretch:
@@ -115,7 +115,7 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
             for part, what in PARTS.items() if counts[part]]
 
 
-def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
+def describe_tokenizer(problems: list[str], folder: Path, c: dict) -> list[tuple[str, str]]:
     name = c.get("template") or FAMILY_TEMPLATE.get((c.get("text_config") or c).get("model_type"), "v1")
     template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
     tokenizer = attempt(problems, load_tokenizer, folder)
@@ -123,7 +123,5 @@ def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder 
         return [template]
     attempt(problems, eos_id, tokenizer, name)
     size = tokenizer.get_vocab_size()
-    if llm and size > llm.config.vocab_size:
-        problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
     first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
     return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]

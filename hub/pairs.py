@@ -15,7 +15,7 @@ from pathlib import Path
 from common.files import read_json, read_jsonl
 from common.flags import UserError
 from data import IMAGE, Batch, Format, Samples, collate
-from hub.configs import load_processor, vision_config
+from hub.configs import load_processor, read_config, vision_config
 from hub.samples import question_file, read_questions, read_samples
 from hub.tokenizer import load_tokenizer
 
@@ -51,7 +51,7 @@ def pair_batches(folder: Path, samples: list[dict], images: Path, template: str 
     as_released: as the script that came with MIR's paper prepares them. Images are treated as in training (centre crop
     after stage 1), text is never cut, and an empty question keeps its newline: "<image>\\n ASSISTANT:". Otherwise
     images are padded to a square, text is cut at the checkpoint's max_length, and that newline is stripped."""
-    c, vision = read_json(folder / "config.json"), vision or folder
+    c, vision = read_config(folder), vision or folder
     text = Format(template, vision_config(vision).image_tokens, c.get("max_length", 2048), True,
                   c.get("after_special", "4.31"))
     if as_released:
@@ -186,7 +186,8 @@ def read_rows(path: Path) -> list:
 def text_of(row, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if isinstance(row, dict) and isinstance(row.get("conversations"), list):
-        text = next((t.get("value") for t in row["conversations"] if t.get("from") == "gpt"), None)
+        turns = [t for t in row["conversations"] if isinstance(t, dict)]
+        text = next((t.get("value") for t in turns if t.get("from") == "gpt"), None)
     if not isinstance(text, str):
         raise UserError(f'{where} is no text: give a string, {{"text": …}} or a sample of LLaVA')
     return text

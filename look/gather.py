@@ -17,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 import mir
-from common.files import read_json
 from common.flags import UserError
 from common.text import is_word, show_token
 from data import IMAGE, ImageProcessor, encode, eos_id
 from evaluate import Assistant
 from hub.checkpoint import checkpoint_folder, is_released, load_model
-from hub.configs import load_processor
+from hub.configs import load_processor, read_config
 from hub.tokenizer import load_tokenizer
 from methods.basic import supervision_degree
 
@@ -38,7 +37,7 @@ def open_checkpoint(ckpt: str, vision: str | None, llm: str | None, device, dtyp
     model = load_model(ckpt, vision, llm, dtype, device).eval()
     inside = (Path(ckpt) / "preprocessor_config.json").is_file()
     return Assistant(model, load_tokenizer(ckpt), load_processor(ckpt if inside else vision),
-                     template or "v1", read_json(Path(ckpt) / "config.json").get("after_special", "4.31"), True)
+                     template or "v1", read_config(ckpt).get("after_special", "4.31"), True)
 
 
 @dataclass

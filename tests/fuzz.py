@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -42,7 +43,9 @@ import toy.report  # noqa: E402, F401, train.py imports it late
 import train  # noqa: E402
 from common.flags import run  # noqa: E402
 
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 SECONDS, MEMORY = 60, 1 << 30
+QUANTIZED = torch.quantize_per_tensor(torch.zeros(4, 4), 0.1, 0, torch.qint8)
 PROGRAMS = {"train": train, "evaluate": evaluate, "mir": mir, "hub": hub.__main__, "look": look.__main__}
 
 
@@ -152,7 +155,7 @@ def spoil_bin(rng: random.Random, data: bytes) -> bytes:
     if odd == "key":
         tensors[rng.choice([3, None, ("a", 1), 2.5, b"x", ""])] = tensors.pop(name)
     if odd == "value":
-        tensors[name] = rng.choice([torch.quantize_per_tensor(t, 0.1, 0, torch.qint8), t.to_sparse(), t.int(), None,
+        tensors[name] = rng.choice([QUANTIZED, t.to_sparse(), t.int(), None,
                                     t.bool(), t.to(torch.complex64), t.to("meta"), t[:1].expand(10**6, *t.shape[1:]), 3,
                                     t.T, t[None], t * float("nan"), "x", [t], {"x": t}, torch.nn.Parameter(t)])
     value = rng.choice([[tensors], None, t, 7, {"state_dict": tensors}, set(), {}]) if odd == "whole" else tensors
@@ -165,6 +168,25 @@ def spoil_bin(rng: random.Random, data: bytes) -> bytes:
                 new.writestr(entry, old.read(entry) + bytes(1 << 26 if entry == grown else 0))
         data = out.getvalue()
     return spoil_bytes(rng, data) if odd in ("bytes", "old") else data
+
+
+def spoil_state(rng: random.Random, data: bytes) -> bytes:
+    """Write a state.pt of another model, or of another shape in one place."""
+    state, out = torch.load(io.BytesIO(data), weights_only=True), io.BytesIO()
+    moments = state["optimizer"]["state"]
+    action, i = rng.randrange(6), rng.choice(list(moments))
+    if action == 0:
+        del moments[i]
+    elif action == 1:
+        moments[i + 100] = moments.pop(i)
+    elif action == 2:
+        moments[i]["exp_avg"] = rng.choice([moments[i]["exp_avg"][:1], torch.zeros(3), None, 7, torch.tensor(1.0)])
+    elif action == 3:
+        state["optimizer"]["param_groups"] = rng.choice([[], None, [{}], state["optimizer"]["param_groups"] * 2])
+    elif action == 4:
+        del state["optimizer"]
+    torch.save(state if action < 5 else odd_value(rng), out)
+    return out.getvalue()
 
 
 def make_png(width: int, height: int, rows: int) -> bytes:
@@ -238,7 +260,8 @@ TRAIN = ("train --stage {stage} --vision clip --llm llm --data {data} --images i
          "--max-steps 1 --workers 0 --device cpu{more}")
 PRETRAIN = TRAIN.format(stage="pretrain", data="data.json", more="")
 FINETUNE = TRAIN.format(stage="finetune", data="data.json", more=" --projector random")
-RESUME = PRETRAIN.replace("--max-steps 1", "--max-steps 3 --save-every 1").replace("--out new", "--out run") + " --resume"
+RESUME = TRAIN.replace("--max-steps 1", "--max-steps 3 --save-every 1").replace("--out new", "--out run --resume")
+RESUME = RESUME.format(stage="pretrain", data="data.json", more="")
 ASK = ["evaluate", "--ckpt", "ckpt", "--image", "images/a.png", "--max-new-tokens", "2", "--prompt", "What?"]
 OWN = "evaluate --ckpt ckpt --data q.jsonl --images images --out new --max-new-tokens 2 --batch-size 4"
 BENCH = "evaluate --bench mmbench_en --data mmbench_dev_20230712.tsv --ckpt ckpt --out new --max-new-tokens 2"
@@ -281,7 +304,7 @@ TARGETS = [
     ("run/metrics.jsonl", DATA, [RESUME, "look --run run"]),
     ("run/run.json", TEXT, [RESUME, "look --run run"]),
     ("run/pretrain-1/config.json", TEXT, [RESUME, "hub inspect run", FINETUNE.replace("random", "run")]),
-    ("run/pretrain-1/state.pt", [spoil_bytes, spoil_bin], [RESUME]),
+    ("run/pretrain-1/state.pt", [spoil_bytes, spoil_state], [RESUME]),
     ("run/pretrain-1/model.safetensors", [spoil_header], [RESUME, FINETUNE.replace("random", "run")]),
     ("done/q/results.json", TEXT, ["evaluate --compare done", OWN.replace("--out new", "--out done")]),
     ("done/q/pred.rank0of1.jsonl", DATA, [OWN.replace("--out new", "--out done")]),
@@ -474,8 +497,8 @@ def main() -> None:
         time.sleep(0.002)
     shutil.rmtree(folder)
     ends = ", ".join(f"{codes[c]} with exit code {c}" for c in sorted(codes))
-    print(f"{sum(codes.values())} cases in {time.time() - began:.0f} s: {ends}; slowest {slow[0]:.1f} s (case {slow[1]}), "
-          f"most memory {peak[0] / 2**20:.0f} MiB (case {peak[1]}); failed: {failed or 'none'}")
+    print(f"{sum(codes.values())} cases in {time.time() - began:.0f} s: {ends}; slowest {slow[0]:.1f} s (case "
+          f"{slow[1]}), most memory {peak[0] / 2**20:.0f} MiB (case {peak[1]}); failed: {failed or 'none'}")
     sys.exit(1 if failed else 0)
 
 

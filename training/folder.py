@@ -6,18 +6,18 @@
 """
 import json
 import os
-import pickle
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from common.files import read_json, write_json, write_text
+from common.files import parse_log_line, read_json, write_json, write_text
 from common.flags import UserError
 from common.parallel import Ranks, placed, whole
 from data import Batch
 from hub.checkpoint import checkpoint_problem, checkpoints, save_checkpoint
+from hub.tensors import unpickle
 from model import Llava
 from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
 
@@ -42,7 +42,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     elif "run.json" not in holds:
         raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
     else:
-        check_same_run(cfg, read_json(out / "run.json"), out)
+        check_same_run(cfg, read_json(out / "run.json", dict), out)
 
 
 def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
@@ -50,7 +50,7 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
-        if f.name in ("vision", "llm"):
+        if f.name in ("vision", "llm") and isinstance(old, str):
             old = in_checkout(old)
         if f.name not in FREE_TO_CHANGE and old != new:
             changed.append(f"{flag(f.name)} {old} (now {new})")
@@ -104,13 +104,16 @@ class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
         if path.exists():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    continue                              # a stopped run may leave half a line
-                row = json.loads(line)
-                if row.get("stage") != stage or row.get("step", 0) <= step:
-                    kept.append(line)
+            kept, lost = [], 0
+            for line in path.read_text(errors="replace").splitlines(keepends=True):
+                try:
+                    row = parse_log_line(line)
+                    if row["stage"] != stage or row["step"] <= step:
+                        kept.append(line.rstrip("\n") + "\n")
+                except ValueError:
+                    lost += line.endswith("\n")           # a stopped run may leave half a line; a power cut, garbage
+            if lost:
+                print(f"{path}: {lost} unreadable lines are left out", flush=True)
             write_text(path, "".join(kept))
         self.file = open(path, "a")
 
@@ -137,7 +140,8 @@ def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
-              "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
+              "after_special": cfg.after_special, "plain_specials": cfg.plain_specials,
+              "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
     state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
     save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, state, write=ranks.first)
@@ -164,13 +168,15 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
     """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
     The file is mapped: no rank holds it whole."""
     try:
-        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
-                        "then continues from the checkpoint before it") from None
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state["state"].items():
-        for name, tensor in moments.items():
-            if tensor.dim():                              # the moments; the step count is a single number
-                moments[name] = placed(tensor, parameters[i], parameters[i].device, tensor.dtype)
-    optimizer.load_state_dict(state)
+        state = unpickle(ckpt / "state.pt")["optimizer"]
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for i, moments in state["state"].items():
+            for name, tensor in moments.items():
+                if tensor.dim():                          # the moments; the step count is a single number
+                    if tensor.shape != parameters[i].shape:
+                        raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
+                    moments[name] = placed(tensor, parameters[i], parameters[i].device, tensor.dtype)
+        optimizer.load_state_dict(state)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{ckpt}/state.pt is not the state of this model's optimizer ({str(e)[:100]}): move {ckpt} "
+                        "away; --resume then continues from the checkpoint before it") from None

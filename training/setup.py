@@ -8,13 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import read_json
 from common.flags import UserError
 from common.parallel import Ranks, shard
 from data import IGNORE, Batch, Format, Samples, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole
-from hub.configs import decoder_config, load_processor, vision_config
+from hub.configs import decoder_config, load_processor, read_config, vision_config
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision
 from hub.samples import read_samples
@@ -52,7 +51,7 @@ def start_folder(cfg: TrainConfig) -> Path:
     if is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
-    stage = read_json(path / "config.json")["stage"]
+    stage = read_config(path, "stage")["stage"]
     if stage != "pretrain":
         raise UserError(f"{path} is a {stage} checkpoint; --projector takes a pretrain checkpoint")
     return path
@@ -188,7 +187,8 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
     if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: add --images with the folder they are in")
 
-    tokenizer, processor, vision = load_tokenizer(cfg.llm), load_processor(cfg.vision), tower_config(cfg)
+    tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
+    processor, vision = load_processor(cfg.vision), tower_config(cfg)
     eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
