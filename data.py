@@ -25,7 +25,7 @@ from common.flags import UserError
 from common.images import open_image
 from common.positions import Places, find_places
 from common.templates import TEMPLATES
-from common.text import bos_ids, encode_text
+from common.text import bos_ids, encode_text, hide_specials
 
 IGNORE = -100                                             # label of a position that is not supervised
 IMAGE = "<image>"
@@ -99,11 +99,14 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
     <image> becomes `image_tokens` positions. A sample longer than max_length is cut at the end; an image that does not
     fit whole is left out with all that follows. Ids and labels are those of LLaVA-1.5 (transformers 4.31; after_special
     picks another version's rule), also for the samples that its code drops with "tokenization mismatch"."""
+    if tokenizer.encode_special_tokens:                         # --plain-specials: </s> in a turn is text
+        conversations = [{**t, "value": hide_specials(tokenizer, t["value"], keep=IMAGE)} for t in conversations]
     text, supervised = "", []                                   # one flag a character
     for piece, is_answer in pieces(conversations, template, image_first):
         text += piece
         supervised += [is_answer] * len(piece)
 
+    text = text[:256 * max_length] if max_length else text      # the rest would be cut: no token has 256 characters
     ids = bos_ids(tokenizer)
     labels, image = [IGNORE] * len(ids), [False] * len(ids)
     start = 0                                                   # of the chunk, in characters of `text`

@@ -63,14 +63,14 @@ class Assistant:
 
     @classmethod
     def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
-                        vision=None, llm=None, after_special: str | None = None,
-                        pad: bool | None = None) -> "Assistant":
+                        vision=None, llm=None, after_special: str | None = None, pad: bool | None = None,
+                        plain_specials: bool | None = None) -> "Assistant":
         """Load a checkpoint, the newest of a run, or a released LLaVA. None: as it was trained."""
         folder = model_folder(ckpt)
         use = read_usage(folder, vision)
         if pad is None:
             pad = use.pad
-        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
+        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder, plain_specials),
                    load_processor(folder, vision), template or use.template, after_special or use.after_special, pad)
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
@@ -172,12 +172,12 @@ def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
     return {"checkpoint": files_digest(files), "template": template, "pad": pad,
             "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": cfg.after_special or use.after_special,
-            "code_version": CODE_VERSION}
+            "code_version": CODE_VERSION, "plain_specials": cfg.plain_specials}
 
 
 def open_assistant(cfg: "Config", folder: Path, settings: dict, ranks: Ranks) -> Assistant:
     return Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, settings["template"], cfg.vision, cfg.llm,
-                                     settings["after_special"], settings["pad"])
+                                     settings["after_special"], settings["pad"], cfg.plain_specials)
 
 
 # ------------------------------------------------------------------------------------------------ asking and scoring
@@ -269,8 +269,9 @@ class Config:
     shuffle_images: bool = option(False, "also ask each question about another one's image")
     template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the model's)", "prompts")
     after_special: Literal[RULES] | None = option(None, "spaces after </s>, in later turns (unset: the model's)")
+    plain_specials: bool | None = option(None, "read </s> in a question as text (unset: as in training)")
     pad: bool | None = option(None, "pad images to a square, or crop them (unset: as the model was trained)")
-    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for your questions)")
+    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for yours)", most=2**16)
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")

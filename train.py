@@ -251,7 +251,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
     """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
     ckpt = folder.newest(out, stage.stage, ranks)
     if ckpt:
-        saved = read_config(ckpt)
+        saved = read_config(ckpt, "step", "steps", "settings")
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
         # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)

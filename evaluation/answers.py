@@ -52,22 +52,24 @@ def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str],
     done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
-            if "settings" in line:
+            if isinstance(line.get("settings"), dict) and isinstance(line.get("batch_size"), int):
                 headers.append((path, line["settings"]))
                 sizes.add(line["batch_size"])
-            else:
+            elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
+            else:
+                raise UserError(f"{path}: {str(line)[:60]} is no answer: --overwrite, or another --out")
     results = out / "results.json"
     if results.exists():
-        found = read_json(results)
-        if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
-            raise UserError(f"{results} is no evaluation's: --overwrite, or another --out")
-        if found.get("n", 0) > n:
+        found = read_json(results, dict)
+        if isinstance(found.get("n"), int) and found["n"] > n:
             raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
-        headers.append((results, found["settings"]))
+        headers.append((results, found.get("settings")))
     for path in [] if headers else [*out.glob("pred.jsonl"), *out.glob("submission.*")]:
         raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
         changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
         if changed:
             raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")

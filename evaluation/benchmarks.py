@@ -1,11 +1,10 @@
 """The papers' benchmarks as data: which files, what is asked, how it is scored. One row of BENCHMARKS each."""
-import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.files import missing
+from evaluation.files import literal, missing
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -69,16 +68,6 @@ def options(row: dict, names: str = "ABCDEFGHI") -> list[str]:
     while found and found[-1] == "nan" and LETTERS[len(found) - 1] != row.get("answer"):
         found.pop()
     return found
-
-
-def literal(value):
-    """Read MMMU's lists, which are kept as Python text."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
-    return value
 
 
 def listing(r: dict, mark: str = ". ") -> str:

@@ -4,7 +4,6 @@ import base64
 import binascii
 import csv
 import hashlib
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.files import read_jsonl, write_text
+from common.files import parse_json, read_jsonl, write_text
 from common.flags import UserError
-from common.images import open_image, with_8_bits
+from common.images import open_image
 
 
 # ------------------------------------------------------------------------------------------------ images
@@ -69,12 +68,9 @@ def decode(image: str | Cell) -> Image.Image:
     """Decode base64 text or a parquet cell. Raises ValueError."""
     try:
         data = image_bytes(image) if isinstance(image, Cell) else base64.b64decode(image, validate=True)
-        decoded = Image.open(io.BytesIO(data))
-        decoded.load()
-        decoded = with_8_bits(decoded)
-    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as e:
+    except (OSError, binascii.Error, TypeError) as e:
         raise ValueError(f"not an image ({type(e).__name__})") from None
-    return decoded
+    return open_image(data)
 
 
 def group_by_image(samples: list) -> list[list[int]]:
@@ -102,6 +98,8 @@ def outline(record: dict, kind: str) -> tuple | None:
 # ------------------------------------------------------------------------------------------------ files → rows
 def read_rows(path: Path) -> list[dict]:
     """Read a file by its suffix, or MME's folder. Adds to each row _file, the file's stem."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
     readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv, ".parquet": read_parquet}
     if path.is_dir():
         rows = read_mme(path)
@@ -127,15 +125,15 @@ def read_json_rows(path: Path) -> list:
     """Return the rows of a JSON file. It may be a list; an object with a list in questions, annotations or data; an
     object of objects (the keys become _key); or JSON lines named .json, as POPE's label files are."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
+        value = parse_json(path.read_bytes())
     except ValueError:
         return read_jsonl(path)
     if not isinstance(value, dict):
-        return value
+        return value if isinstance(value, list) else [value]
     for name in ("questions", "annotations", "data"):
         if isinstance(value.get(name), list):
             return value[name]
-    if all(isinstance(v, dict) for v in value.values()):
+    if value and all(isinstance(v, dict) for v in value.values()):
         return [{**v, "_key": k} for k, v in value.items()]
     return [value]                              # JSON lines of a single line
 
@@ -145,6 +143,16 @@ def missing(value) -> bool:
     if value is None or value != value:
         return True
     return isinstance(value, str) and value.strip().lower() in ("", "nan", "none")
+
+
+def literal(value):
+    """Read a list that is kept as Python text, as MMMU's and MMBench's are; anything else is returned as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+    return value
 
 
 def read_tsv(path: Path) -> list[dict]:
@@ -170,7 +178,9 @@ def read_tsv(path: Path) -> list[dict]:
             cell = cells[cell]
         row["image"] = first.setdefault(cell, cell)
         if cell.startswith("["):
-            row["image"] = ast.literal_eval(cell)
+            row["image"] = literal(cell)
+            if not isinstance(row["image"], list) or not all(isinstance(v, str) for v in row["image"]):
+                raise UserError(f"{path}: row {n} has no image, nor a list of images: {cell[:60]}")
     return rows
 
 

@@ -299,6 +299,8 @@ def locate(image, images: Path | None, file: Path) -> Path | str | Cell | None:
         return None
     if isinstance(image, (Path, Cell)) or file.suffix == ".tsv":
         return image
+    if not isinstance(image, str):
+        raise UserError(f"{file} has image {str(image)[:60]}: give the name of one file")
     if images is None:
         raise UserError(f"{file} names images, such as {image}: say with --images in which folder they are")
     return images / image

@@ -259,7 +259,7 @@ def compare(folders: list[str]) -> str:
     """Headline numbers of the results.json files in folders, a row each, and a warning for settings that differ."""
     rows, values = {}, {}
     for folder in map(Path, folders):
-        reports = [read_json(p) for p in sorted(folder.glob("**/results.json"))]
+        reports = [read_json(p, dict) for p in sorted(folder.glob("**/results.json"))]
         reports = [r for r in reports if "benchmark" in r]
         if not reports:
             raise UserError(f"{folder} holds no results.json that evaluate.py has written")

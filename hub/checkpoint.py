@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import read_json, write_json, write_text
+from common.files import write_json, write_text
 from common.flags import UserError
 from hub.configs import OURS, RELEASED, check_supported, image_settings, read_config, refuse_hub_id, vision_config
 from hub.connectors import name_of
@@ -36,7 +36,7 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
     if is_released(folder):
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
-    c, found = read_config(folder), find_tensors(folder)
+    c, found = read_config(folder, "vision", "llm", "vision_layer"), find_tensors(folder)
     if is_whole(folder, found):
         vit, decoder = (load(folder, dtype, device, found=found) for load in (load_vision, load_llm))
     else:
@@ -124,7 +124,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 def checkpoint_problem(folder: Path) -> str | None:
     """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its digest."""
     try:
-        read_json(folder / "config.json")
+        read_config(folder)
         if not (folder / OPTIMIZER).is_file():
             return f"{folder / OPTIMIZER} is missing (the two newest checkpoints of a stage have one)"
         for path in [*weight_files(folder), folder / OPTIMIZER]:
@@ -170,7 +170,7 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state: dict) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
     write_json(folder / "preprocessor_config.json", image_settings(config["vision"])[1])
-    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
+    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "connector": name_of(model.multi_modal_projector),

@@ -189,7 +189,8 @@ def read_rows(path: Path) -> list:
 def text_of(row, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if isinstance(row, dict) and isinstance(row.get("conversations"), list):
-        text = next((t.get("value") for t in row["conversations"] if t.get("from") == "gpt"), None)
+        turns = [t for t in row["conversations"] if isinstance(t, dict)]
+        text = next((t.get("value") for t in turns if t.get("from") == "gpt"), None)
     if not isinstance(text, str):
         raise UserError(f'{where} is no text: give a string, {{"text": …}} or a sample of LLaVA')
     return text

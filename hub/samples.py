@@ -54,6 +54,8 @@ def sample_problem(s) -> str | None:
             return f"has a turn from {t.get('from')!r}; human and gpt are known"
     if any(a["from"] == b["from"] for a, b in zip(turns, turns[1:])):
         return "has two turns in a row from the same side"
+    if any(IMAGE in t["value"] for t in turns if t["from"] == "gpt"):
+        return f"has an {IMAGE} mark in an answer: the image belongs to a question"
     count = sum(t["value"].count(IMAGE) for t in turns)
     if count > 1:
         return f"has {count} {IMAGE} marks: one image a sample is supported"
@@ -258,6 +260,8 @@ class SampleFile:
     A copy in another process (a spawned worker) maps the same index again."""
     def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
         self.path = Path(path)
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
         try:
             self.file = open(self.path, "rb", buffering=0)
         except OSError as e:
@@ -327,9 +331,11 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
         if not isinstance(r, dict) or not isinstance(r.get("text"), str):
             raise UserError(f"{path} line {n} lacks a text, the question")
         r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
-        if r["question_id"] in seen:
+        if str(r["question_id"]) in seen:
             raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
-        seen.add(r["question_id"])
+        seen.add(str(r["question_id"]))
+        if not isinstance(r["image"], str | None):
+            raise UserError(f"{path} line {n} has image {str(r['image'])[:60]}: give the name of one file")
         if r["image"] is not None and images is None:
             raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
         rows.append(r)

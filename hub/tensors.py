@@ -13,13 +13,15 @@ from types import SimpleNamespace
 import torch
 from safetensors import safe_open
 
-from common.files import check_download, read_json, write_json
+from common.files import check_download, parse_json, read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
 CODE_VERSION = 1                    # of our checkpoints
 DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of a tensor → its digest
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+              "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -34,13 +36,38 @@ def check_safetensors(path: Path) -> None:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
         header = f.read(length) if length <= MAX_HEADER else b""
     try:
-        ends = [t["data_offsets"][1] for name, t in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file (unreadable header): download it again") from None
-    end = 8 + length + max(ends, default=0)
+        problem = header_problem(parse_json(header), size - 8 - length, 8 + length)
+    except ValueError:
+        problem = "is not a safetensors file (unreadable header)"
+    if problem:
+        raise UserError(f"{path} {problem}: download it again")
+
+
+def header_problem(header, size: int, start: int) -> str | None:
+    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after it, from `start`.
+
+    Tensors must fill those bytes one after the other: none may overlap another, or be larger than its bytes."""
+    spans = []
+    for name, t in header.items() if isinstance(header, dict) else [("", None)]:
+        if name == "__metadata__":
+            continue
+        fields = [t.get(k) for k in ("dtype", "shape", "data_offsets")] if isinstance(t, dict) else []
+        if len(fields) != 3 or not isinstance(fields[0], str) or not all(
+                isinstance(f, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in f) for f in fields[1:]):
+            return f"is not a safetensors file (unreadable header, at {name[:60]!r})"
+        dtype, shape, offsets = fields
+        if dtype not in ITEM_BYTES:
+            return f"holds {name[:60]} in {dtype[:20]!r}, a dtype that is not known"
+        spans.append((offsets, math.prod(shape) * ITEM_BYTES[dtype], name))
+    end = 0
+    for offsets, wanted, name in sorted(spans):
+        if len(offsets) != 2 or offsets[0] != end or offsets[1] - end != wanted:
+            return f"has a header that is wrong about {name[:60]}: it lies at {offsets} and has {wanted} bytes"
+        end = offsets[1]
     if size != end:
         problem = "cut off" if size < end else "too long"
-        raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
+        return f"is {problem}: {start + size} bytes, but its header says {start + end}"
+    return None
 
 
 def is_mapped(path: Path) -> bool:
@@ -52,24 +79,41 @@ def is_mapped(path: Path) -> bool:
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but
     a dict of tensors; no code in the file is run."""
-    check_download(path)
-    zipped = is_mapped(path)
-    if zipped and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
-    try:
-        value = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds Python objects other than tensors, and loading those can run code: re-save it "
-                        "as safetensors on a machine you trust") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): download it again") from None
+    value = unpickle(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
     for key, t in value.items():
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(key, str) or not isinstance(t, torch.Tensor):
             hint = " (save what is under that key)" if isinstance(t, dict) else ""
             raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}{hint}")
+        if t.is_quantized or t.layout != torch.strided or t.device.type != "cpu":
+            raise UserError(f"{path}: {key} is a quantised, sparse or empty tensor: save it as plain numbers")
     return value
+
+
+def unpickle(path: Path):
+    """Return what torch.save wrote, mapped into memory where its format allows; no code in the file is run. Raises
+    UserError for any other file, and for a packed one: it could unpack to more than the memory holds."""
+    check_download(path)
+    zipped = is_mapped(path)
+    try:
+        if zipped and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise UserError(f"{path} unpacks to {unpacked:,} bytes: torch.save packs nothing, so it is not a file "
+                                "of weights")
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds Python objects other than tensors, and loading those can run code: re-save it "
+                        "as safetensors on a machine you trust") from None
+    except Exception as e:                                      # a spoiled pickle raises anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise UserError(f"{path} cannot be read ({reason}): download it again") from None
 
 
 @contextlib.contextmanager
@@ -122,10 +166,10 @@ def weight_files(folder: Path) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            places = read_json(index)
-            if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
-                raise UserError(f"{index} has no weight_map: download it again")
-            shards = sorted(set(places["weight_map"].values()))
+            places = read_json(index, dict).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+                raise UserError(f"{index} has no weight_map of file names: download it again")
+            shards = sorted(set(places.values()))
             absent = [s for s in shards if not (folder / s).is_file()]
             if absent:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "

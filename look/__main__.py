@@ -32,7 +32,7 @@ class LookConfig:
     ckpt: list[str] | None = option(None, "checkpoints, runs (their newest one), released LLaVAs", "checkpoints")
     image: str | None = option(None, "the picture")
     prompt: str | None = option(None, "the question about it")
-    max_new_tokens: int = option(32, "the longest answer")
+    max_new_tokens: int = option(32, "the longest answer", most=2**16)
     tsne: bool = option(False, "t-SNE in place of PCA; needs scikit-learn")
     json: str | None = option(None, "also write the numbers to this file")
     png: str | None = option(None, "also write attention and similarity as pictures to this folder")

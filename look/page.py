@@ -12,6 +12,8 @@ from torch import Tensor
 
 from common.files import write_text
 
+TEMPLATE = Path(__file__).with_name("page.html")
+
 
 def text_of(array: np.ndarray) -> str:
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
@@ -52,7 +54,7 @@ def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: 
     """Write one self-contained page of the parts that are given. refresh: seconds until a browser reads it again."""
     data = {"title": title, "looks": looks, "run": run, "samples": samples}
     text = json.dumps(convert(data, pack, data_uri), ensure_ascii=False, separators=(",", ":"))
-    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = TEMPLATE.read_text(encoding="utf-8")
     if refresh:
         page = page.replace("<!--REFRESH-->", f'<meta http-equiv="refresh" content="{refresh}">')
     path.parent.mkdir(parents=True, exist_ok=True)

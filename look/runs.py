@@ -2,7 +2,7 @@
 import statistics
 from pathlib import Path
 
-from common.files import read_json, read_lines
+from common.files import parse_log_line, read_json
 from common.flags import UserError
 from look.page import write_page
 
@@ -21,7 +21,13 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: give the --out folder of a run")
     stages = {"pretrain": {}, "finetune": {}}
-    for line in read_lines(run / "metrics.jsonl")[0]:
+    for number, text in enumerate((run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True), 1):
+        if not text.endswith("\n"):
+            continue                                        # a run that goes on, or was stopped
+        try:
+            line = parse_log_line(text)
+        except ValueError as e:
+            raise UserError(f"{run}/metrics.jsonl line {number} cannot be read ({e}): remove it") from None
         names = ["mir"] if line.get("kind") == "mir" else [k for k in line if k not in NOT_CURVES]
         curves = stages.get(line["stage"], {})                  # {}: of neither stage
         for name in names:
@@ -48,12 +54,14 @@ def group_runs(runs: list[Path]) -> list[dict]:
     """Runs that differ in their seed alone make one group, with a band around its curves."""
     groups = {}
     for folder in runs:
-        settings = read_json(folder / "run.json")
+        settings = read_json(folder / "run.json", dict)
+        if not isinstance(settings.get("loss"), str):
+            raise UserError(f"{folder}/run.json has no loss: it is not of a run")
         key = str({k: v for k, v in settings.items() if k not in NOT_STUDIED})
         groups.setdefault(key, (settings, []))[1].append(folder)
     out = []
     for settings, folders in groups.values():
-        name = settings["loss"] + (" + MoCa" if settings["moca"] else "")
+        name = settings["loss"] + (" + MoCa" if settings.get("moca") else "")
         if [s["loss"] for s, _ in groups.values()].count(settings["loss"]) > 1:
             name += f" ({folders[0].name})"
         read, stages = [read_curves(f) for f in folders], {}
@@ -66,7 +74,7 @@ def group_runs(runs: list[Path]) -> list[dict]:
 
 def results_of(folders: list[Path]) -> dict:
     """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance by layer."""
-    results = [read_json(f / "results.json") for f in folders if (f / "results.json").is_file()]
+    results = [read_json(f / "results.json", dict) for f in folders if (f / "results.json").is_file()]
     tables, layers = {}, {}
     for r in results:
         rows = {**r["accuracy"], **{f"{name}, images shuffled": row for name, row in r["shuffled"].items()}}

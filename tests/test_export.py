@@ -213,7 +213,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
         ckpt = made(tmp_path / name, TOWER, text, template)
         refuses(call("hub", "export", ckpt, out), "built on Phi-3, or on no family")
     small = made(tmp_path / "small", TOWER, dict(TEXT, vocab_size=500), "v1")
-    refuses(call("hub", "export", small, out), "a tokenizer of 547 tokens for a vocabulary of 500")
+    refuses(call("hub", "export", small, out), "as 546, but the model embeds 500 tokens")
     assert not out.exists() and not list(tmp_path.glob(".*")), "something was written before it was refused"
     assert (tmp_path / "taken" / "x").read_text() == "mine"
     out.mkdir()
@@ -297,7 +297,7 @@ def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
     f = broken(configure(vocab_size=500))
     assert ".weight has shape (547, 96), but the config makes it (500, 96)" in f["problem"][0]
     f = broken(configure(num_attention_heads="four"))
-    assert re.search("load_llm stops with TypeError", f["problem"][0])
+    assert "num_attention_heads is 'four', which no model has" in f["problem"][0]
     f = broken(lambda d: (d / "tokenizer.json").write_text("{"))
     assert "is not a tokenizer" in f["problem"][0] and "language" in f
     f = broken(configure(template="phi"), checkpoint_folder(run))

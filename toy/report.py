@@ -2,11 +2,11 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import evaluate
 import mir
 from common.files import read_jsonl, write_json
+from common.images import open_image
 from common.parallel import Ranks
 from evaluation.metrics import exact
 from evaluation.scores import own_row, table
@@ -73,7 +73,7 @@ def look_inside(out: Path, folder: Path, device: torch.device, dtype: torch.dtyp
     assistant = evaluate.Assistant.from_checkpoint(folder, device, dtype)
     rows, answers, looks = read_jsonl(out / "data" / "test.jsonl"), [], []
     for row in rows[::len(rows) // 6 + 1]:
-        image = Image.open(out / "data" / "images" / row["image"])
+        image = open_image(out / "data" / "images" / row["image"])
         look = gather(assistant, folder.name, image, row["text"], 16)
         answers.append({**look, "wanted": row["answer"], "right": exact(look["answer"], row["answer"])})
         if row["category"] == "colour":

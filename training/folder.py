@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import LOCK, read_json, remove, write_json, write_text
+from common.files import LOCK, parse_log_line, read_json, remove, write_json, write_text
 from common.flags import UserError
 from common.parallel import Ranks, local, placed
 from data import Batch
@@ -49,7 +49,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     elif "run.json" not in holds:
         raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
     else:
-        check_same_run(cfg, read_json(out / "run.json"), out)
+        check_same_run(cfg, read_json(out / "run.json", dict), out)
 
 
 def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
@@ -57,7 +57,7 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
-        if f.name in ("vision", "llm"):
+        if f.name in ("vision", "llm") and isinstance(old, str):
             old = in_checkout(old)
         if f.name not in FREE_TO_CHANGE and old != new:
             changed.append(f"{flag(f.name)} {old} (now {new})")
@@ -126,13 +126,16 @@ class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
         if path.exists():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    continue                              # a stopped run may leave half a line
-                row = json.loads(line)
-                if row.get("stage") != stage or row.get("step", 0) <= step:
-                    kept.append(line)
+            kept, lost = [], 0
+            for line in path.read_text(errors="replace").splitlines(keepends=True):
+                try:
+                    row = parse_log_line(line)
+                    if row["stage"] != stage or row["step"] <= step:
+                        kept.append(line.rstrip("\n") + "\n")
+                except ValueError:
+                    lost += line.endswith("\n")           # a stopped run may leave half a line; a power cut, garbage
+            if lost:
+                print(f"{path}: {lost} unreadable lines are left out", flush=True)
             write_text(path, "".join(kept))
         self.file = open(path, "a")
 
@@ -165,7 +168,8 @@ def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
-              "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
+              "after_special": cfg.after_special, "plain_specials": cfg.plain_specials,
+              "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
     save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, optimizer_tensors(optimizer), write=ranks.first)
     if ranks.first:
@@ -186,14 +190,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
     """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
-    One tensor at a time is read whole."""
+    One tensor at a time is read whole. Raises UserError for the state of another model's optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
-    with open_tensors(ckpt / OPTIMIZER) as f:
-        for key in f.keys():
-            i, name = key.split(".")
-            tensor, p = f.get_tensor(key), parameters[int(i)]
-            if tensor.dim():                              # the moments; the step count is a single number
-                tensor = placed(tensor, p, p.device, tensor.dtype)
-            state.setdefault(int(i), {})[name] = tensor
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    try:
+        with open_tensors(ckpt / OPTIMIZER) as f:
+            for key in f.keys():
+                i, name = key.split(".")
+                tensor, p = f.get_tensor(key), parameters[int(i)]
+                if tensor.dim():                          # the moments; the step count is a single number
+                    if tensor.shape != p.shape:
+                        raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
+                    tensor = placed(tensor, p, p.device, tensor.dtype)
+                state.setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (IndexError, KeyError, ValueError) as e:
+        raise UserError(f"{ckpt / OPTIMIZER} is not the state of this model's optimizer ({str(e)[:100]}): move {ckpt} "
+                        "away; --resume then continues from the checkpoint before it") from None

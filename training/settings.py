@@ -63,7 +63,7 @@ class TrainConfig:
         None, "what to train of the language model; half: its lower layers; unset: all in stage 2, none in stage 1")
     unlock_vision: Literal["none", "half", "all"] = option("none", "what to train of the vision encoder; half: its "
                                                            "upper layers")
-    lora_rank: int = option(128, "rank of --unlock-llm lora")
+    lora_rank: int = option(128, "rank of --unlock-llm lora", most=2**14)
     lora_alpha: float = option(256.0, "scales the LoRA update by alpha / rank")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start; unset: 1, the "
                                            f"toy {TOY_PROJECTOR_SCALE}")
@@ -76,11 +76,13 @@ class TrainConfig:
         None, "how conversations are written in stage 2; unset: as the language model's family does")
     after_special: Literal[RULES] | None = option(None, "spaces after </s>: as this version of transformers has them; "
                                                   "unset: 4.31, or as a released LLaVA in --projector was trained")
+    plain_specials: bool = option(False, "read <s>, </s> and their like in the data as text; unset: as control tokens, "
+                                  "as LLaVA-1.5 does")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU", most=256)
 
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in "
-                                      "stage 1, 128 in stage 2", "optimisation")
+                                      "stage 1, 128 in stage 2", "optimisation", most=2**20)
     micro_batch: int | None = option(None, "samples on a rank at a time, the one memory knob; unset: the largest that "
                                      "divides a rank's share, up to 32 in stage 1, 16 in stage 2")
     epochs: int | None = option(None, "passes over the data; unset: 1")

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import files_digest, read_json
+from common.files import files_digest
 from common.flags import UserError
 from common.parallel import Ranks, shard
 from data import IGNORE, Batch, Format, Samples, encode, eos_id
 from hub.check import image_problems
 from hub.checkpoint import checkpoint_folder, is_released, is_whole, released_tower
-from hub.configs import decoder_config, load_processor, vision_config
+from hub.configs import decoder_config, load_processor, read_config, vision_config
 from hub.connectors import make_connector, name_of, read_connector
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
@@ -53,7 +53,7 @@ def start_folder(cfg: TrainConfig) -> Path:
     if is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
-    stage = read_json(path / "config.json")["stage"]
+    stage = read_config(path, "stage")["stage"]
     if stage != "pretrain":
         raise UserError(f"{path} is a {stage} checkpoint; --projector takes a pretrain checkpoint")
     return path
@@ -114,7 +114,7 @@ def vision_layer(cfg: TrainConfig, ckpt: Path | None) -> int:
     """Return the layer of the vision encoder that the projector reads: that of the checkpoint to resume or of a
     released LLaVA in --projector, else the last but one."""
     if ckpt is not None:
-        return read_json(ckpt / "config.json")["vision_layer"]
+        return read_config(ckpt, "vision_layer")["vision_layer"]
     if cfg.projector not in (None, RANDOM) and is_released(cfg.projector):
         return released_tower(Path(cfg.projector), cfg.vision)[1]
     return -2
@@ -210,7 +210,8 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: add --images with the folder they are in")
 
-    tokenizer, processor, vision = load_tokenizer(cfg.llm), load_processor(cfg.vision), tower_config(cfg)
+    tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
+    processor, vision = load_processor(cfg.vision), tower_config(cfg)
     eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
