@@ -12,7 +12,7 @@ Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality 
     f_v^k    vision               (n,D)  image tokens of layer k = 1..L
     f_t^k    text                 (m,D)  text tokens of layer k: every token after the image
     μ, Σ     Moments              (D,), (D,D)
-    C        product              (r,s)  L_vᵀ L_t, where L Lᵀ = Σ
+    C        squares              (r,r)  Lᵀ Σ_t L, where L Lᵀ = Σ_v
 
 Where the paper is silent
 * The last layer is taken after the final norm, the others as they leave the layer (what transformers calls
@@ -20,9 +20,9 @@ Where the paper is silent
   were of stage-1 models with the centre cropped (--as-released).
 * ω: tokens with |norm − median| > 3 std. The released code puts the per-dimension median in their place (default);
   the paper's words are that they are dropped (outliers="drop").
-* The square root: (Σ_v Σ_t)^{1/2} is never formed. Its trace is the sum of the singular values of C, the roots of the
-  eigenvalues of the symmetric CᵀC, in float64 (common/roots.py). L has only as many columns as Σ has variance above
-  rounding, or each of the others would add 1e-8; its columns fall in size, which keeps the digits of small eigenvalues.
+* The square root: (Σ_v Σ_t)^{1/2} is never formed. Its trace is the sum of the roots of the eigenvalues of the
+  symmetric C, in float64 (common/roots.py). L has only as many columns as Σ_v has variance above rounding, or each of
+  the others would add 1e-8; its columns fall in size, which keeps the digits of small eigenvalues.
 * Covariances: products in float64. In float32, half the time, where Σ is well conditioned and the distance no small
   difference of traces; that costs the distance up to 2e-7 of itself.
 * The released script keeps every token of every layer (37 GB for LLaVA-7B and 100 pairs). Here the moments are sums
@@ -95,7 +95,7 @@ def well_conditioned(tokens: Tensor) -> bool:
     n, D = tokens.shape
     if tokens.dtype == torch.float64 or D < 256 or n < 4 * D:
         return False
-    return cholesky(moments(tokens[::2 * n // (3 * D)], torch.float32).covariance) is not None
+    return cholesky(moments(tokens[::2 * n // (3 * D)], torch.float32).covariance, least=1e-4) is not None
 
 
 def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
