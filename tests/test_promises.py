@@ -26,7 +26,7 @@ from hub.samples import SampleFile, make_index, write_index
 from hub.tensors import DIGESTS, digest, is_finite
 from hub.tokenizer import load_tokenizer
 from training.folder import make_folder
-from training.settings import TrainConfig
+from training.settings import START, TrainConfig
 
 
 # ------------------------------------------------------------------------------------------------ files of the user's
@@ -107,7 +107,7 @@ def changed_llm(folder: Path) -> Path:
     return llm
 
 
-# ------------------------------------------------------------------------------------------------ one writer, no leftovers
+# ------------------------------------------------------------------------------------------------ one writer
 def test_a_second_run_into_a_folder_is_refused_and_the_first_is_whole(small_world, trained, tmp_path):
     words = command(small_world, tmp_path / "run", **{"save-every": 2})
     first = start(*words).until(lambda: (tmp_path / "run" / "finetune-2").exists())
@@ -198,7 +198,7 @@ def test_an_index_removes_what_killed_ones_left_but_not_one_being_written(tmp_pa
         assert lock(f), "death did not release the lock"
 
 
-# ------------------------------------------------------------------------------------------------ the same data and weights
+# ------------------------------------------------------------------------------------------------ the same data
 @pytest.fixture
 def stopped(small_world, tmp_path):
     """A run that was killed after its first checkpoint, on data and models of its own: (folder, command to resume)."""
@@ -259,6 +259,9 @@ def test_ranks_that_read_other_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"rank 1 reads another --llm than rank 0 \(b, not a\)"):
         make_folder(TrainConfig(), tmp_path, [], ranks, {"--llm": "a"})
     assert not list(tmp_path.iterdir())
+    for name in "ab":                                           # of each checkpoint another one: between ranks alone
+        make_folder(TrainConfig(), tmp_path, [], Ranks(0, 1, None, None), {"--llm": "a", START: name})
+    assert json.loads((tmp_path / "run.json").read_text())["files"] == {"--llm": "a"}
 
 
 def test_an_index_of_another_state_of_the_data_is_not_used(tmp_path):
@@ -288,7 +291,8 @@ def test_a_flipped_bit_in_tensors_or_state_is_noticed_and_an_older_checkpoint_ta
                  small_world / "images"), "finetune-3/model.safetensors: ", "is not what was saved")
     done = call(*words, "--resume")
     assert done.returncode == 0, done.stderr
-    assert "model.safetensors: " in done.stdout and "finetune-3.broken; finetune continues from finetune-1" in done.stdout
+    assert "model.safetensors: " in done.stdout
+    assert "finetune-3.broken; finetune continues from finetune-1" in done.stdout
     assert "state.pt is not what was saved" in done.stdout
     assert losses_of(tmp_path / "run", "finetune") == whole
 
@@ -395,7 +399,7 @@ def test_a_16_bit_picture_keeps_its_upper_8_bits(tmp_path, kind):
     path = tmp_path / f"grey.{kind[:3] if kind != 'big endian' else 'tif'}"
     Image.fromarray(pixels).save(path)
     for image in (open_image(path), picture(path)):
-        assert np.array_equal(np.asarray(image.convert("RGB")), np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, 2))
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.stack([grey >> 8] * 3, axis=2))
 
 
 def test_numbers_of_unknown_range_are_refused_and_8_bits_in_32_are_kept():

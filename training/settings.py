@@ -29,6 +29,7 @@ TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam
 TOY_PROJECTOR_SCALE = 0.25
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
+START = "the start of a stage"                            # its projector or checkpoint, as a name of a fingerprint
 
 
 @dataclass

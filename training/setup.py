@@ -22,7 +22,7 @@ from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, TrainConfig, flag, stores_all
+from training.settings import RANDOM, START, TrainConfig, flag, stores_all
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -213,12 +213,17 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks) -> tuple[Samples, list[
     return data, bad
 
 
-def fingerprints(cfg: TrainConfig, data: Samples) -> dict[str, str]:
+def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
     """Return what the files that a stage reads are like: a change of one, or another one on a rank,
-    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them."""
+    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them.
+    The projector or checkpoint to start from is compared between ranks alone: a run makes new ones."""
     kinds = "*.safetensors", "*.bin", "*.json", "*.model", "merges.txt"
-    return {f"the --data of {cfg.stage}": data.samples.fingerprint(),
-            **{flag(name): folder_digest(getattr(cfg, name), *kinds) for name in ("vision", "llm")}}
+    found = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
+    for name in ("vision", "llm"):
+        found[flag(name)] = folder_digest(getattr(cfg, name), *kinds)
+    if ckpt or cfg.projector not in (None, RANDOM):
+        found[START] = folder_digest(ckpt or start_folder(cfg), *kinds)
+    return found
 
 
 def check_targets(data: Samples) -> None:
