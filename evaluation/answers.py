@@ -10,10 +10,7 @@ from evaluation.questions import Sample, bare, match_text
 
 def checkpoint_digest(folder: Path, *bases: str | Path) -> str:
     """Hash a checkpoint's weights, and those of the folders that a stage-1 checkpoint is used with: `folder_digest`."""
-    digests = [folder_digest(folder, "*.safetensors")]
-    for base in bases:
-        digests.append(folder_digest(base, "*.safetensors", "*.bin"))
-    return "-".join(digests)
+    return "-".join(folder_digest(part, "*.safetensors", "*.bin") for part in (folder, *bases))
 
 
 def questions_digest(samples: list[Sample]) -> str:
@@ -44,8 +41,8 @@ def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str],
         if found.get("n", 0) > n:
             raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
         headers.append((results, found["settings"]))
-    for path in [] if headers else [*out.glob("pred.jsonl"), *out.glob("submission.*")]:
-        raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
+    if not headers and (out / "pred.jsonl").exists():
+        raise UserError(f"{out / 'pred.jsonl'} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
         changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
         if changed:

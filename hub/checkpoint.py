@@ -123,13 +123,11 @@ def checkpoint_problem(folder: Path) -> str | None:
     except UserError as e:
         return str(e)
     state = folder / "state.pt"
-    if not (state.is_file() and zipfile.is_zipfile(state)):
-        return f"{state} is missing or cut off"
     try:
         with zipfile.ZipFile(state) as file:
             damaged = file.testzip()
-    except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as e:
-        damaged = e
+    except (OSError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError):
+        return f"{state} is missing or cut off"
     return f"{state} is not what was saved ({damaged} is damaged)" if damaged else None
 
 

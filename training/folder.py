@@ -84,9 +84,7 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
                 raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
                                 f"{files[name]}): give every machine the same files")
     files.pop(START, None)
-    started = {}
-    if (out / "run.json").is_file():
-        started = read_json(out / "run.json").get("files", {})
+    started = read_json(out / "run.json").get("files", {}) if (out / "run.json").is_file() else {}
     for name in files:
         if started.get(name, files[name]) != files[name]:
             raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "
