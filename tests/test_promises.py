@@ -111,9 +111,10 @@ def test_a_second_run_into_a_folder_is_refused_and_the_first_is_whole(small_worl
     words = command(small_world, tmp_path / "run", **{"save-every": 2})
     first = start(*words).until(lambda: (tmp_path / "run" / "finetune-2").exists())
     first.send(signal.SIGSTOP)
-    refuses(launch(*words, "--resume"), "run is in use: another process writes to it")
+    second = launch(*words, "--resume")
     first.send(signal.SIGCONT)
     assert first.wait().returncode == 0
+    refuses(second, "run is in use: another process writes to it")
     assert losses_of(tmp_path / "run", "finetune") == losses_of(trained["finetune"], "finetune")
 
 
@@ -136,8 +137,9 @@ def test_two_evaluations_of_the_same_questions_do_not_mix(trained, small_world, 
     words = ["evaluate.py", "--ckpt", trained["finetune"], "--data", small_world / "test.jsonl", "--images",
              small_world / "images", "--max-new-tokens", 2, "--out", tmp_path]
     first = start(*words).until(lambda: (tmp_path / "test" / "pred.rank0of1.jsonl").exists()).send(signal.SIGSTOP)
-    refuses(launch(*words), "test is in use")
+    second = launch(*words)
     assert first.send(signal.SIGCONT).wait().returncode == 0
+    refuses(second, "test is in use")
 
 
 @pytest.mark.parametrize("left", [".run.json.tmp", ".metrics.jsonl.tmp", ".data.tmp", ".finetune-2.tmp", LOCK])
