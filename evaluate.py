@@ -212,7 +212,7 @@ def answer_and_score(cfg: "Config", folder: Path | None, sets: list[Questions], 
     """The same, for questions whose folders are locked."""
     if cfg.overwrite and ranks.first:
         for q in sets:
-            remove([*q.out.glob("pred.*"), *q.out.glob("submission.*"), q.out / "results.json"])
+            remove([*q.out.glob("pred.*"), q.out / "results.json"])
     ranks.wait()
     done = [read_predictions(q.out, q.settings, len(q.samples))[0] for q in sets]
 
@@ -236,14 +236,13 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
         predictions, settings["batch_size"] = read_predictions(q.out, q.settings, len(q.samples))
     partial = len(q.samples) < len(q.loaded.samples)
     rows, results = score(q.benchmark, q.samples, predictions, partial)
-    write_jsonl(q.out / "pred.jsonl", rows)
-
     counts["references that are none of the options"] = results["n_no_option"]
     submission = write_submission(q.benchmark, q.samples, rows, Path(q.loaded.files[0]).parent, q.out)
     report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder), "partial": partial, **results,
               "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission,
               "warnings": notes(q, counts, submission), "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
-    write_json(q.out / "results.json", report)
+    write_json(q.out / "results.json", report)      # first: it says whose folder this is
+    write_jsonl(q.out / "pred.jsonl", rows)
     return report
 
 

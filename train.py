@@ -267,7 +267,7 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         make_toy(cfg, out, ranks)
     data, bad = load_data(stage, out, ranks, model.image_tokens)
     pairs = mir_pairs(stage, data, out)
-    folder.make_folder(cfg, out, bad, ranks, fingerprints(stage, data))
+    folder.make_folder(cfg, out, bad, ranks, fingerprints(stage, data, ckpt))
     train(stage, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 

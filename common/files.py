@@ -208,18 +208,15 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def remove(paths: list[Path]) -> None:
-    """Delete files and folders."""
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-# -------------------------------------------------------------------------------- what a file holds
 def file_crc(path: Path) -> int:
-    """Return the CRC-32 of a file's bytes."""
-    crc = 0
+    crc = 0                                               # CRC-32 of its bytes
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)

@@ -65,8 +65,8 @@ def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str],
         if isinstance(found.get("n"), int) and found["n"] > n:
             raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
         headers.append((results, found.get("settings")))
-    for path in [] if headers else [*out.glob("pred.jsonl"), *out.glob("submission.*")]:
-        raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
+    if not headers and (out / "pred.jsonl").exists():
+        raise UserError(f"{out / 'pred.jsonl'} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
         if not isinstance(old, dict):
             raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")

@@ -121,7 +121,7 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
             for part, what in PARTS.items() if counts[part]]
 
 
-def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
+def describe_tokenizer(problems: list[str], folder: Path, c: dict) -> list[tuple[str, str]]:
     name = attempt(problems, family_template, folder) or "v1"
     template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
     tokenizer = attempt(problems, load_tokenizer, folder)

@@ -127,8 +127,8 @@ def open_tensors(path: Path) -> Iterator:
             def get_tensor(name: str) -> torch.Tensor:
                 tensor = f.get_tensor(name)
                 if wanted.get(name, "") not in ("", digest(tensor)):
-                    raise UserError(f"{path}: {name} is not what was saved (its digest in {DIGESTS} differs): the disk "
-                                    "or a copy has damaged it, so take another checkpoint")
+                    raise UserError(f"{path}: {name} is not what was saved, by its digest in {DIGESTS}: take another "
+                                    f"checkpoint, or remove {DIGESTS} if you changed the tensor yourself")
                 return tensor
             yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:

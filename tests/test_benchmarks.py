@@ -639,6 +639,7 @@ def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(wo
         data = bytearray((other / "model.safetensors").read_bytes())
         data[-2] ^= 1
         (other / "model.safetensors").write_bytes(data)
+        (other / "digests.json").unlink(missing_ok=True)
     says = {"question": "questions", "answer length": "max_new_tokens", "weights": "checkpoint"}.get(change, change)
     refuses(ask(world, other, *flags), f"was made with another {says}: --overwrite, or another --out")
     assert ask(world, other, *flags, "--overwrite").returncode == 0

@@ -21,7 +21,7 @@ from data import Batch
 from hub.checkpoint import OPTIMIZER, checkpoint_problem, checkpoints, save_checkpoint
 from hub.tensors import is_finite, open_tensors
 from model import Llava
-from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
+from training.settings import FREE_TO_CHANGE, START, TrainConfig, flag, in_checkout, stores_all
 
 # What a kill or a full disk leaves: temporary names of the files and folders above.
 LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html|results\.json|data|"
@@ -76,15 +76,14 @@ def clear(cfg: TrainConfig, out: Path) -> None:
 def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files=None) -> None:
     """Write run.json, and bad_images.txt if images are left out. Every rank must call. files: fingerprints of what the
     stage reads, from `fingerprints`. Raises UserError if a rank or the run's start had others."""
-    files = files or {}
+    files = dict(files or {})
     for rank, seen in enumerate(ranks.gather(files)):
         for name in files:
             if seen[name] != files[name]:
                 raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
                                 f"{files[name]}): give every machine the same files")
-    started = {}
-    if (out / "run.json").is_file():
-        started = read_json(out / "run.json").get("files", {})
+    files.pop(START, None)
+    started = read_json(out / "run.json").get("files", {}) if (out / "run.json").is_file() else {}
     for name in files:
         if started.get(name, files[name]) != files[name]:
             raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "

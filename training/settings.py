@@ -34,6 +34,7 @@ TOY_PROJECTOR_SCALE = 0.25
 TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for the toy's 9 patches, as wide as its models
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
+START = "the start of a stage"                            # its projector or checkpoint, as a name of a fingerprint
 
 
 @dataclass

@@ -23,7 +23,7 @@ from hub.tokenizer import load_tokenizer
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, TrainConfig, flag, starts_qformer, stores_all
+from training.settings import RANDOM, START, TrainConfig, flag, starts_qformer, stores_all
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -236,15 +236,18 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     return data, bad
 
 
-def fingerprints(cfg: TrainConfig, data: Samples) -> dict[str, str]:
+def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
     """Return what the files that a stage reads are like: a change of one, or another one on a rank,
-    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them."""
-    prints = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
-    for name in ("vision", "llm"):
-        files = sorted(Path(getattr(cfg, name)).iterdir())
-        prints[flag(name)] = files_digest(
-            p for p in files if p.suffix in (".safetensors", ".bin", ".json", ".model") or p.name == "merges.txt")
-    return prints
+    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them.
+    The projector or checkpoint to start from is compared between ranks alone: a run makes new ones."""
+    folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
+    if ckpt or cfg.projector not in (None, RANDOM):
+        folders[START] = ckpt or start_folder(cfg)
+    found = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
+    for name, folder in folders.items():
+        found[name] = files_digest(p for p in sorted(Path(folder).iterdir()) if p.name == "merges.txt"
+                                   or p.suffix in (".safetensors", ".bin", ".json", ".model"))
+    return found
 
 
 def check_targets(data: Samples) -> None:
