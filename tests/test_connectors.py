@@ -324,8 +324,8 @@ def runs(small_world, tmp_path_factory):
     assert first.returncode == 0, first.stderr
     assert "but for 0 tensors" in first.stdout
     second = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--out", out / "2",
-                  "--loss", "basic", "--projector", out / "1", "--mir-every", 3, "--mir-data", small_world / "val.jsonl",
-                  *common)
+                  "--loss", "basic", "--projector", out / "1", *common,
+                  "--mir-every", 3, "--mir-data", small_world / "val.jsonl")
     assert second.returncode == 0, second.stderr
     return out
 

@@ -10,6 +10,7 @@ from typing import Literal
 from common.flags import UserError, option
 from common.text import RULES
 from data import TEMPLATES
+from hub.configs import decoder_config
 from hub.connectors import read_connector
 from hub.tokenizer import family_template
 from losses import LOSSES
@@ -210,6 +211,7 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
+        decoder_config(cfg.llm)                               # raises if that is no language model
         cfg = replace(cfg, template=family_template(cfg.llm))
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
