@@ -29,7 +29,7 @@ TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
                         gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 0.25
-TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for the toy's 9 patches, as wide as its models
+TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
 
