@@ -1,4 +1,4 @@
-"""How conversations are written: one template a family of language models, character by character."""
+"""How conversations are written: one template for a family of language models."""
 from dataclasses import dataclass
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -48,11 +48,12 @@ TEMPLATES = {
     "qwen2_5": chatml(QWEN2_5_SYSTEM),
     "smollm2": chatml(SMOLLM2_SYSTEM),
     "llama_3": llama_3(""),
-    "llama_3_1": llama_3(f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_3_DATE}<|eot_id|>"),      # and 3.2
+    "llama_3_1": llama_3(f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_3_DATE}<|eot_id|>"),
 }
 FAMILY_TEMPLATE = {"mistral": "mistral", "phi": "phi", "phi3": "phi3", "gemma": "gemma"}
-# Families that share a model_type are known by a token, then by a phrase of the chat template beside the tokenizer.
+# Families that share a model_type are known by a token, then by a phrase of their chat template.
 TOKEN_TEMPLATES = [("<|start_header_id|>", "Cutting Knowledge Date", "llama_3_1"),
                    ("<|start_header_id|>", "", "llama_3"),
-                   ("<|im_start|>", QWEN2_5_SYSTEM, "qwen2_5"), ("<|im_start|>", QWEN2_SYSTEM, "qwen2"),
+                   ("<|im_start|>", QWEN2_5_SYSTEM, "qwen2_5"),
+                   ("<|im_start|>", QWEN2_SYSTEM, "qwen2"),
                    ("<|im_start|>", "", "smollm2")]

@@ -182,7 +182,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
     quantized = top.get("quantization_config", c.get("quantization_config"))
     switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
-    first_window = c.get("max_window_layers", 28)               # Qwen2's window acts in this layer and those after it
+    first_window = c.get("max_window_layers", 28)         # Qwen2's window acts from this layer on
     windows = kind == "qwen2" and c.get("use_sliding_window") and first_window < c.get("num_hidden_layers", 32)
     llama3 = scaling == "llama3" and set(rope) >= set(LLAMA3)
     check_supported(path, [("rope scaling", scaling, scaling == "default" or llama3),

@@ -1,7 +1,8 @@
-"""The map between vision encoder and language model by its name, as --connector and config.json have it.
+"""The map between vision encoder and language model by its name, as in --connector and config.json.
 
-    linear, mlp2x, mlp4x, …                  N linear maps with GELU between them: model.Projector
-    qformer, qformer-64, qformer-4-96x2      32, 64, 4 queries; BERT-base, or width 96 and 2 layers: methods/qformer.py
+    linear, mlp2x, mlp4x, …     N linear maps with GELU between them: model.Projector
+    qformer, qformer-64         32 queries, 64 queries in the shape of BERT-base: methods/qformer.py
+    qformer-4-96x2              4 queries, width 96, 2 layers
 """
 import re
 from typing import NamedTuple
@@ -16,7 +17,7 @@ NAME = re.compile(r"linear|mlp([1-9]\d*)x(?:_gelu)?|qformer(?:-([1-9]\d*))?(?:-(
 
 
 class Connector(NamedTuple):
-    maps: int                   # linear maps of an MLP; 0: a Q-Former, of which the rest says the shape
+    maps: int                   # linear maps of an MLP; 0: a Q-Former of the shape below
     queries: int = 32
     width: int = 768
     layers: int = 12

@@ -1,14 +1,14 @@
-"""Q-Former: learned queries read the patches through a small BERT, and are the image tokens in their place.
+"""Q-Former: learned queries read the patches through a small BERT, and are the image tokens.
 
-BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language Models, arXiv
-2301.12597. As a connector of LLaVA: table 4 of the MIR paper, arXiv 2410.07167. BLIP-2 draws its blocks and writes no
-equations; these are BERT's (arXiv 1810.04805):
+BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
+Models, arXiv 2301.12597. As a connector of LLaVA: table 4 of the MIR paper, arXiv 2410.07167. BLIP-2
+draws its blocks and writes no equations; these are BERT's (arXiv 1810.04805):
 
-    z_0 = LN(q)                                                                                        (1)
-    a = LN(z_l + MHA(z_l, z_l))                                                                        (2)
-    c = LN(a + MHA(a, x))                     in every other layer, from the first; else c = a         (3)
-    z_{l+1} = LN(c + W_2 GELU(W_1 c))                                                                  (4)
-    v = W z_L + b                                                                                      (5)
+    z_0 = LN(q)                                                                              (1)
+    a = LN(z_l + MHA(z_l, z_l))                                                              (2)
+    c = LN(a + MHA(a, x))                 in every other layer, from the first; else c = a   (3)
+    z_{l+1} = LN(c + W_2 GELU(W_1 c))                                                        (4)
+    v = W z_L + b                                                                            (5)
 
     symbol   variable        shape
     x        patches         (B,N,Dv)  of the vision encoder
@@ -18,11 +18,13 @@ equations; these are BERT's (arXiv 1810.04805):
     L        layers          12, with C = 768 and heads of 64 dimensions in BERT-base
 
 Where the paper is silent, or released connectors differ
-* Start: BLIP-2 starts from BERT's weights and trains on image-text pairs before. MIR's and TinyLLaVA's code draw all
-  weights from N(0, 0.02²), and so do we; --projector starts from a released Q-Former.
-* The text branch: BLIP-2's instruction-tuned successor and MIR's code let the question's tokens join eq. (2).
-  TinyLLaVA's do not, nor do ours: image tokens depend on the image alone.
-* Eq. (1)'s norm has weights in BLIP-2 and MIR, none in TinyLLaVA. Ours has; they are 1 and 0 where a file holds none.
+* Start: BLIP-2 starts from BERT's weights and trains on image-text pairs before. MIR's and
+  TinyLLaVA's code draw all weights from N(0, 0.02²), and so do we; --projector starts from a
+  released Q-Former.
+* The text branch: InstructBLIP and MIR's code let the question's tokens join eq. (2). TinyLLaVA's
+  do not, nor do ours: image tokens depend on the image alone.
+* Eq. (1)'s norm has weights in BLIP-2 and MIR, none in TinyLLaVA. Ours has; they are 1 and 0 where
+  a file holds none.
 * BERT drops 10 % of activations in training. We drop none, so that runs are reproducible.
 * The patches get no positions, nor do the queries: the vision encoder's features hold the places.
 """
@@ -45,9 +47,9 @@ class Attention(nn.Module):
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm(width)})
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        q, k, v = (self.self[name](t).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B,H,Q or S,C/H)
+        q, k, v = (self.self[name](t).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B,H,·,d)
                    for name, t in [("query", z), ("key", x), ("value", x)])
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)              # (B,Q,C)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)      # (B,Q,C)
         return self.output["LayerNorm"](z + self.output["dense"](y))
 
 
@@ -57,19 +59,21 @@ class Layer(nn.Module):
         self.attention = Attention(width, width)
         self.crossattention = Attention(width, vision_size) if cross else None
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
-        self.output_query = nn.ModuleDict({"dense": nn.Linear(4 * width, width), "LayerNorm": norm(width)})
+        self.output_query = nn.ModuleDict({"dense": nn.Linear(4 * width, width),
+                                           "LayerNorm": norm(width)})
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        z = self.attention(z, z)                                                            # eq. (2)
+        z = self.attention(z, z)                                                    # eq. (2)
         if self.crossattention is not None:
-            z = self.crossattention(z, x)                                                   # eq. (3)
+            z = self.crossattention(z, x)                                           # eq. (3)
         y = self.output_query["dense"](F.gelu(self.intermediate_query["dense"](z)))
-        return self.output_query["LayerNorm"](z + y)                                        # eq. (4)
+        return self.output_query["LayerNorm"](z + y)                                # eq. (4)
 
 
 class QFormer(nn.Module):
-    """Patches (B,N,Dv) → image tokens (B,Q,D). Parameters have the names of BLIP-2's original code."""
-    def __init__(self, vision_size: int, hidden_size: int, queries: int = 32, width: int = 768, layers: int = 12):
+    """Patches (B,N,Dv) → image tokens (B,Q,D). Parameters have the names of BLIP-2's own code."""
+    def __init__(self, vision_size: int, hidden_size: int, queries: int = 32, width: int = 768,
+                 layers: int = 12):
         super().__init__()
         self.queries = queries
         self.query_tokens = nn.Parameter(torch.empty(1, queries, width).normal_(std=0.02))
@@ -86,4 +90,4 @@ class QFormer(nn.Module):
         z = self.bert["embeddings"]["LayerNorm"](self.query_tokens).expand(len(x), -1, -1)  # eq. (1)
         for layer in self.bert["encoder"]["layer"]:
             z = layer(z, x)
-        return self.projector(z)                                                            # eq. (5)
+        return self.projector(z)                                                    # eq. (5)

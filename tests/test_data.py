@@ -155,8 +155,8 @@ def test_each_template_writes_a_conversation_as_its_family_does(template, text, 
 
 
 def test_every_template_has_an_example():
-    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3", "qwen2", "qwen2_5", "smollm2",
-                              "llama_3", "llama_3_1"}
+    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3", "qwen2", "qwen2_5",
+                              "smollm2", "llama_3", "llama_3_1"}
 
 
 def test_llama_3_trims_a_turn_and_chatml_does_not():

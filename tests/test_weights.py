@@ -170,7 +170,7 @@ def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, sa
 
 
 @pytest.mark.parametrize("fields, says", [
-    ({"model_type": "qwen2"}, "model_type 'qwen2'; supported are llama, mistral"),
+    ({"model_type": "qwen3"}, "model_type 'qwen3'; supported are llama, mistral"),
     ({"hidden_act": "relu"}, "hidden_act 'relu'"),
     ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope scaling 'linear'"),
     ({"attention_bias": True}, "attention_bias"),

@@ -11,6 +11,7 @@ from common.flags import UserError, option
 from common.text import RULES
 from data import TEMPLATES
 from hub.checkpoint import is_released
+from hub.configs import decoder_config
 from hub.connectors import read_connector
 from hub.tensors import weight_files
 from hub.tokenizer import family_template
@@ -31,7 +32,7 @@ TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
                         gradient_checkpointing=False)}
 TOY_PROJECTOR_SCALE = 0.25
-TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for the toy's 9 patches, as wide as its models
+TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
 START = "the start of a stage"                            # its projector or checkpoint, as a name of a fingerprint
@@ -234,6 +235,7 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     if stage == "pretrain":
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
+        decoder_config(cfg.llm)                               # raises if that is no language model
         family = family_template(cfg.llm)
         cfg = replace(cfg, template="v1" if family == "plain" else family)
     check_numbers(cfg)
