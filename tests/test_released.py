@@ -6,13 +6,14 @@ import io
 import json
 import re
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, call, launch, tensors_of
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 from common.flags import UserError
 from data import IMAGE, encode, eos_id
@@ -20,7 +21,7 @@ from evaluate import Assistant
 from evaluation.chat import Chat
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import decoder_config, load_processor, read_config
+from hub.configs import load_processor, read_config
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from model import Llava, VisionConfig
@@ -90,7 +91,9 @@ def liuhaotian(ckpt: Path, folder: Path, **fields) -> Path:
 def tinyllava(ckpt: Path, folder: Path, **fields) -> Path:
     folder.mkdir(parents=True)
     save_file(renamed(tensors_of(ckpt), TINY), folder / "model.safetensors")
-    tower = {k: v for k, v in read_config(ckpt)["vision_config"].items() if k not in ("class_token", "drop_first_patch")}
+    tower = read_config(ckpt)["vision_config"]
+    for ours in ("class_token", "drop_first_patch"):
+        tower.pop(ours)
     (folder / "config.json").write_text(json.dumps({
         "model_type": "tinyllava", "text_config": text_config(ckpt), "vision_config": {
             "model_type": "clip_vision_model", **tower}, "connector_type": "mlp2x_gelu", "vision_feature_layer": -2,
@@ -280,7 +283,7 @@ def plain_answer(a: Assistant, turns: list[tuple[str, str]], image: Path, room: 
     said = [{"from": who, "value": text} for who, text in turns]
     ids, _, mask = encode(said, a.tokenizer, a.template, a.model.vision_tower.config.image_tokens,
                           after_special=a.after_special)
-    pixels = a.processor(__import__("PIL.Image").Image.open(image), a.pad)[None]
+    pixels = a.processor(Image.open(image), a.pad)[None]
     [out] = generate(a.model, [ids], pixels, room, [mask], eos_id(a.tokenizer, a.template))
     return a.tokenizer.decode(out).strip()
 
@@ -315,8 +318,8 @@ def test_commands_start_again_and_take_another_image(assistant, small_world, tmp
     a, b = (small_world / f"images/test_00000{n}.png" for n in (1, 2))
     (tmp_path / "broken.png").write_text("nothing")
     question = "What colour is the circle?"
-    lines = [question, "/reset", question, "", f"/image {b}", question, "/image absent.png", f"/image {tmp_path}/broken.png",
-             "/help", question]
+    lines = [question, "/reset", question, "", f"/image {b}", question, "/image absent.png",
+             f"/image {tmp_path}/broken.png", "/help", question]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     talk(assistant, a, 8)
     out = capsys.readouterr().out.splitlines()
@@ -450,8 +453,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000000000
     (lambda d: change(d, vision_feature_layer=4), "asks for layer 4 of a vision tower that has 3"),
     (lambda d: change(d, text_config=read_config(d)["text_config"] | {"rope_scaling": {"factor": 2.0}}),
      "rope_scaling without a type, {'factor': 2.0}"),
-    (lambda d: change(d, text_config=read_config(d)["text_config"] | {"vocab_size": 500}),
-     "a tokenizer of 547 tokens for a vocabulary of 500: it belongs to another model"),
+    (lambda d: Tokenizer(models.WordLevel({f"w{i}": i for i in range(600)}, "w0")).save(str(d / "tokenizer.json")),
+     "a tokenizer of 600 tokens for a vocabulary of 576: it belongs to another model"),
+    (lambda d: Tokenizer(models.WordLevel({f"w{i}": i for i in range(500)}, "w0")).save(str(d / "tokenizer.json")),
+     "the tokenizer has no '</s>', which template v1 needs"),
     (write("model.safetensors", LFS), "is a git-lfs pointer"), (write("tokenizer.json", LFS), "is a git-lfs pointer"),
     (write("config.json", LFS), "is a git-lfs pointer"),
     (write("model.safetensors", "Invalid username or password."), "is a web page or an error message"),
@@ -474,7 +479,3 @@ def test_inspect_and_training_name_tiles_too(ckpt, small_world, tmp_path):
                                                small_world / "finetune.json", "--out", tmp_path / "run"]):
         done = call(*words)
         assert done.returncode == 2 and "any-resolution tiles are not supported" in done.stderr, done.stderr
-
-
-def test_eight_bit_positions_or_names_in_other_folders_stay_readable():
-    assert decoder_config(ROOT / "toy/llm").vocab_size == 547
