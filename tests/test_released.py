@@ -162,6 +162,17 @@ def test_a_question_and_own_questions_are_answered_as_by_the_checkpoint(pair, sm
         printed("evaluate.py", "--ckpt", source, *more, *own, "--out", tmp_path / name)
     ours, theirs = (predictions(tmp_path / name / "test") for name in ("ours", "theirs"))
     assert ours == theirs and len(set(ours)) > 1
+    results = [json.loads((tmp_path / name / "test/results.json").read_text()) for name in ("ours", "theirs")]
+    settings = [r["settings"] for r in results]
+    assert {k for k, v in settings[0].items() if settings[1][k] != v} == {"checkpoint"}
+
+
+def test_flags_override_what_the_family_says(ckpt, tmp_path):
+    folder = tinyllava(ckpt, tmp_path / "tiny")
+    a = Assistant.from_checkpoint(folder)
+    assert (a.template, a.after_special, a.pad) == ("v1", "4.37", False)
+    a = Assistant.from_checkpoint(folder, template="llama_2", after_special="legacy", pad=True)
+    assert (a.template, a.after_special, a.pad) == ("llama_2", "legacy", True)
 
 
 def pope_like(root: Path, small_world: Path) -> None:
