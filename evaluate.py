@@ -67,11 +67,10 @@ class Assistant:
                         plain_specials: bool | None = None) -> "Assistant":
         """Load a checkpoint, the newest of a run, or a released LLaVA. None: as it was trained."""
         folder = model_folder(ckpt)
-        use = read_usage(folder, vision)
-        if pad is None:
-            pad = use.pad
-        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder, plain_specials),
-                   load_processor(folder, vision), template or use.template, after_special or use.after_special, pad)
+        use, tokenizer = read_usage(folder, vision), load_tokenizer(folder, plain_specials)
+        processor = load_processor(folder, vision)
+        return cls(load_model(folder, vision, llm, dtype, device).eval(), tokenizer, processor,
+                   template or use.template, after_special or use.after_special, use.pad if pad is None else pad)
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;

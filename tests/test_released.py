@@ -11,15 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, call, launch, tensors_of
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_export import SIGLIP, TEXT, made
+from tokenizers import Tokenizer, models
 
 from common.flags import UserError
 from data import IMAGE, encode, eos_id
 from evaluate import Assistant
-from evaluation.chat import Chat
+from evaluation.chat import Chat, talk
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import decoder_config, load_processor, read_config
+from hub.configs import load_processor, read_config
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from model import Llava, VisionConfig
@@ -89,7 +92,9 @@ def liuhaotian(ckpt: Path, folder: Path, **fields) -> Path:
 def tinyllava(ckpt: Path, folder: Path, **fields) -> Path:
     folder.mkdir(parents=True)
     save_file(renamed(tensors_of(ckpt), TINY), folder / "model.safetensors")
-    tower = {k: v for k, v in read_config(ckpt)["vision_config"].items() if k not in ("class_token", "drop_first_patch")}
+    tower = read_config(ckpt)["vision_config"]
+    for ours in ("class_token", "drop_first_patch"):
+        tower.pop(ours)
     (folder / "config.json").write_text(json.dumps({
         "model_type": "tinyllava", "text_config": text_config(ckpt), "vision_config": {
             "model_type": "clip_vision_model", **tower}, "connector_type": "mlp2x_gelu", "vision_feature_layer": -2,
@@ -157,6 +162,17 @@ def test_a_question_and_own_questions_are_answered_as_by_the_checkpoint(pair, sm
         printed("evaluate.py", "--ckpt", source, *more, *own, "--out", tmp_path / name)
     ours, theirs = (predictions(tmp_path / name / "test") for name in ("ours", "theirs"))
     assert ours == theirs and len(set(ours)) > 1
+    results = [json.loads((tmp_path / name / "test/results.json").read_text()) for name in ("ours", "theirs")]
+    settings = [r["settings"] for r in results]
+    assert {k for k, v in settings[0].items() if settings[1][k] != v} == {"checkpoint"}
+
+
+def test_flags_override_what_the_family_says(ckpt, tmp_path):
+    folder = tinyllava(ckpt, tmp_path / "tiny")
+    a = Assistant.from_checkpoint(folder)
+    assert (a.template, a.after_special, a.pad) == ("v1", "4.37", False)
+    a = Assistant.from_checkpoint(folder, template="llama_2", after_special="legacy", pad=True)
+    assert (a.template, a.after_special, a.pad) == ("llama_2", "legacy", True)
 
 
 def pope_like(root: Path, small_world: Path) -> None:
@@ -279,7 +295,7 @@ def plain_answer(a: Assistant, turns: list[tuple[str, str]], image: Path, room: 
     said = [{"from": who, "value": text} for who, text in turns]
     ids, _, mask = encode(said, a.tokenizer, a.template, a.model.vision_tower.config.image_tokens,
                           after_special=a.after_special)
-    pixels = a.processor(__import__("PIL.Image").Image.open(image), a.pad)[None]
+    pixels = a.processor(Image.open(image), a.pad)[None]
     [out] = generate(a.model, [ids], pixels, room, [mask], eos_id(a.tokenizer, a.template))
     return a.tokenizer.decode(out).strip()
 
@@ -310,12 +326,11 @@ def test_a_later_turn_computes_what_is_new_and_encodes_the_image_once(assistant,
 
 
 def test_commands_start_again_and_take_another_image(assistant, small_world, tmp_path, monkeypatch, capsys):
-    from evaluation.chat import talk
     a, b = (small_world / f"images/test_00000{n}.png" for n in (1, 2))
     (tmp_path / "broken.png").write_text("nothing")
     question = "What colour is the circle?"
-    lines = [question, "/reset", question, "", f"/image {b}", question, "/image absent.png", f"/image {tmp_path}/broken.png",
-             "/help", question]
+    lines = [question, "/reset", question, "", f"/image {b}", question, "/image absent.png",
+             f"/image {tmp_path}/broken.png", "/help", question]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
     talk(assistant, a, 8)
     out = capsys.readouterr().out.splitlines()
@@ -324,6 +339,13 @@ def test_commands_start_again_and_take_another_image(assistant, small_world, tmp
     assert out[5].startswith("error: ") and "broken.png" in out[5] and out[6] == out[0]
     second = [("human", f"{IMAGE}\n{question}"), ("gpt", other), ("human", question)]
     assert out[7] == plain_answer(assistant, second, b, 8), "a file that cannot be read changes nothing"
+
+
+def test_ctrl_c_and_the_end_of_the_input_end_it_quietly(assistant, small_world, monkeypatch, capsys):
+    for end in (KeyboardInterrupt, EOFError):
+        monkeypatch.setattr("builtins.input", lambda _, end=end: (_ for _ in ()).throw(end))
+        talk(assistant, small_world / "images/test_000001.png", 8)
+        assert capsys.readouterr().out.splitlines()[1:] == [""]
 
 
 def test_a_conversation_that_grows_too_long_says_so(assistant, small_world):
@@ -359,6 +381,24 @@ def test_template_rule_and_padding_are_those_of_the_family(ckpt, tmp_path):
     assert read_usage(tmp_path / "t0", CLIP).pad is False
 
 
+def test_tinyllava_of_siglip_has_one_image_token_less_in_every_command(small_world, tmp_path):
+    """TinyLLaVA drops the first patch of SigLIP as if it were a class token."""
+    source = made(tmp_path / "made", dict(SIGLIP, drop_first_patch=True), TEXT, "v1")
+    folder = tinyllava(source, tmp_path / "tiny")
+    c = read_config(folder)
+    change(folder, vision_config=c["vision_config"] | {"model_type": "siglip_vision_model"})
+    assert read_usage(folder).tower.image_tokens == 8
+    data = ["--data", small_world / "val.jsonl", "--images", small_world / "images", "-n", 6, "--dtype", "float32"]
+    for name, path in (("ours", source), ("theirs", folder)):
+        printed("mir.py", "--ckpt", path, *data, "--out", tmp_path / f"{name}.json")
+    ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text())["layers"] for name in ("ours", "theirs"))
+    assert theirs == pytest.approx(ours, rel=1e-6)
+    printed("train.py", "--stage", "finetune", "--projector", folder, "--data", small_world / "finetune.json",
+            "--images", small_world / "images", "--out", tmp_path / "run", "--global-batch", 2, "--max-steps", 1,
+            "--workers", 0)
+    assert read_config(checkpoint_folder(tmp_path / "run"))["vision_config"]["drop_first_patch"] is True
+
+
 def test_an_export_remembers_template_rule_and_padding(ckpt, tmp_path):
     shutil.copytree(ckpt, tmp_path / "finetune-1")
     c = read_config(ckpt) | {"template": "llama_2", "after_special": "legacy", "pad": False}
@@ -383,6 +423,29 @@ def test_a_folder_that_transformers_5_saved_keeps_its_images_settings(ckpt, tmp_
     (folder / "processor_config.json").write_text("\ufeff" + json.dumps(c))
     p = load_processor(folder)
     assert p.size == 60 and p.crop_size == 48 and p.image_mean == (0.1, 0.2, 0.3) and not read_usage(folder).pad
+
+
+def test_what_transformers_itself_saves_loads_as_it_was(ckpt, tmp_path, small_world):
+    hf = pytest.importorskip("transformers")
+    assert call("hub", "export", ckpt, tmp_path / "out").returncode == 0
+    model = hf.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    processor = hf.AutoProcessor.from_pretrained(tmp_path / "out")
+    for tied in (False, True):
+        folder = tmp_path / str(tied)
+        model.config.tie_word_embeddings = tied
+        model.tie_weights()
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists(), "transformers 5 writes processor_config.json"
+        c = read_config(folder)
+        assert c["tie_word_embeddings"] is tied and c["text_config"]["tie_word_embeddings"] is False
+        assert load_processor(folder) == load_processor(ckpt) and read_usage(folder) == read_usage(tmp_path / "out")
+        before, after = (dict(load_model(f).named_parameters()) for f in (tmp_path / "out", folder))
+        names = before.keys() - {"language_model.lm_head.weight"} if tied else before.keys()
+        assert after.keys() == names and all(torch.equal(before[n], after[n]) for n in names)
+    rows = [("Is there a circle?", small_world / "images/test_000001.png")]
+    ours, theirs = (Assistant.from_checkpoint(f).answer(rows, 8) for f in (ckpt, tmp_path / "False"))
+    assert ours == theirs
 
 
 def test_a_head_tied_at_the_top_level_alone_is_tied(ckpt, tmp_path):
@@ -449,8 +512,10 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1000000000
     (lambda d: change(d, vision_feature_layer=4), "asks for layer 4 of a vision tower that has 3"),
     (lambda d: change(d, text_config=read_config(d)["text_config"] | {"rope_scaling": {"factor": 2.0}}),
      "rope_scaling without a type, {'factor': 2.0}"),
-    (lambda d: change(d, text_config=read_config(d)["text_config"] | {"vocab_size": 500}),
-     "a tokenizer of 547 tokens for a vocabulary of 500: it belongs to another model"),
+    (lambda d: Tokenizer(models.WordLevel({f"w{i}": i for i in range(600)}, "w0")).save(str(d / "tokenizer.json")),
+     "a tokenizer of 600 tokens for a vocabulary of 576: it belongs to another model"),
+    (lambda d: Tokenizer(models.WordLevel({f"w{i}": i for i in range(500)}, "w0")).save(str(d / "tokenizer.json")),
+     "the tokenizer has no '</s>', which template v1 needs"),
     (write("model.safetensors", LFS), "is a git-lfs pointer"), (write("tokenizer.json", LFS), "is a git-lfs pointer"),
     (write("config.json", LFS), "is a git-lfs pointer"),
     (write("model.safetensors", "Invalid username or password."), "is a web page or an error message"),
@@ -473,7 +538,3 @@ def test_inspect_and_training_name_tiles_too(ckpt, small_world, tmp_path):
                                                small_world / "finetune.json", "--out", tmp_path / "run"]):
         done = call(*words)
         assert done.returncode == 2 and "any-resolution tiles are not supported" in done.stderr, done.stderr
-
-
-def test_eight_bit_positions_or_names_in_other_folders_stay_readable():
-    assert decoder_config(ROOT / "toy/llm").vocab_size == 547

@@ -20,6 +20,7 @@ from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
+from hub.usage import read_usage
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
@@ -110,16 +111,6 @@ def tower_config(cfg: TrainConfig) -> VisionConfig:
     return replace(tower, drop_first_patch=cfg.drop_first_patch or tower.drop_first_patch)
 
 
-def vision_layer(cfg: TrainConfig, ckpt: Path | None) -> int:
-    """Return the layer of the vision encoder that the projector reads: that of the checkpoint to resume or of a
-    released LLaVA in --projector, else the last but one."""
-    if ckpt is not None:
-        return read_config(ckpt, "vision_layer")["vision_layer"]
-    if cfg.projector not in (None, RANDOM) and is_released(cfg.projector):
-        return released_tower(Path(cfg.projector), cfg.vision)[1]
-    return -2
-
-
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     """Build the model of a stage from released folders, or from the checkpoint to resume.
 
@@ -153,18 +144,20 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
                          partial(prepare, "vision_tower"))
     llm = load_llm(llm_folder, partial(dtype, "language_model"), ranks.device, t, partial(prepare, "language_model"),
                    new)
-    projector = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
+    projector, layer = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
     if cfg.moca and not llm.config.moca:
         llm.add_moca()
     if cfg.moca:
         llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
     llm.gradient_checkpointing = cfg.gradient_checkpointing
-    return Llava(vision, projector, llm, vision_layer(cfg, ckpt))
+    return Llava(vision, projector, llm, layer)
 
 
-def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> nn.Module:
-    """Return the connector of the checkpoint to resume or of --projector, else a random one. MoCa that was trained
-    beside a stored projector is put into `llm`. Raises UserError if --connector asks for another one."""
+def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int,
+               ranks: Ranks) -> tuple[nn.Module, int]:
+    """Return the connector of the checkpoint to resume or of --projector, else a random one, and the layer of the
+    vision encoder that it reads. MoCa that was trained beside a stored projector is put into `llm`. Raises UserError
+    if --connector asks for another one."""
     source = ckpt
     if source is None and cfg.projector not in (None, RANDOM) and not starts_qformer(cfg):
         source = start_folder(cfg)
@@ -176,13 +169,15 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
             new = start_qformer(projector, cfg.projector)
             if ranks.first:
                 print(f"the Q-Former of {cfg.projector}, but for {len(new)} tensors of other shapes, which are new")
-        return projector.to(ranks.device)
+        return projector.to(ranks.device), -2
     if not (source == ckpt and stores_all(cfg)):
         load_moca(source, llm, torch.float32, ranks.device)
+    known = (source / "config.json").is_file()            # not beside mm_projector.bin alone
+    layer = read_usage(source, cfg.vision).layer if known else -2
     projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
     if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
         raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: leave the flag out")
-    return projector
+    return projector, layer
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
