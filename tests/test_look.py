@@ -265,7 +265,7 @@ def test_a_released_folder_shows_the_numbers_of_the_checkpoint_it_was_made_from(
     one, other = json.loads((tmp_path / "numbers.json").read_text())
     assert one.pop("name") == str(ours) and other.pop("name") == str(exported)
     assert one == other and len(one["nearest"]) == 5
-    maps = [sorted(p.name for p in (tmp_path / "maps" / f).iterdir()) for f in ("finetune-1", "llava-hf")]
+    maps = [sorted(p.name for p in (tmp_path / "maps" / f).iterdir()) for f in ("1-finetune-1", "2-llava-hf")]
     assert maps[0] == maps[1] and "attention-layer04.png" in maps[0] and "similarity-layer00.png" in maps[0]
 
 
@@ -443,6 +443,38 @@ def test_a_console_error_or_a_request_is_noticed(tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+def test_the_page_reads_out_the_numbers_that_were_gathered(assistant, picture, seen, tmp_path):
+    write_page(tmp_path / "page.html", "one", [gather(assistant, "random", picture, "What is this?", max_new=5)])
+    row, layer, patch, browser = 2, 3, 4, Browser()
+    try:
+        fragment = f"#token=p{row}&layer={layer}&patch={patch}"
+        browser.open(tmp_path / "page.html", fragment)
+        said = browser.run("document.getElementById('reading').textContent")
+        share, there = (float(x) for x in re.findall(r"([\d.]+) %", said))
+        assert share == pytest.approx(100 * seen["to_image"][layer - 1][row], abs=0.51)
+        assert there == pytest.approx(100 * seen["attention"][layer - 1][row][patch], abs=0.51)
+        cells = browser.run("[...document.querySelectorAll('.card tr')].map("
+                            "row => [...row.cells].map(cell => cell.textContent))")
+        assert len(cells) == len(seen["nearest"])
+        for k, (name, *words) in enumerate(cells):
+            assert name == (f"layer {k}" if k else "projector")
+            for rank, text in enumerate(words):
+                word, cosine = seen["words"][seen["nearest"][k][patch][rank]], seen["cosine"][k][patch][rank]
+                assert text.startswith(word.strip()[:1]) and float(text.split()[-1]) == pytest.approx(cosine, abs=0.011)
+        frame = browser.run("document.querySelector('.frame').style.transform")
+        assert frame == "translate(100%, 100%)", "patch 4 of nine is in the middle"
+        browser.run("choose({map: 'similarity'})")
+        browser.settle()
+        said = browser.run("document.getElementById('reading').textContent")
+        there = float(re.search(r"column 2: (-?[\d.]+),", said)[1])
+        assert there == pytest.approx(seen["similarity"][layer][row][patch], abs=0.01)
+        assert browser.complaints == []
+    finally:
+        browser.close()
+
+
+@pytest.mark.slow
+@needs_browser
 def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
     assert pages["large"].stat().st_size < 5e6
     browser = Browser()
@@ -450,6 +482,8 @@ def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
         browser.open(pages["large"])
         times = browser.run("""(async () => {
             const times = [], canvas = document.querySelector('.pair canvas'), box = canvas.getBoundingClientRect();
+            const draw = drawHeat;
+            drawHeat = (...card) => { window.redrawn = true; draw(...card); };
             for (let i = 0; i < 40; i++) {
                 const begin = performance.now();
                 const place = {clientX: box.left + 10 + i * 5, clientY: box.top + 50};
@@ -460,6 +494,9 @@ def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
             return times.sort((a, b) => a - b);
         })()""")
         assert times[20] < 100, f"median {times[20]:.0f} ms from a move of the pointer to the next frame"
+        assert not browser.run("window.redrawn"), "only the marks move: the maps stay as they are"
+        browser.press("[")
+        assert browser.run("window.redrawn"), "another layer is another map"
         assert browser.complaints == []
     finally:
         browser.close()
