@@ -58,12 +58,12 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
     except ValueError as e:
         raise UserError(f"--image {cfg.image}: {e}") from None
     looks = []
-    for ckpt in cfg.ckpt:
+    for n, ckpt in enumerate(cfg.ckpt, 1):
         assistant = Assistant.from_checkpoint(ckpt, *choose_device(cfg.device), cfg.template, cfg.vision, cfg.llm)
         looks.append(gather(assistant, ckpt, image, cfg.prompt, cfg.max_new_tokens, cfg.tsne))
         print(f"{ckpt}: {looks[-1]['answer']}")
         if cfg.png:
-            write_pictures(Path(cfg.png) / Path(ckpt).name, looks[-1])
+            write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
         write_json(Path(cfg.json), convert(looks, Tensor.tolist, lambda picture: list(picture.size)), indent=None)

@@ -48,8 +48,7 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
     said = a.model.generate(asked.to(device), pixels, mask.to(device), max_new, eos)
     if len(said) < max_new:
         said = [*said, eos]
-    ids = torch.cat([asked, asked.new_tensor(said)]).to(device)                 # (T,)
-    mask = F.pad(mask, (0, len(said))).to(device)                               # (T,)
+    ids, mask = torch.cat([asked, asked.new_tensor(said)]).to(device), F.pad(mask, (0, len(said))).to(device)  # (T,)
 
     rows, everywhere = (~mask & (mask.cumsum(0) > 0)).nonzero()[:, 0], torch.arange(len(ids), device=device)
     h = a.model.merge(lm.embed(ids[None]), a.model.embed_images(pixels), mask[None])  # (1,T,D)
@@ -66,22 +65,22 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
 # ------------------------------------------------------------------------------------------------ what it means
 def words_of_patches(a: Assistant, inside: Inside, image_states: list[Tensor]) -> dict:
     """The 3 nearest words by cosine of every patch and layer, of those that the tokenizer knows (released matrices are
-    padded); the cosine of every text token's own word; and the answer when each patch is its nearest word's embedding.
-    These are words then, not an image: MoCa leaves them alone."""
-    E = a.model.language_model.model["embed_tokens"].weight[:a.tokenizer.get_vocab_size()]
-    E, units = F.normalize(E.float(), dim=1), [F.normalize(h, dim=1) for h in image_states]    # (V,D), L + 1 of (N,D)
-    cosine, ids = (torch.stack(t) for t in zip(*[(h @ E.T).topk(3) for h in units]))           # (L+1,N,3) each
-    used, numbers = ids.unique(return_inverse=True)
-    whole = torch.tensor([is_word(a.tokenizer.id_to_token(i)) for i in used.tolist()]).to(E.device)
-    own = E[inside.ids[inside.rows]]                                            # (M,D)
-
-    prompt = inside.ids[:inside.answer].masked_scatter(inside.image[:inside.answer], ids[0, :, 0])
+    padded, and released tokenizers have <image> and <pad> besides); the cosine of every text token's own word; and the
+    answer when each patch is its nearest word's embedding: words then, no image, which MoCa leaves alone."""
+    E = F.normalize(a.model.language_model.model["embed_tokens"].weight.float(), dim=1)         # (V,D)
+    names = [a.tokenizer.id_to_token(i) for i in range(a.tokenizer.get_vocab_size())]
+    known = torch.tensor([i for i, name in enumerate(names) if name not in (IMAGE, "<pad>")], device=E.device)
+    units, words = [F.normalize(h, dim=1) for h in image_states], E[known]
+    cosine, found = (torch.stack(t) for t in zip(*[(h @ words.T).topk(3) for h in units]))      # (L+1,N,3) each
+    used, numbers = known[found].unique(return_inverse=True)
+    whole = torch.tensor([is_word(names[i]) for i in used.tolist()]).to(E.device)
+    prompt = inside.ids[:inside.answer].masked_scatter(inside.image[:inside.answer], known[found[0, :, 0]])
     said = a.model.generate(prompt, None, torch.zeros_like(prompt, dtype=torch.bool), 32,
                             eos_id(a.tokenizer, a.template))
     return {"words": [show_token(a.tokenizer, i) for i in used.tolist()], "whole": whole.tolist(),
             "nearest": numbers, "cosine": cosine, "answer_with_words": a.tokenizer.decode(said).strip(),
             "meaningful": whole[numbers[:, :, 0]].float().mean(1).tolist(),     # (L+1,)
-            "similarity": torch.stack([own @ h.T for h in units])}              # (L+1,M,N)
+            "similarity": torch.stack([E[inside.ids[inside.rows]] @ h.T for h in units])}       # (L+1,M,N)
 
 
 def both_distances(image: list[Tensor], text: list[Tensor]) -> dict[str, list[float]] | None:
