@@ -1,10 +1,7 @@
-"""Cut an assignment out of the project: the real files with bodies removed, and public tests.
-
-Nothing is kept twice: solutions, docstrings and public tests are read from the project's files.
-"""
+"""Cut an assignment out of the project's own files: bodies are removed, nothing is kept twice."""
 import ast
 import re
-import shutil
+import zipfile
 from pathlib import Path
 
 from common.files import new_folder, read_json
@@ -16,44 +13,44 @@ TABLE = read_json(ROOT / "course/assignments.json")             # it explains it
 ASSIGNMENTS, MODULES = TABLE["assignments"], TABLE["modules"]
 
 
-def defined(node: ast.stmt) -> set[str]:
-    """Names that a statement of a module defines, imports aside."""
+def find(name: str) -> dict:
+    if name not in ASSIGNMENTS:
+        raise UserError(f"there is no assignment {name!r}: {', '.join(ASSIGNMENTS)} are there")
+    return ASSIGNMENTS[name]
+
+
+def names_in(node: ast.AST) -> tuple[set[str], set[str]]:
+    """What a statement defines, and what it reads. Arguments count: those of tests are fixtures."""
+    nodes = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
+    own = {n.id for n in nodes if isinstance(n.ctx, ast.Store)}
+    used = {n.id for n in nodes} - own | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return {node.name}
-    if isinstance(node, (ast.Assign, ast.AnnAssign)):
-        names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-        return {n.id for n in names if isinstance(n.ctx, ast.Store)}
-    return set()
-
-
-def used(node: ast.AST) -> set[str]:
-    """Names that a statement reads and does not set, and its arguments: in tests, fixtures."""
-    names = [n for n in ast.walk(node) if isinstance(n, ast.Name)]
-    own = {n.id for n in names if isinstance(n.ctx, ast.Store)}
-    return {n.id for n in names} - own | {n.arg for n in ast.walk(node) if isinstance(n, ast.arg)}
+        own = {node.name}
+    return own, used
 
 
 def cut(source: str, keep: list[str] = (), drop: list[str] = ()) -> str:
     """Source with only the definitions of `keep` and what they use (empty: all), without `drop`,
-    and the imports that they all use. Comments above a definition stay with it."""
-    tree, lines = ast.parse(source), source.splitlines()
-    names = set(keep) or set().union(*map(defined, tree.body))
-    kept = []
-    while more := [node for node in tree.body if node not in kept and defined(node) & names]:
+    and the imports that they all use, made for files that lie side by side."""
+    tree, lines, kept = ast.parse(source), source.splitlines(), []
+    about = {node: names_in(node) for node in tree.body}
+    names = set(keep) or set().union(*(own for own, _ in about.values()))       # that are needed
+    while more := [node for node in tree.body if node not in kept and about[node][0] & names]:
         kept += more
-        names = names.union(*map(used, more))
-    missing = set(keep).difference(*map(defined, kept))
-    if missing:
+        names = names.union(*(about[node][1] for node in more))
+    if missing := set(keep).difference(*(about[node][0] for node in kept)):
         raise UserError(f"no file defines {missing}, which course/assignments.json names: mend it")
     out, end = [], 0
     for node in tree.body:
-        start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        start = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])]) - 1
         above, end = lines[end:start], node.end_lineno
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in names]
             if node.names:
-                out += [line for line in above if not line.strip()] + [ast.unparse(node)]
-        elif isinstance(node, ast.Expr) or node in kept and not defined(node) & set(drop):
+                text = re.sub(r"^from (methods|common) import", "import", ast.unparse(node))
+                out += [line for line in above if not line.strip()]
+                out.append(re.sub(r"^from (methods|common)\.", "from ", text))
+        elif isinstance(node, ast.Expr) or node in kept and not about[node][0] & set(drop):
             out += above + lines[start:end]
     return re.sub(r"\n{4,}", "\n\n\n", "\n".join(out).strip()) + "\n"
 
@@ -61,12 +58,11 @@ def cut(source: str, keep: list[str] = (), drop: list[str] = ()) -> str:
 def stub(source: str, functions: list[str]) -> str:
     """Replace what these functions and methods do; signature and docstring stay."""
     lines, tree = source.splitlines(), ast.parse(source)
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-    owned = [("", node) for node in tree.body] + [(f"{c.name}.", n) for c in classes for n in c.body]
-    for prefix, node in owned:
-        name = prefix + getattr(node, "name", "")
-        if name not in functions:
-            continue
+    found = {getattr(node, "name", ""): node for node in tree.body}
+    for c in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+        found |= {f"{c.name}.{getattr(node, 'name', '')}": node for node in c.body}
+    for name in found.keys() & set(functions):
+        node = found[name]
         start = node.body[0].end_lineno if ast.get_docstring(node) else node.body[0].lineno - 1
         while lines[start - 1].strip().startswith("#"):
             start -= 1
@@ -76,16 +72,9 @@ def stub(source: str, functions: list[str]) -> str:
     return "\n".join(line for line in lines if line is not None) + "\n"
 
 
-def flat(source: str) -> str:
-    """Imports of the project's folders → imports of modules that lie side by side."""
-    source = re.sub(r"^from (?:methods|common) import", "import", source, flags=re.M)
-    return re.sub(r"^from (?:methods|common)\.(\w+) import", r"from \1 import", source, flags=re.M)
-
-
 def module(name: str, source: str | None = None) -> str:
     """The text of a module with its solution. source: another text of the project's file."""
-    m = MODULES[name]
-    return flat(cut(source or (ROOT / m["file"]).read_text(), m["keep"]))
+    return cut(source or (ROOT / MODULES[name]["file"]).read_text(), MODULES[name]["keep"])
 
 
 def handed_out(name: str) -> str:
@@ -93,34 +82,43 @@ def handed_out(name: str) -> str:
     return stub(cut(module(name), drop=MODULES[name]["private"]), MODULES[name]["write"])
 
 
-def find(name: str) -> dict:
-    if name not in ASSIGNMENTS:
-        raise UserError(f"there is no assignment {name!r}: {', '.join(ASSIGNMENTS)} are there")
-    return ASSIGNMENTS[name]
-
-
 def make(name: str, out: Path) -> None:
     """Write one assignment to a new folder."""
-    a = find(name)
-    with new_folder(out) as folder:
-        write_assignment(name, a, folder)
-
-
-def write_assignment(name: str, a: dict, out: Path) -> None:
-    for m in a["write"] + a["given"]:
-        (out / f"{m}.py").write_text(handed_out(m))
-    for path in a["files"]:
-        shutil.copyfile(ROOT / path, out / Path(path).name)
-    tests = [cut((ROOT / "tests" / path).read_text(), names) for path, names in a["tests"].items()]
-    (out / "test_public.py").write_text("\n\n".join(tests))
-    adapters = re.findall(r"^from adapters import (.*)$", "\n".join(tests), re.M)
-    if adapters:
-        names = re.findall(r"\w+", " ".join(adapters))
-        (out / "adapters.py").write_text(flat(cut((ROOT / "tests/adapters.py").read_text(), names)))
-    texts = ROOT / "course/handouts"
+    a, files = find(name), {}
+    files["test_public.py"] = "\n\n".join(
+        cut((ROOT / "tests" / path).read_text(), names) for path, names in a["tests"].items())
+    imports = re.findall(r"^from adapters import (.*)$", files["test_public.py"], re.M)
+    if imports:
+        adapters = re.findall(r"\w+", " ".join(imports))
+        files["adapters.py"] = cut((ROOT / "tests/adapters.py").read_text(), adapters)
+    files |= {f"{m}.py": handed_out(m) for m in a["write"] + a["given"]}
+    files |= {Path(path).name: (ROOT / path).read_text() for path in a["files"]}
+    readme, handout = ((ROOT / f"course/handouts/{n}.md").read_text() for n in ("README", name))
+    readme = readme.replace("FILES", " ".join(f"{m}.py" for m in a["write"]))
+    files["README.md"] = readme.replace("TITLE", a["title"])
     points = [f"| {item.__name__.replace('_', ' ')} | {item.points} |" for item in rubric(name)]
-    (out / "handout.md").write_text((texts / f"{name}.md").read_text() + "\n".join(
-        ["\n## Points", "| hidden tests of | points |", "|---|---|", *points]) + "\n")
-    files = " ".join(f"{m}.py" for m in a["write"])
-    readme = (texts / "README.md").read_text().replace("TITLE", a["title"]).replace("FILES", files)
-    (out / "README.md").write_text(readme)
+    files["handout.md"] = handout.replace("POINTS", "\n".join(points))
+    with new_folder(out) as folder:
+        for file, text in files.items():
+            (folder / file).write_text(text)
+
+
+def make_all(out: Path) -> None:
+    """Write the semester: every assignment and the capstone."""
+    with new_folder(out) as semester:
+        for number, name in enumerate(ASSIGNMENTS, 1):
+            make(name, semester / f"{number}-{name}")
+        capstone = semester / f"{len(ASSIGNMENTS) + 1}-capstone"
+        capstone.mkdir()
+        (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text())
+
+
+def gradescope(name: str, out: Path, seed: int) -> None:
+    """Write the zip that Gradescope takes: all that the grader reads, and two scripts."""
+    paths = [*(ROOT / "course").rglob("*.*"), *(ROOT / "common").rglob("*.py")]
+    paths += [ROOT / path for path in [m["file"] for m in MODULES.values()] + find(name)["files"]]
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+        for path in sorted(path for path in set(paths) if path.suffix != ".pyc"):
+            z.write(path, path.relative_to(ROOT))
+        for path in sorted((ROOT / "course/gradescope").iterdir()):
+            z.writestr(path.name, path.read_text().replace("NAME", name).replace("SEED", str(seed)))

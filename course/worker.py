@@ -1,11 +1,8 @@
 """The process that runs submissions: it imports PyTorch once and forks a child for every item.
 
 A child is locked before the submission's first line is executed: seccomp leaves it memory, clocks
-and the pipe that its results go through. It cannot open files (hidden tests, other submissions),
-use a network, fork, start programs or send signals, whatever it does with ctypes or torch. Limits
-end it when it takes too much time or memory. This process holds no solutions and no expected
-values, and passes on what a child writes as bytes: the grader compares, and believes nothing.
-"""
+and a pipe for results, whatever it does with ctypes or torch. A process that runs a submission
+holds no solution and no expected value."""
 import ctypes
 import importlib
 import json
@@ -16,24 +13,18 @@ import resource
 import signal
 import struct
 import sys
-import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import torch
 from safetensors.torch import save
 
-OUTPUT_LIMIT = 16 << 20
-CALLS = json.loads(Path(__file__).with_name("calls.json").read_text())
-# A locked child cannot open files: what a submission may import is imported here.
-IMPORTS = ["math", "copy", "random", "statistics", "itertools", "functools", "dataclasses", "enum",
-           "collections", "re", "typing", "contextlib", "warnings", "operator", "string", "tokenizers",
-           "numpy.ctypeslib", "torch.nn.functional", "torch.utils.checkpoint", "torch.nn.utils.rnn"]
+ALLOWED = json.loads(Path(__file__).with_name("allowed.json").read_text())
 
 
 def lock() -> None:
-    """Allow this process the calls of calls.json; every other returns EPERM. Cannot be undone."""
-    processor = CALLS[platform.machine()]
+    """Allow this process the calls of allowed.json, refuse every other. Cannot be undone."""
+    processor = ALLOWED[platform.machine()]
     load, equal, leave = 0x20, 0x15, 0x06               # BPF: load a word, jump if equal, return
     end, refuse, allow = 0x80000000, 0x00050000 | 1, 0x7FFF0000     # answers; 1 is EPERM
     code = [(load, 0, 0, 4), (equal, 1, 0, processor["audit"]), (leave, 0, 0, end), (load, 0, 0, 0)]
@@ -43,8 +34,7 @@ def lock() -> None:
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters))
     libc = ctypes.CDLL(None, use_errno=True)
-    # PR_SET_NO_NEW_PRIVS, then PR_SET_SECCOMP with a filter
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):    # no new privileges, then seccomp
         raise OSError(ctypes.get_errno(), "seccomp is not available: nothing is graded without it")
 
 
@@ -57,10 +47,6 @@ def flatten(value) -> list:
     if isinstance(value, str):
         value = list(value.encode())
     return [torch.zeros(0, 0, 0) if value is None else torch.tensor(value, dtype=torch.float64)]
-
-
-def failure(kind: str, text: str) -> bytes:
-    return b"error " + json.dumps([kind, text[:300]]).encode()
 
 
 def work(sources: dict[str, str], item, seed: int) -> bytes:
@@ -78,61 +64,52 @@ def work(sources: dict[str, str], item, seed: int) -> bytes:
                 results[f"{draw}.{i:03d}"] = tensor
         return b"results " + save(results)
     except BaseException as e:                      # SystemExit too: it says no more than others
-        if "can't allocate memory" in str(e):
-            return failure("MemoryError", "it took more memory than it may")
-        return failure(type(e).__name__, str(e))
+        text = f"{type(e).__name__}: {e}"
+        if "can't allocate memory" in text:
+            text = "MemoryError: it took more memory than it may"
+        return b"error " + text[:300].encode(errors="replace")
 
 
-def child(out: int, memory: int, seconds: int, *job) -> None:
+def child(out: int, seconds: int, sources: dict[str, str], item, seed: int) -> None:
     """Everything that happens in the process of one item. Descriptor 3 is all that it can write."""
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.dup2(out, 3)
+    for fd, target in ((null, 0), (null, 1), (null, 2), (out, 3)):
+        os.dup2(fd, target)
     os.closerange(4, 4096)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + (memory << 20)
+    most = pages * resource.getpagesize() + (item.memory << 20)
     for limit, value in ((resource.RLIMIT_AS, most), (resource.RLIMIT_CPU, seconds),
                          (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(limit, (value, value))
     lock()
-    answer = memoryview(work(*job))
+    answer = memoryview(work(sources, item, seed))
     while answer:
         answer = answer[os.write(3, answer):]
 
 
-def answer_of(sources: dict[str, str], item, seed: int, seconds: int) -> bytes:
-    """What the child for one item writes until it ends, or why that is nothing."""
+def answer_of(seconds: int, *job) -> bytes:
+    """What a child writes until it ends, or why that is nothing. Takes what child() takes."""
     end, out = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            child(out, item.memory, seconds, sources, item, seed)
+            child(out, seconds, *job)
         finally:
             os._exit(0)
     os.close(out)
-    timer = threading.Timer(3 * seconds, os.kill, (pid, signal.SIGKILL))    # by the clock
-    timer.start()
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(pid, signal.SIGKILL))
+    signal.alarm(3 * seconds)                   # of the clock: one that sleeps does not compute
     with open(end, "rb") as pipe:
-        answer = pipe.read(OUTPUT_LIMIT)
-    late = not timer.is_alive()
-    timer.cancel()
-    timer.join()
+        answer = pipe.read(16 << 20)            # the most that it may write
+    signal.alarm(0)
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    if late:
-        return failure("Timeout", f"no answer after {3 * seconds} s")
-    return answer or failure("Ended", "it ended without an answer, or computed too long")
-
-
-def main() -> None:
-    """Read (solutions, items, seed, seconds) from standard input, write the answers, a row each."""
-    for module in IMPORTS:
-        importlib.import_module(module)
-    solutions, items, *limits = pickle.load(sys.stdin.buffer)
-    rows = [[answer_of(sources, item, *limits) for item in items] for sources in solutions]
-    pickle.dump(rows, sys.stdout.buffer)
+    return answer or b"error Ended: no answer, it exited or took too long"
 
 
 if __name__ == "__main__":
-    main()
+    for module in ALLOWED["imports"]:
+        importlib.import_module(module)
+    solutions, items, seed, seconds = pickle.load(sys.stdin.buffer)
+    rows = [[answer_of(seconds, sources, item, seed) for item in items] for sources in solutions]
+    pickle.dump(rows, sys.stdout.buffer)

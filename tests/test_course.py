@@ -1,4 +1,5 @@
 """The course: folders that can be handed out, a grader that cannot be fooled, and the grader's own grade."""
+import importlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 from course.audit import audit
-from course.grade import Key, agree, execute, grade, grade_all, right, wrong
+from course.grade import Key, agree, execute, grade, grade_all, solution
 from course.hidden import rubric
 from course.make import ASSIGNMENTS, MODULES, handed_out, make, module
 from runs.walk import walk
@@ -28,6 +29,10 @@ def folder(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("course") / request.param
     make(request.param, out)
     return out
+
+
+def mutants(name):
+    return importlib.import_module(f"course.mutants.{name}")
 
 
 def solve(folder):
@@ -73,6 +78,7 @@ ESCAPES = {
     "it exits": "import os\nos._exit(0)",
     "it raises SystemExit": "raise SystemExit(0)",
     "it hangs": "while True:\n    pass",
+    "it sleeps": "import time\ntime.sleep(1000)",
     "it forks": "import os\nfor _ in range(100):\n    os.fork()",
     "it starts threads": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "it eats memory": "x = [bytearray(1 << 30) for _ in range(64)]",
@@ -210,16 +216,19 @@ def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
 
 
 # ------------------------------------------------------------------------------------------------ a class
-def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
+def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path, capsys):
     texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}
     for student, text in texts.items():
         (tmp_path / "in" / student).mkdir(parents=True)
         (tmp_path / "in" / student / "vista.py").write_text(text)
     (tmp_path / "in" / "late").mkdir()
-    assert grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)[:3] == ["ada: 100", "bob: 70", "eve: 0"]
+    grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)
+    totals = ["ada: 100 of 100 points", "bob: 70 of 100 points", "eve: 0 of 100 points", "late: 0 of 100 points"]
+    assert capsys.readouterr().out.splitlines() == totals
     rows = (tmp_path / "grades.csv").read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("student,total,distance") and rows[1].startswith("ada,100,15")
-    assert "counts from 1" in (tmp_path / "grades" / "bob.txt").read_text()
+    assert "  0 of  20 weights: f(t) starts at 0: the paper counts from 1" in (
+        tmp_path / "grades" / "bob.txt").read_text().splitlines()
     assert "missing" in (tmp_path / "grades" / "late.txt").read_text()
     tests = json.loads((tmp_path / "grades" / "bob.json").read_text())["tests"]
     assert sum(t["score"] for t in tests) == 70 and sum(t["max_score"] for t in tests) == 100
@@ -246,8 +255,9 @@ def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
 
 
 def test_another_seed_asks_for_other_numbers(key):
-    other = Key("vista", 2, mistakes=False)
-    assert not any(agree(a, b, item) for a, b, item in zip(other.want, key.want, key.items) if item.view is list)
+    [other] = execute([solution("vista")], key.items, 2)
+    for (results, _), want, item in zip(other, key.want, key.items):
+        assert item.view is not list or not agree(results, want, item), item.__name__
 
 
 def test_the_semester_is_one_command(tmp_path):
@@ -264,9 +274,16 @@ def test_the_semester_is_one_command(tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
                                   for n in ASSIGNMENTS])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
-    row = audit(name, seed=3)
-    assert row["wrong"] >= 30 and row["right"] >= 3
-    assert row["passes"], row["missed"] + row["false_alarms"]
+    good, row, complaints = audit(name, seed=3)
+    assert row["wrong solutions"] >= 30 and row["right solutions"] >= 3
+    assert good, complaints
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_every_patch_of_a_mutant_applies_to_the_solution(name):
+    sources = solution(name)
+    for mistake, _, *patch in mutants(name).WRONG:
+        assert solution(name, *patch) != sources, mistake
 
 
 def test_the_instructors_page_has_the_audits_table():
@@ -274,7 +291,8 @@ def test_the_instructors_page_has_the_audits_table():
                       (ROOT / "docs/teaching.md").read_text(), re.M)
     assert [row[0] for row in rows] == list(ASSIGNMENTS)
     for name, items, all_wrong, caught, all_right, full in rows:
-        assert (int(items), int(all_wrong), int(all_right)) == (len(rubric(name)), len(wrong(name)), len(right(name)))
+        known = mutants(name)
+        assert (int(items), int(all_wrong), int(all_right)) == (len(rubric(name)), len(known.WRONG), len(known.RIGHT))
         assert int(caught) >= 0.95 * int(all_wrong) and full == all_right
         assert sum(item.points for item in rubric(name)) == (110 if name == "mir" else 100), "10 are a bonus"
 

@@ -1,8 +1,6 @@
 """The hidden tests, one file an assignment: functions that call a submission and return tensors.
 
-Nothing is decided here. They run beside the submission, in a process that is not trusted, and what
-they return is compared with the reference's results elsewhere: knowing these files gives no points.
-"""
+The grader compares them with the reference's, in its own process: nothing is decided here."""
 import importlib
 from collections.abc import Callable
 
@@ -13,8 +11,7 @@ def item(points: int, tolerance: float = 1e-7, view: Callable = list, memory: in
     Its docstring is the feedback where points are lost. view: list of tensors → tensors to compare,
     which makes an item blind to mistakes that belong to others. memory: MiB that it may take."""
     def mark(function):
-        function.points, function.tolerance = points, tolerance
-        function.view, function.memory = view, memory
+        vars(function).update(points=points, tolerance=tolerance, view=view, memory=memory)
         return function
     return mark
 
