@@ -14,7 +14,7 @@ from hub.tensors import save_tensors, weight_files
 
 
 @pytest.mark.parametrize("ranks, micro, flags", [
-    (2, 4, ["--loss", "vista", "--moca", "--gradient-checkpointing"]),
+    (2, 4, ["--loss", "vista", "--moca", "--gradient-checkpointing", "2"]),
     pytest.param(4, 2, ["--loss", "basic", "--moca"], marks=pytest.mark.slow)])
 def test_a_sharded_model_trains_as_one_process_does(small_world, tmp_path, ranks, micro, flags):
     assert call(*command(small_world, tmp_path / "one"), *flags).returncode == 0
