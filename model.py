@@ -307,7 +307,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         if config.moca:
             self.add_moca()
-        self.gradient_checkpointing = False
+        self.recomputed = 0          # layers, from the first, whose activations are recomputed and not kept
 
     def add_moca(self) -> None:
         """Add MoCa after every layer, the identity before training."""
@@ -360,7 +360,7 @@ class Decoder(nn.Module):
             moca = self.moca[i] if c.moca and image_mask is not None else None
             slots = (cache.keys[i], cache.values[i], rows, positions, end) if cache is not None else None
             args = h, rope, mask, slots, attend if i < watch_layers else None, moca, image_mask
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.recomputed and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)

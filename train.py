@@ -32,7 +32,8 @@ from losses import Objective, count_terms
 from model import Llava
 from toy import world
 from training import folder
-from training.settings import TrainConfig, check_start, fill_parts, settings, stores_all
+from training.plan import prepare
+from training.settings import TrainConfig, check_start, fill_parts, is_sharded, second_samples, settings
 from training.setup import build, check_folders, check_objective, fingerprints, load_data, mir_pairs, parameter_groups
 
 LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
@@ -135,11 +136,8 @@ def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Orde
     """Return the order of samples from a step on. Stage 2 groups by modality and length. VDEP's stage 1 shows samples a
     second time, in VDEP mode."""
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    vdep_samples = 0
-    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
-        vdep_samples = round(cfg.vdep_ratio * len(data))
     return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step,
-                 vdep_samples)
+                 second_samples(cfg, len(data)))
 
 
 def global_counts(loss: str, micro: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
@@ -258,8 +256,8 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         folder.check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    sharded = cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage))
-    ranks = parallel.over(ranks, sharded, hybrid=cfg.parallel == "hsdp")
+    ranks = parallel.over(ranks, sharded=is_sharded(stage, ranks.count), hybrid=cfg.parallel == "hsdp")
+    stage = prepare(stage, cfg, out, ranks)
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
     model = build(stage, ckpt, ranks)
@@ -280,11 +278,16 @@ def main() -> None:
     # Everything that can be wrong in flags and folders, before any long work.
     check_start(cfg)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
-    plans = [settings(cfg, stage, parallel.rank_count()) for stage in stages]
-    folder.check_out(cfg, out)
+    plans = [settings(cfg, stage, cfg.cards or parallel.rank_count()) for stage in stages]
+    if not cfg.plan:
+        folder.check_out(cfg, out)
     check_folders(cfg)
     for plan in plans:
         check_objective(plan)
+    if cfg.plan:
+        for plan in plans:
+            prepare(plan, cfg, out, Ranks(0, 1, *parallel.choose_device(cfg.device, cfg.dtype)))
+        return
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     ranks = parallel.start(*parallel.choose_device(cfg.device, cfg.dtype), cfg.timeout)

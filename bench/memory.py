@@ -120,7 +120,7 @@ def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     model.to_empty(device=ranks.device)
     for p in model.parameters():
         local(p.data).normal_(0, 0.02)
-    model.language_model.gradient_checkpointing = True
+    model.language_model.recomputed = SHAPES[b.shape][1].num_hidden_layers
     return wrap(Objective(model, cfg), ranks)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from common.files import new_folder, refuse_existing
+from common.files import refuse_existing
 from common.flags import UserError, option, parse, run
 from course.audit import audit
 from course.grade import grade_all

@@ -18,7 +18,7 @@ def test_stage_fills_in_llavas_recipe_and_keeps_what_is_given():
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
     assert cfg.adam_beta2 == torch.optim.AdamW([torch.zeros(1)]).defaults["betas"][1]      # LLaVA's is PyTorch's
     cfg = settings(TrainConfig(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
-    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, True)
+    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, None)
 
 
 def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():

@@ -23,14 +23,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's where there is no --data. The
 # toy's runs are short. With AdamW's usual beta2 of 0.999 the large gradients of the first steps keep all later steps
 # small, and some seeds never learn to look up a place.
-LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, adam_beta2=0.999,
-                          gradient_checkpointing=True),
-         "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999,
-                          gradient_checkpointing=True)}
+LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, adam_beta2=0.999),
+         "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam_beta2=0.95,
-                        gradient_checkpointing=False),
+                        gradient_checkpointing=0),
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
-                        gradient_checkpointing=False)}
+                        gradient_checkpointing=0)}
 TOY_PROJECTOR_SCALE = 0.25
 TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
@@ -100,9 +98,13 @@ class TrainConfig:
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
         "auto", "ddp: every rank holds the model; fsdp: a part of it; hsdp: a part of its node's; auto: fsdp if more "
         "than the projector is trained")
-    gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them; unset: yes")
+    gradient_checkpointing: int | None = option(None, "decoder layers whose activations are recomputed, not kept; unset: "
+                                                "as few as the GPU's memory allows, all on a CPU, the toy none")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+    plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")
+    card: Literal["a100-40", "a100-80", "h100", "h200"] | None = option(None, "with --plan: the GPU, if it is not here")
+    cards: int | None = option(None, "with --plan: how many of them; unset: as many as ranks were started")
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
@@ -130,7 +132,8 @@ class TrainConfig:
 
 # Flags that may change on --resume: they change no number, or only where the run goes from here.
 FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "save_minutes", "keep_last",
-                  "mir_every", "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout")
+                  "mir_every", "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout", "plan",
+                  "card", "cards")
 
 
 def flag(name: str) -> str:
@@ -162,6 +165,18 @@ def fill_parts(cfg: TrainConfig) -> TrainConfig:
                    after_special=cfg.after_special or rule)
 
 
+def is_sharded(cfg: TrainConfig, ranks: int) -> bool:
+    """True if the ranks share one model (FSDP)."""
+    return ranks > 1 and (cfg.parallel in ("fsdp", "hsdp") or (cfg.parallel == "auto" and stores_all(cfg)))
+
+
+def second_samples(cfg: TrainConfig, samples: int) -> int:
+    """Return how many samples VDEP's stage 1 shows a second time, in VDEP mode."""
+    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
+        return round(cfg.vdep_ratio * samples)
+    return 0
+
+
 def stores_all(cfg: TrainConfig) -> bool:
     """True if checkpoints hold the whole model: in stage 2, and in stage 1 if more than the projector is trained."""
     return cfg.stage == "finetune" or cfg.unlock_llm not in (None, "none") or cfg.unlock_vision != "none"
@@ -182,6 +197,8 @@ def check_start(cfg: TrainConfig) -> None:
         read_connector(cfg.connector)
     if cfg.projector not in (None, RANDOM) and not stores_all(cfg) and not starts_qformer(cfg):
         raise UserError(f"--projector is the start of --stage finetune; --stage {cfg.stage} does not use it")
+    if (cfg.card or cfg.cards) and not cfg.plan:
+        raise UserError("--card and --cards belong to --plan")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of the two")
     for name, kind in [("data", "file"), ("mir_data", "file"), ("images", "folder")]:
@@ -242,14 +259,18 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     return cut_batch(cfg, ranks, largest_micro)
 
 
+def micro_batches(share: int, largest: int) -> list[int]:
+    """Return the micro-batches that divide a rank's share of the global batch, the largest first."""
+    return [m for m in range(min(share, largest), 0, -1) if share % m == 0]
+
+
 def cut_batch(cfg: TrainConfig, ranks: int, largest: int) -> TrainConfig:
     """Return cfg with a micro-batch that divides a rank's share of the global batch. Raises UserError if none does."""
     if cfg.global_batch % ranks:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
     if cfg.micro_batch is None:
-        micro_batch = max(m for m in range(1, min(share, largest) + 1) if share % m == 0)
-        return replace(cfg, micro_batch=micro_batch)
+        return replace(cfg, micro_batch=micro_batches(share, largest)[0])
     if share % cfg.micro_batch:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by {ranks} ranks × --micro-batch "
                         f"{cfg.micro_batch}: a rank's share is {share}")

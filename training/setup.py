@@ -149,7 +149,7 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
         llm.add_moca()
     if cfg.moca:
         llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
-    llm.gradient_checkpointing = cfg.gradient_checkpointing
+    llm.recomputed = cfg.gradient_checkpointing
     return Llava(vision, projector, llm, layer)
 
 
