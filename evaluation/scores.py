@@ -264,8 +264,13 @@ def compare(folders: list[str]) -> str:
         if not reports:
             raise UserError(f"{folder} holds no results.json that evaluate.py has written")
         for r in reports:
+            r = {"headline": {}, "partial": False, **r}
+            kinds = {"name": str, "settings": dict, "n": int, "headline": dict}
+            whole = all(isinstance(r.get(k), kind) for k, kind in kinds.items())
+            if not whole or not all(isinstance(v, int | float) for v in r["headline"].values()):
+                raise UserError(f"{folder} holds a results.json without a name, settings and numbers: evaluate again")
             name = r["name"] + (", partial" if r["partial"] else "")
-            for metric, value in r.get("headline", {}).items():
+            for metric, value in r["headline"].items():
                 rows.setdefault(str(folder), {})[f"{name} {metric}"] = value
             for k, v in {**r["settings"], "n": r["n"]}.items():
                 if k not in ("checkpoint", "answers"):
