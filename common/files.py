@@ -104,5 +104,10 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)                 # a full disk leaves a part of it
+        e.filename = str(path)
+        raise
