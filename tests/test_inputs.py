@@ -12,7 +12,7 @@ import struct
 import sys
 import time
 import zipfile
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -29,7 +29,10 @@ from common.images import MAX_SIDE, open_image
 from common.text import HIDDEN
 from data import Format, ImageProcessor, Samples, encode
 from evaluate import Config as EvaluateConfig
+from evaluation.benchmarks import BENCHMARKS
 from evaluation.files import picture, read_rows
+from evaluation.questions import Sample
+from evaluation.scores import compare, score
 from hub.check import CheckFlags, image_problem
 from hub.configs import decoder_config, load_processor, read_config, vision_config
 from hub.pairs import read_pairs
@@ -431,6 +434,20 @@ def test_a_list_of_images_that_is_none_is_named_with_its_row(cell, tmp_path):
     path = write(tmp_path / "mmbench_dev_1.tsv", f"index\tquestion\timage\n0\ta\t{cell.ljust(70)}\n")
     with pytest.raises(UserError, match="row 1 has"):
         read_rows(path)
+
+
+@pytest.mark.parametrize("rule, answer", [("pope", ["yes"]), ("mme", ["Yes"]), ("exact", [3]), ("anls", [None])])
+def test_a_reference_of_another_kind_is_named_with_its_question(rule, answer):
+    with pytest.raises(UserError, match="question 7 has the reference"):
+        score(replace(BENCHMARKS["own"], score=rule), [Sample("7", "a", answer=answer)], {"7": "b"})
+
+
+def test_results_without_a_name_settings_or_numbers_are_not_compared(tmp_path):
+    good = {"benchmark": "own", "name": "q", "n": 1, "partial": False, "settings": {}, "headline": {"accuracy": 1.0}}
+    for change in ({"name": []}, {"settings": None}, {"headline": {"accuracy": "x"}}, {"n": None}):
+        write(tmp_path / "results.json", good | change)
+        with pytest.raises(UserError, match="holds a results.json without"):
+            compare([tmp_path])
 
 
 # ------------------------------------------------------------------------------------------------ resuming
