@@ -136,8 +136,9 @@ def write_text(path: Path, text: str) -> None:
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    except OSError:
+    except OSError as e:
         temporary.unlink(missing_ok=True)                 # a full disk leaves a part of it
+        e.filename = str(path)
         raise
 
 

@@ -1,6 +1,5 @@
 """Dataclass fields → command-line flags, and errors that are for people."""
 import argparse
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -18,7 +17,7 @@ class UserError(Exception):
 
 
 def option(default, help: str, group: str | None = None, most: int = 2**31 - 1):
-    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. A number is at most `most`.
+    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most: of a number.
 
     group: the heading in --help under which this flag and those after it stand. Where None is the default, the text
     says what unset means."""
@@ -104,19 +103,25 @@ def run(main) -> None:
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "
+    code, line = 0, None
     try:
         main()
         sys.stdout.flush()
+    except SystemExit as e:                                     # of --help
+        code = e.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # Python writes what is left once more at its end
-        sys.exit(128 + signal.SIGPIPE)
+        code = 128 + signal.SIGPIPE
     except BaseException as e:
-        line = explain(e)
+        code, line = 2, explain(e)
         if line is None:
             raise
-        with contextlib.suppress(OSError):
-            sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # Python writes once more at its end
+    if line:
         print(f"{rank}error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    if code:
+        sys.exit(code)

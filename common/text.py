@@ -1,4 +1,5 @@
 """Text → ids, with the rules about spaces that released checkpoints were trained with; and ids → what people read."""
+import copyreg
 import re
 
 from tokenizers import AddedToken, Tokenizer, normalizers
@@ -23,6 +24,16 @@ def hide_specials(tokenizer: Tokenizer, text: str, keep: str) -> str:
         if token != keep:
             text = text.replace(token, HIDDEN + token[1:])
     return text
+
+
+def restore(text: str, plain: bool) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = plain
+    return tokenizer
+
+
+# The library's own copy for another process (a spawned worker) forgets the second.
+copyreg.pickle(Tokenizer, lambda tokenizer: (restore, (tokenizer.to_str(), tokenizer.encode_special_tokens)))
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, AddedToken]:

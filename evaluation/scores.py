@@ -171,8 +171,14 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
     rows = []
     for s in samples:
         p, parsed, value = predictions.get(s.id), None, None
-        if s.answer is not None:
-            parsed, value = (None, 0.0) if p is None else SCORES[benchmark.score](s, p)
+        if s.answer is not None and p is None:
+            value = 0.0
+        elif s.answer is not None:
+            try:
+                parsed, value = SCORES[benchmark.score](s, p)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, which its "
+                                "benchmark's rule cannot compare an answer with") from None
         rows.append({"id": s.id, "image": str(s.image) if isinstance(s.image, Path) else None, "prompt": s.prompt,
                      "prediction": p, "parsed": parsed, "answer": s.answer, "score": value})
     with_answer = [(s, r) for s, r in zip(samples, rows) if s.answer is not None]
@@ -193,7 +199,7 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
                         [r["score"] for _, r in with_answer], benchmark.headline, partial)
         try:
             results["metrics"] = SUMMARIES[benchmark.summary](scored)
-        except ValueError as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"cannot be scored: {e}") from None
         for (_, row), value in zip(with_answer, scored.scores):
             row["score"] = value
@@ -264,8 +270,13 @@ def compare(folders: list[str]) -> str:
         if not reports:
             raise UserError(f"{folder} holds no results.json that evaluate.py has written")
         for r in reports:
+            r = {"headline": {}, "partial": False, **r}
+            kinds = {"name": str, "settings": dict, "n": int, "headline": dict}
+            whole = all(isinstance(r.get(k), kind) for k, kind in kinds.items())
+            if not whole or not all(isinstance(v, int | float) for v in r["headline"].values()):
+                raise UserError(f"{folder} holds a results.json without a name, settings and numbers: evaluate again")
             name = r["name"] + (", partial" if r["partial"] else "")
-            for metric, value in r.get("headline", {}).items():
+            for metric, value in r["headline"].items():
                 rows.setdefault(str(folder), {})[f"{name} {metric}"] = value
             for k, v in {**r["settings"], "n": r["n"]}.items():
                 if k not in ("checkpoint", "answers"):

@@ -19,7 +19,7 @@ from common.text import show_token
 from data import IGNORE, TEMPLATES, Format, Samples
 from evaluate import Assistant
 from hub.configs import load_processor, vision_config
-from hub.samples import SampleFile
+from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, picture_of
 from look.page import TEMPLATE, convert, write_page, write_pictures
@@ -73,7 +73,7 @@ def look_at_samples(cfg: LookConfig) -> None:
     """The first samples of a file as `Samples` makes them, which is how training gets them."""
     if cfg.llm is None or cfg.vision is None:
         raise UserError("--data needs --llm DIR for its tokenizer and --vision DIR for its preprocessing")
-    file, template = SampleFile(cfg.data), cfg.template or "v1"
+    file, template = read_samples(cfg.data)[0], cfg.template or "v1"
     if file.column("image").any() and cfg.images is None:
         raise UserError(f"{cfg.data} names images: add --images with the folder they are in")
     text = Format(template, vision_config(cfg.vision).image_tokens, pad=template != "plain")

@@ -1,7 +1,7 @@
 """Stop runs in many ways, resume them with `--resume`, and compare bit for bit with a run that was not disturbed.
 
-    python -m tests.faults               all rows, about 5 minutes on 2 cores; as root, for the rows of the full disk
-    python -m tests.faults killed_rank   one of them
+    python tests/faults.py               all rows, about 5 minutes on 2 cores; as root, for the rows of the full disk
+    python tests/faults.py killed_rank   one of them
     pytest tests/test_faults.py          the quick ones; -m slow: three more
 
 Every row is a function that disturbs a run of real processes. It returns what the user saw.
@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from toy import world
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                          # python tests/faults.py
+from toy import world  # noqa: E402
+
 STEPS = 12
 LIMIT = 170                     # seconds that anything may take
 
@@ -320,9 +321,16 @@ def infinite_weights(data, out, whole):
     return message
 
 
+def refused_inputs(data, out, whole):
+    """spoiled files, impossible flags, places that cannot be written and a full disk, for every command"""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.replace("\n", "\n    ").rstrip()
+
+
 ROWS = [killed_rank, silent_rank, killed_all, terminated, interrupted, killed_while_saving, full_disk, full_quota,
         corrupt_newest, dead_worker, clock_jump, nan_sample, second_run, flipped_bit, changed_data,
-        full_disk_at_the_start, infinite_weights]
+        full_disk_at_the_start, infinite_weights, refused_inputs]
 
 
 def main() -> None:
@@ -335,7 +343,9 @@ def main() -> None:
                 continue
             (base / row.__name__).mkdir()
             said = row(base / "world", base / row.__name__ / "run", whole)
-            print(f"{row.__doc__}\n    {said}\n    resumed: all {STEPS} steps and weights as undisturbed", flush=True)
+            if row is not refused_inputs:
+                said += f"\n    resumed: all {STEPS} steps and weights as undisturbed"
+            print(f"{row.__doc__}\n    {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -292,7 +292,7 @@ TARGETS = [
     ("llm/model.safetensors", [spoil_header] * 4 + BYTES, ["hub inspect llm", PRETRAIN]),
     ("clip/model.safetensors", [spoil_header] * 4 + BYTES, ["hub inspect clip", PRETRAIN]),
     ("shards/model.safetensors.index.json", TEXT, ["hub inspect shards"]),
-    ("bin/pytorch_model.bin", [spoil_bin], ["hub inspect bin", PRETRAIN.replace("llm", "bin")]),
+    ("bin/pytorch_model.bin", [spoil_bin], ["hub inspect bin", PRETRAIN.replace("--llm llm", "--llm bin")]),
     ("llm/tokenizer.json", [spoil_json] * 6 + [spoil_text], [CHECK.format("data.json", "llm"), PRETRAIN]),
     ("ckpt/tokenizer.json", [spoil_json] * 6 + [spoil_text], [ASK, "hub inspect ckpt", "hub export ckpt new"]),
     ("sp/tokenizer.model", [spoil_pieces], [CHECK.format("data.json", "sp"), "hub inspect sp"]),
