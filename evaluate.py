@@ -42,12 +42,11 @@ from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
 from evaluation.scores import compare, notes, score, summary
 from evaluation.submit import check_packages, write_submission
-from hub.checkpoint import CODE_VERSION, is_released, is_whole, load_model
-from hub.configs import load_processor, read_config
+from hub.checkpoint import CODE_VERSION, load_model
+from hub.configs import load_processor
 from hub.samples import question_file
-from hub.tensors import weight_files
 from hub.tokenizer import load_tokenizer
-from hub.usage import model_folder, read_usage
+from hub.usage import all_weights, model_folder, read_usage, results_folder
 from model import Llava
 
 
@@ -158,13 +157,7 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
 
 def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     """Return what a checkpoint's answers depend on. Raises UserError if it has learned captions alone."""
-    use, files, bases = read_usage(folder, cfg.vision), weight_files(folder), [cfg.vision]
-    if not is_released(folder) and not is_whole(folder):
-        c = read_config(folder)
-        bases = [cfg.vision or c["vision"], cfg.llm or c["llm"]]
-    for base in bases:
-        if base:
-            files += weight_files(Path(base))
+    use, files = read_usage(folder, cfg.vision), all_weights(folder, cfg.vision, cfg.llm)
     template, pad = cfg.template or use.template, use.pad if cfg.pad is None else cfg.pad
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
@@ -188,12 +181,7 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     elif not cfg.score_only:
         folder = model_folder(cfg.ckpt)
         source = checkpoint_settings(cfg, folder, ranks)
-    if cfg.score_only:
-        out = Path(cfg.score_only).with_suffix(".scored")
-    elif is_released(folder):
-        out = Path("out/eval") / folder.resolve().name      # nothing is written beside weights that are not ours
-    else:
-        out = folder.parent / "eval" / folder.name
+    out = results_folder(folder) if folder else Path(cfg.score_only).with_suffix(".scored")
     sets = load_questions(cfg, folder, Path(cfg.out) if cfg.out else out, source)
 
     # Everything that can go wrong does so before the first question is asked.

@@ -315,10 +315,9 @@ def main() -> None:
     folder = model_folder(cfg.ckpt)
     samples, images = choose_pairs(folder, cfg.data, cfg.images, cfg.texts, cfg.n, cfg.seed)
     batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, cfg.vision, cfg.as_released)
-    device, dtype = choose_device(cfg.device, cfg.dtype)
-    ranks = start(device, dtype, minutes=60)
+    ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=60)
     with explain_lost_ranks(ranks):
-        model = load_model(folder, cfg.vision, cfg.llm, dtype, ranks.device)
+        model = load_model(folder, cfg.vision, cfg.llm, ranks.dtype, ranks.device)
         try:
             result = measure(model, batches, cfg.mode, cfg.outliers, not cfg.no_normalise)
         except ValueError as e:
@@ -332,7 +331,7 @@ def main() -> None:
             notes.append("inputs as released")
         print(", ".join(notes) + "\n\n" + show(result), flush=True)
         if cfg.out:
-            settings = {**vars(cfg), "checkpoint": str(folder), "pairs": len(samples), "dtype": str(dtype)}
+            settings = {**vars(cfg), "checkpoint": str(folder), "pairs": len(samples), "dtype": str(ranks.dtype)}
             write_json(Path(cfg.out), {**result, "settings": settings})
     finish(ranks)
 

@@ -173,7 +173,6 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
 
     # transformers 5 keeps everything about rotary positions in rope_parameters, earlier ones in separate fields.
     scaled = c.get("rope_scaling") or {}
-    typed = not scaled or "rope_type" in scaled or "type" in scaled
     rope = {**scaled, **(c.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     act = c.get("hidden_activation") or c.get("hidden_act") or DECODERS[kind].get("hidden_act", "silu")
@@ -186,7 +185,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     windows = kind == "qwen2" and c.get("use_sliding_window") and first_window < c.get("num_hidden_layers", 32)
     llama3 = scaling == "llama3" and set(rope) >= set(LLAMA3)
     check_supported(path, [("rope scaling", scaling, scaling == "default" or llama3),
-                           ("rope_scaling without a type,", scaled, typed),
+                           ("rope_scaling without a type,", scaled, not scaled or {"rope_type", "type"} & set(scaled)),
                            ("hidden_act", act, act in ACTIVATIONS),
                            ("quantization_config", quantized, quantized is None),
                            ("max_window_layers", first_window, not windows or first_window == 0)] + switches)

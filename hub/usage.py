@@ -2,9 +2,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from hub.checkpoint import checkpoint_folder, is_released, released_tower
+from hub.checkpoint import checkpoint_folder, is_released, is_whole, released_tower
 from hub.configs import OURS, TINY, image_settings, read_config
 from hub.connectors import configured, image_tokens
+from hub.tensors import weight_files
 from hub.tokenizer import family_template
 from model import VisionConfig
 
@@ -24,6 +25,25 @@ class Usage:
 def model_folder(path: str | Path) -> Path:
     """Return `path` if it is a released model, else the checkpoint that it means."""
     return Path(path) if is_released(path) else checkpoint_folder(path)
+
+
+def results_folder(folder: Path) -> Path:
+    """Return where a model's results go unless --out says it: never beside weights that are not ours."""
+    if is_released(folder):
+        return Path("out/eval") / folder.resolve().name
+    return folder.parent / "eval" / folder.name
+
+
+def all_weights(folder: Path, vision: str | Path | None, llm: str | Path | None) -> list[Path]:
+    """Return the files of a model's weights, those of the folders that a stage-1 checkpoint is used with too."""
+    files, bases = weight_files(folder), [vision]
+    if not is_released(folder) and not is_whole(folder):
+        c = read_config(folder, "vision", "llm")
+        bases = [vision or c["vision"], llm or c["llm"]]
+    for base in bases:
+        if base:
+            files += weight_files(Path(base))
+    return files
 
 
 def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
