@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.positions import attention_to_image, true_positions, visible
+from common.positions import KVCache, attention_to_image, rescale, true_positions, visible
 from methods.lora import linear
 from methods.moca import MoCa
 
@@ -58,6 +58,7 @@ class DecoderConfig:
     head_dim: int | None = None                  # None: hidden_size / heads
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None             # Llama-3.1's: the arguments of common.positions.rescale
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     norm: str = "rms"                            # "layer": Phi-2
@@ -65,6 +66,7 @@ class DecoderConfig:
     hidden_act: str = "silu"
     gated: bool = True                           # the MLP; not in Phi-2
     bias: bool = False                           # on every linear map of a layer: Phi-2
+    qkv_bias: bool = False                       # on q_proj, k_proj and v_proj: Qwen2
     head_bias: bool = False
     parallel: bool = False                       # attention and MLP side by side after one norm: Phi-2
     partial_rotary_factor: float = 1.0           # the share of a head's width that is rotated
@@ -166,14 +168,17 @@ class ViT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ projector
 class Projector(nn.Module):
-    """LLaVA-1.5's two-layer MLP."""
-    def __init__(self, vision_size: int, hidden_size: int):
+    """N linear maps with GELU between them: LLaVA-1.5's two-layer MLP, or LLaVA's single map."""
+    def __init__(self, vision_size: int, hidden_size: int, layers: int = 2):
         super().__init__()
         self.linear_1 = nn.Linear(vision_size, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+        for n in range(2, layers + 1):
+            self.add_module(f"linear_{n}", nn.Linear(hidden_size, hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x)))
+        for name, layer in self.named_children():
+            x = layer(x if name == "linear_1" else F.gelu(x))
+        return x
 
 
 # ------------------------------------------------------------------------------------------------ decoder
@@ -205,10 +210,11 @@ def make_norm(c: DecoderConfig) -> nn.Module:
     return RMSNorm(c.hidden_size, c.rms_norm_eps, c.norm_plus_one)
 
 
-def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotation angles, (…,T,d), computed in float32."""
+def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling=None) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles, (…,T,d), computed in float32. scaling: DecoderConfig.rope_scaling."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[..., None].float() * (1.0 / theta ** exponents)                     # (…,T,d/2)
+    frequencies = rescale(1.0 / theta ** exponents, scaling)                               # (d/2,)
+    angles = positions[..., None].float() * frequencies                                    # (…,T,d/2)
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -227,9 +233,9 @@ class Attention(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.head_dim, self.window = c.head_dim, c.sliding_window
-        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim, c)
-        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c)
-        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c)
+        self.q_proj = linear(c.hidden_size, c.num_attention_heads * c.head_dim, c, c.qkv_bias)
+        self.k_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c, c.qkv_bias)
+        self.v_proj = linear(c.hidden_size, c.num_key_value_heads * c.head_dim, c, c.qkv_bias)
         self.o_proj = linear(c.num_attention_heads * c.head_dim, c.hidden_size, c)
 
     def forward(self, x: Tensor, rope, mask=None, cache=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -287,12 +293,6 @@ class DecoderLayer(nn.Module):
         return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
 
 
-class KVCache:
-    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions."""
-    def __init__(self, c: DecoderConfig, batch: int, length: int, dtype: torch.dtype, device):
-        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
 
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
@@ -307,7 +307,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         if config.moca:
             self.add_moca()
-        self.gradient_checkpointing = False
+        self.recomputed = 0          # layers, from the first, whose activations are recomputed and not kept
 
     def add_moca(self) -> None:
         """Add MoCa after every layer, the identity before training."""
@@ -341,9 +341,9 @@ class Decoder(nn.Module):
             watch_layers = 0 if watch is None else c.num_hidden_layers
         if positions is None:
             positions = torch.arange(h.shape[1], device=h.device)
-        rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype)      # (T,r)
+        rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype, c.rope_scaling)
         if positions.dim() == 2:
-            rope = tuple(t[:, None] for t in rope)                                          # (B,1,T,r)
+            rope = tuple(t[:, None] for t in rope)                           # (B,1,T,r), else (T,r)
 
         # No mask is plain causal attention, the fastest kernel. In a cache, position i sees the slots j ≤ i: padding
         # that a shorter prompt left there stays hidden until it is overwritten.
@@ -360,7 +360,7 @@ class Decoder(nn.Module):
             moca = self.moca[i] if c.moca and image_mask is not None else None
             slots = (cache.keys[i], cache.values[i], rows, positions, end) if cache is not None else None
             args = h, rope, mask, slots, attend if i < watch_layers else None, moca, image_mask
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.recomputed and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
@@ -385,13 +385,14 @@ class Llava(nn.Module):
         self.multi_modal_projector = projector
         self.language_model = language_model
         self.vision_layer = vision_layer
+        self.image_tokens = getattr(projector, "queries", vision_tower.config.image_tokens)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""
         trained = any(p.requires_grad for p in self.vision_tower.parameters())
         with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
             patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
-        return patches.to(self.multi_modal_projector.linear_1.weight.dtype)
+        return patches.to(next(self.multi_modal_projector.parameters()).dtype)
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """(B,3,H,W) → (B,N,D)."""
@@ -409,14 +410,14 @@ class Llava(nn.Module):
                 watch_layers: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
 
-        watch, watch_layers: see run_layers. attention_from (B,T) bool: rows whose attention to the image watch gets."""
+        watch, watch_layers: see run_layers. attention_from (B,M): positions whose attention to the image watch gets."""
         lm = self.language_model
         patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
         image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = lm.embed(batch.input_ids)                                             # (B,T,D)
         attend = None
         if attention_from is not None:
-            attend = true_positions(attention_from), true_positions(batch.image_mask, image_embeds.shape[1])
+            attend = attention_from, true_positions(batch.image_mask, image_embeds.shape[1])
         inputs_embeds = self.merge(text_embeds, image_embeds, batch.image_mask)
         h = lm.run_layers(inputs_embeds, watch, watch_layers, attend, batch.image_mask)
         return Output(lm.model["norm"](h), image_embeds, text_embeds, h, patches)

@@ -1,7 +1,26 @@
-"""Positions in a padded batch: where a mask is true, which tokens see which, and how much they attend to the image."""
+"""Positions in a padded batch: where a mask is true, which tokens see which, how much they attend to the image, and the
+cache of what was computed at them."""
+import math
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """Where a batch has what, as indices found on the host: selecting with a mask waits for the GPU to count it."""
+    targets: Tensor         # (2,m) sample and position where a supervised token is predicted, one before its own
+    answers: Tensor         # (2,a) sample and position of the supervised tokens that see an image
+    text: Tensor            # (B,M) positions of the text that sees an image, filled up with -1
+    seeing: Tensor          # (b,) samples with such text
+    reconstruct: Tensor     # (v,) samples in VDEP mode
+
+
+def find_places(supervised: Tensor, text: Tensor, reconstruct: Tensor) -> Places:
+    """supervised (B,T) bool, text (B,T) bool: that sees an image, reconstruct (B,) bool → Places."""
+    return Places(supervised[:, 1:].nonzero().T, (supervised & text).nonzero().T, true_positions(text),
+                  text.any(1).nonzero()[:, 0], reconstruct.nonzero()[:, 0])
 
 
 def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
@@ -51,3 +70,24 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
         out.append(p * (part >= 0)[:, None, :, None] * (columns >= 0)[:, None, None])
     p = torch.cat(out, dim=2)
     return p[:, 0] if average else p
+
+
+def rescale(frequencies: Tensor, scaling: dict | None) -> Tensor:
+    """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: as they are.
+
+    Pairs that turn less than low_freq_factor times in original_max_position_embeddings positions are slowed down by
+    `factor`. Pairs that turn more than high_freq_factor times are not. Between the two it is interpolated."""
+    if scaling is None:
+        return frequencies
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+
+
+class KVCache:
+    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions. c: a DecoderConfig."""
+    def __init__(self, c, batch: int, length: int, dtype: torch.dtype, device):
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)

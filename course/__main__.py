@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
+from common.files import refuse_existing
 from common.flags import UserError, option, parse, run
 from course.audit import audit
 from course.grade import grade_all
@@ -29,6 +30,7 @@ def main() -> None:
     out = Path(flags.out or "")
     if words[:1] != ["audit"] and flags.out is None:
         raise UserError("--out is missing: python -m course --help shows every command")
+    refuse_existing(out if flags.out else None)
     match words:
         case ["make"] if flags.all:
             make_all(out)

@@ -3,6 +3,7 @@
 Results that equal those of a known wrong solution get that mistake's name as feedback."""
 import csv
 import importlib
+import io
 import pickle
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, refuse_existing, write_json, write_text
 from common.flags import UserError
 from course.hidden import rubric
 from course.make import MODULES, ROOT, find, handed_out, module
@@ -137,10 +138,12 @@ def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
     folders = sorted(p for p in submissions.iterdir() if p.is_dir() and not p.is_symlink())
     if any((submissions / f"{m}.py").exists() for m in find(name)["write"]) or not folders:
         folders = [submissions]
-    key, details = Key(name, seed), out.with_suffix("")
-    details.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as f:
-        table = csv.writer(f)
+    if out.suffix != ".csv":
+        raise UserError(f"--out {out} is to be a table: give it a name that ends in .csv")
+    refuse_existing(out.with_suffix(""))
+    key, rows = Key(name, seed), io.StringIO(newline="")
+    with new_folder(out.with_suffix("")) as details:
+        table = csv.writer(rows)
         table.writerow(["student", "total", *(item.__name__ for item in key.items)])
         for folder in folders:
             tests, student = grade(name, folder, key), folder.resolve().name
@@ -151,3 +154,4 @@ def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
             lines = [f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}" for t in tests]
             write_text(details / f"{student}.txt", "\n".join([total, *lines]) + "\n")
             write_json(details / f"{student}.json", {"tests": tests})
+        write_text(out, rows.getvalue())

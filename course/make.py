@@ -4,7 +4,7 @@ import re
 import zipfile
 from pathlib import Path
 
-from common.files import read_json
+from common.files import new_folder, read_json
 from common.flags import UserError
 from course.hidden import rubric
 
@@ -98,20 +98,19 @@ def make(name: str, out: Path) -> None:
     files["README.md"] = readme.replace("TITLE", a["title"])
     points = [f"| {item.__name__.replace('_', ' ')} | {item.points} |" for item in rubric(name)]
     files["handout.md"] = handout.replace("POINTS", "\n".join(points))
-    if out.exists():
-        raise UserError(f"{out} is there already: give another --out, or remove it")
-    out.mkdir(parents=True)
-    for file, text in files.items():
-        (out / file).write_text(text)
+    with new_folder(out) as folder:
+        for file, text in files.items():
+            (folder / file).write_text(text)
 
 
 def make_all(out: Path) -> None:
     """Write the semester: every assignment and the capstone."""
-    for number, name in enumerate(ASSIGNMENTS, 1):
-        make(name, out / f"{number}-{name}")
-    capstone = out / f"{len(ASSIGNMENTS) + 1}-capstone"
-    capstone.mkdir()
-    (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text())
+    with new_folder(out) as semester:
+        for number, name in enumerate(ASSIGNMENTS, 1):
+            make(name, semester / f"{number}-{name}")
+        capstone = semester / f"{len(ASSIGNMENTS) + 1}-capstone"
+        capstone.mkdir()
+        (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text())
 
 
 def gradescope(name: str, out: Path, seed: int) -> None:

@@ -5,8 +5,6 @@ LLaVA-1.5 was trained without that space. The first round, which is all that ben
 """
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,13 +14,16 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, write_json, write_text
 from common.flags import UserError, option
+from common.text import bos_ids
 from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
-from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import ACTIVATION_NAMES, load_processor, read_config
+from hub.checkpoint import load_model
+from hub.configs import ACTIVATION_NAMES, load_processor
+from hub.connectors import name_of
 from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
+from hub.usage import Usage, model_folder, read_usage
 from methods.lora import merge
 from model import DecoderConfig, Llava, VisionConfig
 
@@ -45,6 +46,7 @@ MESSAGES = """\
     {%- if ns.image or '<image>' in ns.text %}
         {%- set ns.text = ('<image>\\n' ~ (ns.text | replace('<image>', '') | trim)) | trim %}
     {%- endif %}
+    {%- set ns.text = TRIM %}
     {%- if message['role'] == 'user' %}
         {{- FIRST if loop.first else LATER }}
         {{- ns.text }}
@@ -60,8 +62,10 @@ MESSAGES = """\
 
 @dataclass
 class ExportFlags:
-    """Write the checkpoint CKPT (or the newest of a run) to the new folder OUT in llava-hf's layout."""
-    vision: str | None = option(None, "where the vision encoder of a stage-1 checkpoint is now", "parts that moved")
+    """Write the checkpoint CKPT (or the newest of a run, or a released LLaVA) to the new folder OUT in llava-hf's
+    layout."""
+    vision: str | None = option(None, "the vision encoder of a stage-1 checkpoint, or of a LLaVA that holds none",
+                                "parts that lie elsewhere")
     llm: str | None = option(None, "where its language model is now")
 
 
@@ -75,20 +79,21 @@ def chat_template(name: str) -> str:
     start, ask = t.user.split("{text}")
     before, after = t.answer.split("{text}")
     words = {"FIRST": start.replace("{system}", t.system), "LATER": t.later + start.replace("{system}", ""),
-             "ASK": ask, "BEFORE": before, "AFTER": after}
-    out = MESSAGES
+             "ASK": ask, "BEFORE": before, "AFTER": after + t.after}
+    out = MESSAGES.replace("TRIM", "ns.text | trim" if t.strip else "ns.text")
     for word, text in words.items():
         out = out.replace(word, json.dumps(text))               # a JSON string is a Jinja string too
     return out
 
 
 def extend_tokenizer(tokenizer: Tokenizer) -> None:
-    """Add <image> and <pad> after the vocabulary, and put BOS in front of every text: transformers adds none itself."""
+    """Add <image> and <pad> after the vocabulary, and put the family's BOS, if it has one, in front of every text:
+    transformers adds none itself."""
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (IMAGE, PAD)])
-    bos = tokenizer.token_to_id("<s>")
-    if bos is None:
-        raise UserError("the tokenizer has no '<s>', which LLaMA's and Mistral's families begin a text with")
-    tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bos)])
+    for i in bos_ids(tokenizer):
+        bos = tokenizer.id_to_token(i)
+        tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
+                                                      special_tokens=[(bos, i)])
 
 
 # ------------------------------------------------------------------------------------------------ configs
@@ -100,12 +105,21 @@ def shared_fields(c: VisionConfig | DecoderConfig, names: str) -> dict:
 
 
 def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
-    """Return `text_config` of llava-hf. Mistral's class is LLaMA's with a window."""
+    """Return `text_config` of llava-hf. Mistral's class is LLaMA's with a window, Qwen2's with biases."""
     out = shared_fields(c, "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
                            "head_dim rms_norm_eps rope_theta max_position_embeddings tie_word_embeddings")
+    out["vocab_size"] = vocab_size
+    if c.rope_scaling:
+        out["rope_scaling"] = {"rope_type": "llama3", **c.rope_scaling}
+    if c.qkv_bias:
+        windows = bool(c.sliding_window)                        # in every layer
+        return {"model_type": "qwen2", **out, "use_sliding_window": windows, "sliding_window": c.sliding_window,
+                "max_window_layers": 0 if windows else c.num_hidden_layers}
+    if c.norm_plus_one:
+        return {"model_type": "gemma", **out, "hidden_activation": out["hidden_act"]}
     if c.sliding_window:
-        return {"model_type": "mistral", "vocab_size": vocab_size, **out, "sliding_window": c.sliding_window}
-    return {"model_type": "llama", "vocab_size": vocab_size, **out}
+        return {"model_type": "mistral", **out, "sliding_window": c.sliding_window}
+    return {"model_type": "llama", **out}
 
 
 def vision_fields(c: VisionConfig) -> dict:
@@ -121,19 +135,35 @@ def preprocessor_config(p: ImageProcessor, pad: bool) -> dict:
     """Return preprocessor_config.json. LlavaImageProcessor can pad to a square; CLIP's own always crops."""
     square = {"height": p.crop_size, "width": p.crop_size}
     return {"image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor", "do_convert_rgb": True,
-            "do_pad": pad, "do_resize": True, "size": square if p.stretch else {"shortest_edge": p.size}, "resample": 3,
-            "do_center_crop": not p.stretch, "crop_size": square, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(p.image_mean), "image_std": list(p.image_std)}
+            "do_pad": pad, "do_resize": True, "size": square if p.stretch else {"shortest_edge": p.size},
+            "resample": p.resample, "do_center_crop": not p.stretch, "crop_size": square, "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(p.image_mean),
+            "image_std": list(p.image_std)}
 
 
-def write_configs(folder: Path, c: dict, model: Llava, rows: int, dtype: torch.dtype, ids: dict, image: int) -> None:
-    """Write the JSON files of the layout. c: config.json of the checkpoint; rows: of the embedding table; ids: of BOS,
-    EOS and PAD; image: the id of <image>."""
+def special_tokens(tokenizer: Tokenizer, template: str) -> dict:
+    """Return the fields of tokenizer_config.json that name special tokens."""
+    # A plain caption ends in a newline, which is no special token: the family's EOS stands in for it.
+    ends = [t.eos for t in (TEMPLATES[template], *TEMPLATES.values()) if t.eos != "\n"]
+    names = {"eos_token": next(eos for eos in ends if tokenizer.token_to_id(eos) is not None), "pad_token": PAD}
+    for i in bos_ids(tokenizer):
+        names["bos_token"] = tokenizer.id_to_token(i)
+    if tokenizer.token_to_id("<unk>") is not None:
+        names["unk_token"] = "<unk>"
+    return names
+
+
+def write_configs(folder: Path, use: Usage, model: Llava, rows: int, dtype: torch.dtype, ids: dict, names: dict,
+                  image: int) -> None:
+    """Write the JSON files of the layout. rows: of the embedding table; ids: of BOS, EOS and PAD; names: see
+    special_tokens; image: the id of <image>. transformers keeps template and after_special, which it does not know:
+    read_usage finds them again."""
     v, t = model.vision_tower.config, model.language_model.config
     strategy = "default" if v.class_token or v.drop_first_patch else "full"
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
         "image_seq_length": v.image_tokens, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+        "template": use.template, "after_special": use.after_special,
         "vision_feature_layer": model.vision_layer, "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": t.tie_word_embeddings, "pad_token_id": ids["pad_token_id"],
         "torch_dtype": str(dtype).removeprefix("torch."), "vision_config": vision_fields(v),
@@ -142,24 +172,30 @@ def write_configs(folder: Path, c: dict, model: Llava, rows: int, dtype: torch.d
     write_json(folder / "processor_config.json", {
         "processor_class": "LlavaProcessor", "image_token": IMAGE, "patch_size": v.patch_size,
         "vision_feature_select_strategy": strategy, "num_additional_image_tokens": int(v.class_token)})
-    # A plain caption ends in a newline, which is no special token: the family's EOS stands in for it.
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", "bos_token": "<s>",
-        "eos_token": "</s>", "unk_token": "<unk>", "pad_token": PAD, "model_max_length": t.max_position_embeddings,
-        "padding_side": "left", "clean_up_tokenization_spaces": False})
-    write_text(folder / "chat_template.jinja", chat_template(c["template"]))
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", **names,
+        "model_max_length": t.max_position_embeddings, "padding_side": "left", "clean_up_tokenization_spaces": False})
+    write_text(folder / "chat_template.jinja", chat_template(use.template))
 
 
 # ------------------------------------------------------------------------------------------------ export
 def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> None:
-    """Raise UserError for a model that has no place in this layout. tokens: of its tokenizer."""
+    """Raise UserError for a model that has no place in this layout."""
     c = model.language_model.config
     if c.moca:
         raise UserError(f"{folder} has MoCa, a map of image tokens after every layer: llava-hf's layout has no place "
                         "for it")
-    kind = (c.norm, c.norm_plus_one, c.gated, c.bias, c.head_bias, c.parallel, c.partial_rotary_factor, c.embed_scale)
-    if kind != ("rms", False, True, False, False, False, 1, 1) or template in ("phi", "phi3", "gemma"):
-        raise UserError(f"{folder} is built on Phi-2, Phi-3 or Gemma: LLaMA's and Mistral's families can be exported")
+    name = name_of(model.multi_modal_projector)
+    if name != "mlp2x":
+        raise UserError(f"{folder} has the connector {name}: llava-hf's layout holds mlp2x alone")
+    if c.head_bias:
+        raise UserError(f"{folder} is built on Phi-2, whose head has a bias: transformers' LLaVA has none, and would "
+                        "drop it and compute other logits")
+    kind = (c.norm, c.gated, c.bias, c.parallel, c.partial_rotary_factor, c.norm_plus_one and c.qkv_bias)
+    gemma = c.hidden_size ** 0.5 if c.norm_plus_one else 1
+    if kind != ("rms", True, False, False, 1, False) or c.embed_scale != gemma or template == "phi3":
+        raise UserError(f"{folder} is built on Phi-3, or on no family: those of LLaMA, Mistral, Qwen2 and Gemma can be "
+                        "exported")
     if tokens > c.vocab_size:
         raise UserError(f"{folder} has a tokenizer of {tokens} tokens for a vocabulary of {c.vocab_size}")
 
@@ -176,20 +212,22 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
 
     Every tensor keeps its value: all are written in the smallest dtype that holds them all, float32 after training.
     Raises UserError for what cannot be exported, before anything is written."""
-    folder, out = checkpoint_folder(ckpt), Path(out)
+    folder, out = model_folder(ckpt), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
-    c, model = read_config(folder), load_model(folder, vision, llm)
-    tokenizer, processor = load_tokenizer(folder), load_processor(folder)
+    use, model = read_usage(folder, vision), load_model(folder, vision, llm)
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder, vision)
     old = model.language_model.config.vocab_size
-    check_exportable(folder, model, c["template"], tokenizer.get_vocab_size())
+    check_exportable(folder, model, use.template, tokenizer.get_vocab_size())
     merge(model.language_model)
 
     # The vocabulary: two more tokens, and rows in multiples of 64 as transformers pads them.
-    ids = {"eos_token_id": eos_id(tokenizer, c["template"])}
+    ids = {"eos_token_id": eos_id(tokenizer, use.template), "bos_token_id": None}
     extend_tokenizer(tokenizer)
     image, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(PAD)
-    ids |= {"bos_token_id": tokenizer.token_to_id("<s>"), "pad_token_id": pad}
+    ids["pad_token_id"] = pad
+    for bos in bos_ids(tokenizer):
+        ids["bos_token_id"] = bos
     rows = math.ceil(max(old, image + 1, pad + 1) / 64) * 64
     tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): p for n, p in model.named_parameters()}
     for name in EMBEDDINGS:
@@ -197,14 +235,11 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
             tensors[name] = grow(tensors[name], rows)
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors.values()})
 
-    temporary = out.parent / f".{out.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_configs(temporary, c, model, rows, dtype, ids, image)
-    write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, c["pad"]))
-    tokenizer.save(str(temporary / "tokenizer.json"))
-    save_tensors(temporary, tensors, dtype)
-    os.replace(temporary, out)
+    with new_folder(out) as temporary:
+        write_configs(temporary, use, model, rows, dtype, ids, special_tokens(tokenizer, use.template), image)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, use.pad))
+        write_text(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
+        save_tensors(temporary, tensors, dtype)
     size = sum(t.numel() for t in tensors.values()) * dtype.itemsize / 1e9
     return (f"{out}: {size:.2f} GB in {str(dtype).removeprefix('torch.')}; the vocabulary grew from {old} to {rows} "
             f"rows, {IMAGE} is {image}, {PAD} is {pad}")

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from common.flags import UserError
 from common.parallel import placed
-from hub.configs import decoder_config, vision_config
-from hub.tensors import is_mapped, open_tensors, weight_files
-from model import Decoder, DecoderConfig, Projector, VisionConfig, ViT
+from hub.configs import TINY, decoder_config, read_config, vision_config
+from hub.connectors import configured, make_connector
+from hub.tensors import check_weight, is_mapped, open_tensors, weight_files
+from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
 # Names in released files → names in `Llava`. Each rule is applied once, in this order. A name that becomes "" is known
@@ -26,9 +27,15 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^(model\.)?vision_tower\.(_?vision_tower\.)?(vision_model\.)?", "vision_tower."),     # LLaVA, TinyLLaVA
     (r"^vision_model\.|^(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)", "vision_tower."),
     (r"^vision_tower\.head\..*", ""),                                                        # SigLIP's pooling
-    (r"^(model\.)?(multi_modal_projector\.|mm_projector\.|connector\._connector\.)", "multi_modal_projector."),
-    (r"^multi_modal_projector\.0\.", "multi_modal_projector.linear_1."),
-    (r"^multi_modal_projector\.2\.", "multi_modal_projector.linear_2."),
+    (r"^(model\.)?(multi_modal_projector\.|mm_projector\.|(connector\.)?_connector\.)", "multi_modal_projector."),
+    (r"^multi_modal_projector\.(?=weight$|bias$)", "multi_modal_projector.linear_1."),      # one linear map
+    (r"^multi_modal_projector\.(\d+)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}."),
+    (r"^(multi_modal_projector\.mm_mlp|language_projection)\.", "multi_modal_projector.projector."),     # Q-Formers
+    (r"^query_tokens$", "multi_modal_projector.query_tokens"),                               # BLIP-2's
+    (r"^qformer\.(?=layernorm\.)", "multi_modal_projector.bert.embeddings."),
+    (r"^qformer\.", "multi_modal_projector.bert."),
+    (r"^(multi_modal_projector\.bert\.embeddings)\.layernorm\.", r"\1.LayerNorm."),
+    (r"^(multi_modal_projector\..*attention)\.attention\.", r"\1.self."),
     (r"^model\.language_model\.", "language_model.model."),
     (r"^(?=model\.(embed_tokens|layers|norm|final_layernorm)\.|lm_head\.)", "language_model."),
     (r"^language_model\.model\.layers\.(\d+)\.modality_layernorm\.scale$", r"language_model.moca.\1.u"),     # MoCa
@@ -38,6 +45,7 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^(language_model\..*)\.mlp\.fc2\.", r"\1.mlp.down_proj."),
     (r"^language_model\.model\.final_layernorm\.", "language_model.model.norm."),
 ]]
+BETWEEN = re.compile(r"bert\.encoder\.layer\.\d+\.crossattention\.self\.(key|value)\.weight|projector\.")
 OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "gpt_neox.")   # Meta's, old Phi-2's, …
 
 
@@ -150,6 +158,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
             tensor, shape = tensor[first:end], (total, *shape[1:])
         if tuple(stored) != tuple(shape):
             raise UserError(f"{path}: {key} has shape {tuple(stored)}, but the config makes it {tuple(shape)}")
+        check_weight(path, key, tensor)
         put(name, tensor)
         del tensor                                  # else the file stays mapped
     if tied:
@@ -180,12 +189,53 @@ def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig
 
 
 def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype=None, device="cpu",
-                   found=None) -> Projector:
-    """Load the projector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin alone."""
+                   found=None) -> nn.Module:
+    """Load the connector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin alone."""
+    found = found or find_tensors(folder)
+    c = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    name = configured(c)
+    if "multi_modal_projector.bert.embeddings.word_embeddings.weight" in found:
+        raise UserError(f"{folder} has a Q-Former that reads the text too (MIR's), which is not supported; a new one "
+                        f"can start from it: --connector {name} --projector {folder}")
     with torch.device("meta"):
-        projector = Projector(vision_size, hidden_size)
-    fill(projector, "multi_modal_projector", found or find_tensors(folder), folder, dtype, device)
+        projector = make_connector(name, vision_size, hidden_size)
+    fill(projector, "multi_modal_projector", found, folder, dtype, device, unit_norm)
+    if c.get("model_type") == TINY and c.get("text_config", {}).get("model_type") == "gemma":
+        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the first layer by
+        # sqrt(hidden size), image tokens too; our decoder, as transformers 5, words alone. The last map takes the rest.
+        for p in list(projector.children())[-1].parameters():
+            p.data *= hidden_size ** 0.5
     return projector
+
+
+def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
+    """The norm on a Q-Former's queries where a file has none (TinyLLaVA's): its weights change nothing."""
+    if name.startswith("bert.embeddings.LayerNorm."):
+        return torch.full(shape, float(name.endswith("weight")))
+
+
+@torch.no_grad()
+def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
+    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the names of tensors
+    that stay new: maps from another vision encoder and to another language model. What reads text there is left out.
+    Raises UserError for any other difference."""
+    prefix, wanted, filled = "multi_modal_projector.", dict(qformer.named_parameters()), set()
+    found = {name: place for name, place in find_tensors(folder).items() if name.removeprefix(prefix) in wanted}
+    for name, tensor in read_tensors(found):
+        name = name.removeprefix(prefix)
+        own = wanted[name]
+        if own.shape == tensor.shape:
+            own.copy_(tensor)
+            filled.add(name)
+        elif not BETWEEN.match(name):
+            raise UserError(f"--projector {folder}: {name} has shape {tuple(tensor.shape)}, --connector makes it "
+                            f"{tuple(own.shape)}")
+    new = [name for name in wanted if name not in filled and unit_norm(name, wanted[name].shape) is None]
+    absent = [name for name in new if not BETWEEN.match(name)]
+    if absent:
+        raise UserError(f"--projector {folder} has no whole Q-Former: {len(absent)} tensors are missing ({absent[0]} "
+                        "is one)")
+    return new
 
 
 def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu", found=None) -> None:

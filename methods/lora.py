@@ -39,11 +39,11 @@ class LoRALinear(nn.Linear):
         return (self.weight.double() + self.scale * self.lora_B.double() @ self.lora_A.double()).to(self.weight.dtype)
 
 
-def linear(in_features: int, out_features: int, c) -> nn.Linear:
-    """A map of a decoder's layer, as its config `c` wants it."""
+def linear(in_features: int, out_features: int, c, bias: bool = False) -> nn.Linear:
+    """A map of a decoder's layer, as its config `c` wants it. bias: it has one even if the others have none."""
     if c.lora_rank:
-        return LoRALinear(in_features, out_features, c.bias, c.lora_rank, c.lora_alpha)
-    return nn.Linear(in_features, out_features, bias=c.bias)
+        return LoRALinear(in_features, out_features, bias or c.bias, c.lora_rank, c.lora_alpha)
+    return nn.Linear(in_features, out_features, bias=bias or c.bias)
 
 
 def lora_start(name: str, shape: torch.Size, seed: int) -> Tensor | None:

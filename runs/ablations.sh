@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The papers' ablation tables that are flags alone, on the toy or on LLaVA-1.5's data.
-#     runs/ablations.sh vdep-alpha|vdep-ratio|vdep-distance|vista-distance|basic-losses|basic-weights|basic-k [7b]
+#     runs/ablations.sh vdep-alpha|vdep-ratio|vdep-distance|vista-distance|basic-losses|basic-weights|basic-k|connectors [7b]
 # vdep-…: VDEP's tables of α, of the ratio (joint: both losses on one sample) and of the distance. vista-distance:
 # VISTA's. basic-losses and basic-weights: BASIC's tables 2 and 4; basic-k: its figure 6. The values of k, and the rows
-# for reduce and shift, are ours: the papers name the quantity, not these rows.
+# for reduce and shift, are ours: the papers name the quantity, not these rows. connectors: MIR's table 4.
 # Needs: nothing for the toy. 7b: the weights and data of runs/llava.sh. SHARE=50000 takes the first 50,000 samples of
 # both files, as BASIC's ablations use a share of the data (which share is ours).
 # Makes: out/ablations/TABLE/ROW-SEED on the toy (seeds 1 to 3), and the table; out/ablations-7b/TABLE/ROW for 7b.
@@ -21,12 +21,16 @@ case $1 in
     basic-weights) loss=basic rows=("increasing --basic-weights increasing" "constant --basic-weights constant"
         "decreasing --basic-weights decreasing" "equal --basic-degree equal") ;;
     basic-k) loss=basic rows=("k1 --basic-k 1" "k2 --basic-k 2" "k3 --basic-k 3" "k4 --basic-k 4") ;;
-    *) echo "the tables are vdep-alpha, vdep-ratio, vdep-distance, vista-distance, basic-losses, basic-weights, basic-k" >&2
+    connectors) loss=ce rows=("linear --connector linear" "mlp2x --connector mlp2x" "mlp4x --connector mlp4x"
+        "qformer --connector qformer") ;;
+    *) echo "the tables are vdep-alpha, vdep-ratio, vdep-distance, vista-distance, basic-losses, basic-weights, basic-k," \
+            "connectors" >&2
        exit 2 ;;
 esac
 for row in "${rows[@]}"; do
     name=${row%% *} flags=${row#* }
     if [ "${2:-toy}" = 7b ]; then
+        if [ "$name" = qformer ]; then export PRETRAIN="--lr 1e-4"; fi                # MIR's scripts
         case $name in k1) flags="--basic-k 4" ;; k2) flags="--basic-k 8" ;; k3) flags="--basic-k 16" ;; k4) flags="--basic-k 32" ;; esac
         steps=""
         if [ -n "${SHARE:-}" ]; then steps="--max-steps $((SHARE / 256))"; fi

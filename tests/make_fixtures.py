@@ -3,8 +3,9 @@
 Run by hand, where transformers 5.23 is installed: python tests/make_fixtures.py (the tests do not need transformers).
 A folder holds what `save_pretrained` writes, in float32, and golden.safetensors: inputs, logits, and every hidden state
 as transformers counts them (0: embeddings; a decoder's last one: after its final norm). Attention is "sdpa". The tensor
-"attention", each layer's mean over heads, comes from "eager", whose logits must agree. defaults.json holds the defaults
-of each config class of transformers. Nothing here imports the code under test.
+"attention", each layer's mean over heads, comes from "eager", whose logits must agree; "greedy", of the newer families,
+is what `generate` appends. defaults.json holds the defaults of each config class of transformers. Nothing here imports
+the code under test.
 
 Weights are 0.3 N(0,1) and norms 1 + 0.3 N(0,1) (Gemma's norms add 1 themselves: 0.3 N(0,1)). transformers initialises
 norms to 1 and biases to 0, which would hide errors. Some inputs are small, so that an epsilon matters.
@@ -41,8 +42,16 @@ DECODERS = {  # family: model, its config, factor on the embeddings
         **TEXT, num_key_value_heads=2, sliding_window=11, rms_norm_eps=1e-5), 0.1),
     "gemma": (hf.GemmaForCausalLM, hf.GemmaConfig(                        # sqrt(20) is rounded in bfloat16
         **TEXT | {"hidden_size": 20}, num_key_value_heads=1, head_dim=8), 0.1)}
-DEFAULTS = {"llama": hf.LlamaConfig, "mistral": hf.MistralConfig, "phi": hf.PhiConfig, "phi3": hf.Phi3Config,
-            "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 24}
+NEWER = {  # P = 24: of the pairs one is kept, two are between, one is slowed down
+    "qwen2": (hf.Qwen2ForCausalLM, hf.Qwen2Config(
+        **TEXT | {"tie_word_embeddings": True}, num_key_value_heads=2, sliding_window=5, rms_norm_eps=1e-5,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}), 0.1),
+    "llama3": (hf.LlamaForCausalLM, hf.LlamaConfig(
+        **LLAMA | {"head_dim": 8}, num_key_value_heads=2, rope_parameters=LLAMA3), 0.1)}
+DEFAULTS = {"llama": hf.LlamaConfig, "qwen2": hf.Qwen2Config, "mistral": hf.MistralConfig, "phi": hf.PhiConfig,
+            "phi3": hf.Phi3Config, "gemma": hf.GemmaConfig, "clip_vision_model": hf.CLIPVisionConfig,
             "siglip_vision_model": hf.SiglipVisionConfig}
 KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
         "num_key_value_heads", "head_dim", "rms_norm_eps", "layer_norm_eps", "max_position_embeddings", "hidden_act",
@@ -77,7 +86,7 @@ def finish(family: str, model: hf.PreTrainedModel, golden: dict[str, torch.Tenso
 
 
 def decoder(family: str, seed: int) -> None:
-    cls, config, factor = DECODERS[family]
+    cls, config, factor = (DECODERS | NEWER)[family]
     model = randomize(cls._from_config(config, attn_implementation="sdpa"), seed)
     input_ids = torch.randint(3, 60, (2, 12), generator=numbers(seed))
     with torch.no_grad():
@@ -86,12 +95,18 @@ def decoder(family: str, seed: int) -> None:
         eager = cls._from_config(config, attn_implementation="eager").eval()
         eager.load_state_dict(model.state_dict())
         attentions = eager(input_ids, output_attentions=True, use_cache=False)
+        newer = {}
+        if family in NEWER:
+            new = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False,
+                                 max_new_tokens=8, min_new_tokens=8)
+            newer = {"greedy": new[:, 12:]}
         half = copy.deepcopy(model.model).bfloat16()
         embeds = half.embed_tokens(input_ids)
     assert torch.allclose(attentions.logits, out.logits, rtol=0, atol=5e-6)
     finish(family, model, {"input_ids": input_ids, "hidden_states": torch.stack(out.hidden_states),
                            "logits": out.logits, "attention": torch.stack(attentions.attentions).mean(2),
-                           "embeds_bfloat16": embeds, "normed_bfloat16": half.layers[0].input_layernorm(embeds)})
+                           "embeds_bfloat16": embeds,
+                           "normed_bfloat16": half.layers[0].input_layernorm(embeds), **newer})
 
 
 def encoder(family: str, seed: int) -> None:
@@ -99,6 +114,14 @@ def encoder(family: str, seed: int) -> None:
     if family == "clip":
         config = hf.CLIPConfig(text_config=TEXT_TOWER, vision_config=CLIP, projection_dim=8)
         cls, scale = hf.CLIPModel, 1.0
+    elif family == "clip_h":         # the larger CLIPs' activation and another grid
+        config = hf.CLIPConfig(text_config=TEXT_TOWER, projection_dim=8, vision_config=CLIP | {
+            "hidden_act": "gelu", "image_size": 24, "num_hidden_layers": 2})
+        cls, scale = hf.CLIPModel, 1.0
+    elif family == "siglip2":        # at a fixed resolution it is SigLIP's class
+        config = hf.SiglipConfig(text_config=TEXT_TOWER | {"projection_size": 16}, vision_config=VISION | {
+            "image_size": 24, "num_hidden_layers": 2})
+        cls, scale = hf.SiglipModel, 0.05
     else:                            # 18 pixels hold 2 patches of 8; dark pictures, so that the epsilon matters
         config = hf.SiglipConfig(text_config=TEXT_TOWER | {"projection_size": 16},
                                  vision_config=VISION | {"image_size": 18})
@@ -106,7 +129,7 @@ def encoder(family: str, seed: int) -> None:
     model = randomize(cls._from_config(config, attn_implementation="sdpa"), seed)
     side = config.vision_config.image_size
     with torch.no_grad():
-        if family == "siglip":
+        if "siglip" in family:
             for p in model.vision_model.embeddings.parameters():
                 p.mul_(scale)
         pixel_values = scale * torch.randn((2, 3, side, side), generator=numbers(seed))
@@ -133,13 +156,14 @@ def llava(seed: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    families = sys.argv[1:] or ["clip", "siglip", *DECODERS, "llava"]
-    for seed, family in enumerate(["clip", "siglip", *DECODERS, "llava"], start=1):
+    known = ["clip", "siglip", *DECODERS, "llava", *NEWER, "clip_h", "siglip2"]
+    families = sys.argv[1:] or known
+    for seed, family in enumerate(known, start=1):
         if family not in families:
             continue
         if family == "llava":
             llava(seed)
-        elif family in DECODERS:
+        elif family in DECODERS | NEWER:
             decoder(family, seed)
         else:
             encoder(family, seed)

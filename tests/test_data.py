@@ -8,19 +8,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models
 
 from common.flags import UserError
-from data import (
-    LLAMA_2_SYSTEM,
-    SYSTEM,
-    TEMPLATES,
-    Format,
-    ImageProcessor,
-    Order,
-    Samples,
-    collate,
-    encode,
-    eos_id,
-    pieces,
-)
+from common.templates import LLAMA_2_SYSTEM, SYSTEM, TEMPLATES
+from data import Format, ImageProcessor, Order, Samples, collate, encode, eos_id, pieces
 from hub.check import image_problem
 from hub.configs import load_processor
 from hub.samples import read_samples
@@ -131,6 +120,11 @@ def test_an_image_is_kept_whole_or_left_out(llama_tokenizer):
 
 THREE = [human("<image>\nQ1"), gpt("A1"), human("Q2"), gpt("A2")]
 S = SYSTEM
+CHATML = [("qwen2", "You are a helpful assistant."),
+          ("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+          ("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")]
+LLAMA_3 = [("llama_3", ""), ("llama_3_1", "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+                             "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")]
 
 
 @pytest.mark.parametrize("template, text, supervised", [
@@ -145,6 +139,14 @@ S = SYSTEM
     ("mistral", "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>", [" A1 </s>", " A2 </s>"]),
     ("phi3", "<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\nA2<|end|>",
      ["A1<|end|>", "A2<|end|>"]),
+    *[(name, f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
+       "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n",
+       ["A1<|im_end|>", "A2<|im_end|>"]) for name, system in CHATML],
+    *[(name, f"{system}<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+       "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+       "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>",
+       ["A1<|eot_id|>", "A2<|eot_id|>"]) for name, system in LLAMA_3],
 ])
 def test_each_template_writes_a_conversation_as_its_family_does(template, text, supervised):
     parts = pieces(THREE, template)
@@ -153,7 +155,15 @@ def test_each_template_writes_a_conversation_as_its_family_does(template, text, 
 
 
 def test_every_template_has_an_example():
-    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3"}
+    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3", "qwen2", "qwen2_5",
+                              "smollm2", "llama_3", "llama_3_1"}
+
+
+def test_llama_3_trims_a_turn_and_chatml_does_not():
+    turns = [human(" Q\n"), gpt("\nA ")]
+    assert [text.split("\n\n")[-1] for text, target in pieces(turns, "llama_3") if target] == ["A<|eot_id|>"]
+    assert "user<|end_header_id|>\n\nQ<|eot_id|>" in pieces(turns, "llama_3")[0][0]
+    assert pieces(turns, "qwen2")[1][0] == "\nA <|im_end|>" and "user\n Q\n<|im_end|>" in pieces(turns, "qwen2")[0][0]
 
 
 def test_braces_in_a_text_stay_as_they_are(llama_tokenizer):
@@ -193,13 +203,14 @@ def test_every_kind_of_image_becomes_finite_pixels(mode, size):
         assert pixels.shape == (3, 48, 48) and pixels.dtype == torch.float32 and pixels.isfinite().all()
 
 
-def test_siglip_stretches_to_a_square_and_normalises_by_halves(tmp_path):
-    c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3,
+@pytest.mark.parametrize("resample", [3, 2])                # SigLIP: bicubic; SigLIP2: bilinear
+def test_siglip_stretches_to_a_square_and_normalises_by_halves(resample, tmp_path):
+    c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": resample,
          "image_processor_type": "SiglipImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
     processor = load_processor(tmp_path)
     image = Image.effect_noise((70, 50), 80).convert("RGB")
-    wanted = np.asarray(image.resize((24, 24), Image.Resampling.BICUBIC)) / 127.5 - 1
+    wanted = np.asarray(image.resize((24, 24), Image.Resampling(resample))) / 127.5 - 1
     np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted, atol=2e-6)
     assert processor(Image.new("RGB", (30, 90)), pad=True)[:, 12, 0].abs().max() < 0.01, "padded with grey 127"
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import chat
 import numpy as np
 import pytest
 import torch
@@ -37,10 +38,17 @@ TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_atte
              patch_size=16)
 SIGLIP = dict(TOWER, class_token=False, hidden_act="gelu_tanh", layer_norm_eps=1e-3)
 MISTRAL = dict(TEXT, num_key_value_heads=2, rope_theta=50.0, sliding_window=7, rms_norm_eps=1e-3)
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
 MADE = {                                        # each with something that transformers must be told in config.json
     "mistral": (TOWER, MISTRAL, "mistral"),
     "siglip": (SIGLIP, dict(TEXT, head_dim=6), "v1"),
     "first patch dropped": (dict(SIGLIP, drop_first_patch=True), dict(TEXT, tie_word_embeddings=True), "llama_2"),
+    "qwen2": (TOWER, dict(TEXT, qkv_bias=True, num_key_value_heads=2, tie_word_embeddings=True), "qwen2"),
+    "qwen2 with a window": (TOWER, dict(TEXT, qkv_bias=True, sliding_window=7, rope_theta=1e6), "qwen2_5"),
+    "smollm2": (TOWER, dict(TEXT, num_key_value_heads=1, tie_word_embeddings=True), "smollm2"),
+    "llama 3.1": (TOWER, dict(TEXT, rope_theta=50.0, rope_scaling=LLAMA3), "llama_3_1"),
+    "gemma": (TOWER, dict(TEXT, norm_plus_one=True, embed_scale=32 ** 0.5, hidden_act="gelu_tanh", head_dim=10,
+                          tie_word_embeddings=True), "v1"),
     "an earlier layer": (dict(TOWER, hidden_act="gelu"), dict(TEXT, vocab_size=640), "v1"),
 }
 
@@ -77,11 +85,15 @@ def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) 
     edges = {"height": 48, "width": 48}
     pre = json.loads((ROOT / "toy/clip/preprocessor_config.json").read_text())
     if not vit.config.class_token:
-        pre = {"size": edges, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+        pre = {"size": edges, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}       # SigLIP2's
     (base / "preprocessor_config.json").write_text(json.dumps(pre))
+    chats = template in chat.MODEL_TYPES
+    llm = chat.write_chat_folder(folder / "llm", template) if chats else ROOT / "toy/llm"
     config = {"stage": "finetune", "step": 1, "steps": 1, "template": template, "pad": template == "v1",
-              "after_special": "4.31", "vision": str(base), "llm": str(ROOT / "toy/llm")}
+              "after_special": "4.31", "vision": str(base), "llm": str(llm)}
     save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+    if chats:
+        return folder / "finetune-1"
     path = folder / "finetune-1" / "tokenizer.json"         # as one converted from tokenizer.model: it adds no BOS
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
     return folder / "finetune-1"
@@ -143,6 +155,7 @@ def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch
 def test_parts_stored_in_different_dtypes_keep_their_values(run, tmp_path):
     folder = tmp_path / "ckpt"
     shutil.copytree(checkpoint_folder(run), folder)
+    (folder / "digests.json").unlink()                        # of the tensors as they were
     tensors = load_file(folder / "model.safetensors")
     halves = {torch.float16: "language_model.", torch.bfloat16: "vision_tower."}
     for some, stored in [(halves, "float32"), ({torch.float16: ""}, "float16")]:
@@ -190,18 +203,18 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     refuses(call("hub", "exprot", run, out), "say python -m hub inspect DIR")
     refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
     refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
-    refuses(call("hub", "export", exported, out), "is not a checkpoint of a run")
     refuses(call("hub", "export", "absent", out), "absent does not exist")
     moca = made(tmp_path / "moca", TOWER, dict(TEXT, moca=True), "v1")
     refuses(call("hub", "export", moca, out), "has MoCa", "no place for it")
-    gemma = dict(TEXT, norm_plus_one=True, embed_scale=32 ** 0.5, hidden_act="gelu_tanh")
+    gemma = dict(TEXT, norm_plus_one=True, embed_scale=1.0, hidden_act="gelu_tanh")
     phi = dict(TEXT, norm="layer", bias=True, head_bias=True, parallel=True, gated=False)
-    for name, text, template in [("gemma", gemma, "v1"), ("phi", phi, "v1"), ("phi3", TEXT, "phi3"),
+    refuses(call("hub", "export", made(tmp_path / "phi", TOWER, phi, "v1"), out), "Phi-2, whose head has a bias")
+    for name, text, template in [("gemma", gemma, "v1"), ("phi3", TEXT, "phi3"),
                                  ("rotary", dict(TEXT, partial_rotary_factor=0.5), "v1")]:
         ckpt = made(tmp_path / name, TOWER, text, template)
-        refuses(call("hub", "export", ckpt, out), "built on Phi-2, Phi-3 or Gemma")
+        refuses(call("hub", "export", ckpt, out), "built on Phi-3, or on no family")
     small = made(tmp_path / "small", TOWER, dict(TEXT, vocab_size=500), "v1")
-    refuses(call("hub", "export", small, out), "a tokenizer of 547 tokens for a vocabulary of 500")
+    refuses(call("hub", "export", small, out), "as 546, but the model embeds 500 tokens")
     assert not out.exists() and not list(tmp_path.glob(".*")), "something was written before it was refused"
     assert (tmp_path / "taken" / "x").read_text() == "mine"
     out.mkdir()
@@ -244,13 +257,15 @@ def test_inspect_says_what_the_toy_and_its_checkpoints_are(run, exported):
 @pytest.mark.parametrize("name, kind, says, template", [
     ("clip", "CLIP", "16 px in patches of 8: 4 image tokens", None), ("siglip", "SigLIP", "18 px", None),
     ("llama", "LLaMA", "vocabulary 64", "v1"), ("mistral", "Mistral", "4 heads (2 of keys)", "mistral"),
+    ("qwen2", "Qwen2", "4 heads (2 of keys)", "v1"), ("llama3", "LLaMA", "4 heads (2 of keys)", "v1"),
+    ("clip_h", "CLIP", "24 px in patches of 8: 9 image tokens", None), ("siglip2", "SigLIP", "24 px", None),
     ("phi", "Phi-2", "2 layers, width 20, 2 heads", "phi"), ("phi3", "Phi-3", "window 11", "phi3"),
     ("gemma", "Gemma", "4 heads (1 of keys)", "gemma"), ("llava", "LLaVA, llava-hf's layout", "vocabulary 64", "v1")])
 def test_inspect_knows_every_family(name, kind, says, template):
     f = facts(MODELS / name)
     assert f["kind"] == [kind] and says in str(f["vision"] if template is None else f["language"])
     assert f["stored"][0].endswith("float32")
-    missing = ["preprocessor_config.json does not exist"] * (name in ("clip", "siglip", "llava"))
+    missing = ["preprocessor_config.json does not exist"] * (name == "llava" or template is None)
     missing = ["has no tokenizer.json"] * (template is not None) + missing
     assert len(f["problem"]) == len(missing) and all(m in p for m, p in zip(missing, f["problem"]))
     assert template is None or f["template"][0].split(",")[0] == template
@@ -283,7 +298,7 @@ def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
     f = broken(configure(vocab_size=500))
     assert ".weight has shape (547, 96), but the config makes it (500, 96)" in f["problem"][0]
     f = broken(configure(num_attention_heads="four"))
-    assert re.search("load_llm stops with TypeError", f["problem"][0])
+    assert "num_attention_heads is 'four', which no model has" in f["problem"][0]
     f = broken(lambda d: (d / "tokenizer.json").write_text("{"))
     assert "is not a tokenizer" in f["problem"][0] and "language" in f
     f = broken(configure(template="phi"), checkpoint_folder(run))
@@ -305,7 +320,7 @@ def test_inspect_refuses_what_is_no_model(tmp_path):
     refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
     refuses(call("hub", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
     for content, says in [("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "has model_type None"),
-                          ('{"model_type": "qwen2"}', "has model_type 'qwen2'; known are clip")]:
+                          ('{"model_type": "bert"}', "has model_type 'bert'; known are clip")]:
         (tmp_path / "config.json").write_text(content)
         refuses(call("hub", "inspect", tmp_path), says)
 

@@ -18,11 +18,12 @@ from common.flags import UserError
 from hub.checkpoint import load_model
 from hub.configs import decoder_config, vision_config
 from hub.released import PARTS, fill, find_tensors, load_llm, load_vision
-from model import Decoder, KVCache, ViT
+from model import Decoder, KVCache, Llava, Projector, ViT
 
 MODELS = Path(__file__).resolve().parent / "fixtures" / "models"
-LLMS = ["llama", "mistral", "phi", "phi3", "gemma"]
-TOWERS = ["clip", "siglip"]
+LLMS = ["llama", "mistral", "phi", "phi3", "gemma", "qwen2", "llama3"]
+TOWERS = ["clip", "siglip", "clip_h", "siglip2"]
+MODEL_TYPES = [family for family in LLMS if family != "llama3"]
 TOLERANCE = 1e-5
 IMAGE_ID = 60
 ACTIVATIONS = {"silu": "silu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -107,7 +108,7 @@ def test_a_vision_tower_computes_what_transformers_computes(family):
     states = g["hidden_states"]
     for layer in (-1, -2, -3):
         assert gap(vit.hidden_state(g["pixel_values"], layer), states[layer]) < TOLERANCE
-    patches = states[-2][:, 1:] if family == "clip" else states[-2]
+    patches = states[-2][:, 1:] if family.startswith("clip") else states[-2]
     assert gap(vit(g["pixel_values"]), patches) < TOLERANCE, "the class token goes, a patch stays"
 
 
@@ -126,6 +127,15 @@ def test_a_decoder_computes_the_same_token_by_token_from_a_cache(family):
         positions = torch.arange(start, end).expand(2, -1)
         parts.append(llm(h[:, start:end], cache=cache, positions=positions, end=end))
     assert gap(torch.cat(parts, dim=1), g["hidden_states"][-1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama3"])
+@torch.no_grad()
+def test_greedy_answers_are_those_of_transformers(family):
+    llm, g = load(family), golden(family)
+    model = Llava(load("clip"), Projector(16, 16), llm)
+    for ids, answer in zip(g["input_ids"], g["greedy"].tolist()):
+        assert model.generate(ids, None, torch.zeros_like(ids, dtype=torch.bool), 8) == answer
 
 
 @pytest.mark.parametrize("family", LLMS)
@@ -156,6 +166,7 @@ def test_norms_in_bfloat16_cast_where_those_of_transformers_do(family):
 
 
 # ------------------------------------------------------------------------------------------------ each flag matters
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
 MUTANTS = [
     ("llama", dict(rms_norm_eps=1e-6)), ("llama", dict(rope_theta=10100.0)), ("llama", dict(partial_rotary_factor=0.5)),
     ("llama", dict(hidden_act="gelu_tanh")), ("llama", dict(norm="layer")), ("llama", dict(norm_plus_one=True)),
@@ -178,6 +189,16 @@ MUTANTS = [
     ("gemma", dict(hidden_act="silu")), ("gemma", dict(tie_word_embeddings=False)), ("gemma", dict(rms_norm_eps=1e-5)),
     ("gemma", dict(head_dim=4)), ("gemma", dict(num_attention_heads=8, num_key_value_heads=2, head_dim=4)),
     ("gemma", dict(rope_theta=10100.0)),
+    ("qwen2", dict(qkv_bias=False)), ("qwen2", dict(bias=True)), ("qwen2", dict(sliding_window=5)),
+    ("qwen2", dict(tie_word_embeddings=False)), ("qwen2", dict(rms_norm_eps=1e-6)), ("qwen2", dict(rope_theta=1010.0)),
+    ("qwen2", dict(num_key_value_heads=4)), ("qwen2", dict(num_key_value_heads=1)), ("qwen2", dict(hidden_act="gelu")),
+    ("qwen2", dict(norm_plus_one=True)),
+    ("llama3", dict(rope_scaling=None)), ("llama3", dict(rope_scaling=LLAMA3 | {"factor": 4.0})),
+    ("llama3", dict(rope_scaling=LLAMA3 | {"low_freq_factor": 1.5})), ("llama3", dict(head_dim=4)),
+    ("llama3", dict(rope_scaling=LLAMA3 | {"high_freq_factor": 3.0})), ("llama3", dict(rope_theta=101.0)),
+    ("llama3", dict(rope_scaling=LLAMA3 | {"original_max_position_embeddings": 64})), ("llama3", dict(qkv_bias=True)),
+    ("clip_h", dict(hidden_act="quick_gelu")), ("clip_h", dict(patch_size=12)), ("siglip2", dict(image_size=16)),
+    ("siglip2", dict(hidden_act="gelu")),
     ("clip", dict(class_token=False)), ("clip", dict(hidden_act="gelu")), ("clip", dict(hidden_act="gelu_tanh")),
     ("clip", dict(layer_norm_eps=1e-6)), ("clip", dict(num_attention_heads=2)), ("clip", dict(image_size=24)),
     ("clip", dict(num_hidden_layers=2)),
@@ -317,7 +338,8 @@ def old_style(c):
     c = {k: old_style(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in c.items()}
     rope = c.pop("rope_parameters", None)
     if rope:
-        c |= {k: v for k, v in rope.items() if k != "rope_type"} | {"rope_scaling": None}
+        outside = {k: rope.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in rope}
+        c |= outside | {"rope_scaling": rope if rope.get("rope_type", "default") != "default" else None}
     if "dtype" in c:
         c["torch_dtype"] = c.pop("dtype")
     return c
@@ -347,7 +369,7 @@ def test_old_and_terse_configs_mean_the_same(family, form, tmp_path):
     assert_same(load(family, tmp_path), load(family))
 
 
-@pytest.mark.parametrize("family", LLMS)
+@pytest.mark.parametrize("family", MODEL_TYPES)
 def test_what_a_decoder_config_leaves_out_is_what_transformers_assumes(family, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     config, d = decoder_config(tmp_path), defaults()[family]
@@ -362,7 +384,7 @@ def test_what_a_decoder_config_leaves_out_is_what_transformers_assumes(family, t
     assert config.hidden_act == ACTIVATIONS[d["hidden_act"]]
 
 
-@pytest.mark.parametrize("family", TOWERS)
+@pytest.mark.parametrize("family", ["clip", "siglip"])
 @pytest.mark.parametrize("nested", [True, False])
 def test_what_a_vision_config_leaves_out_is_what_transformers_assumes(family, nested, tmp_path):
     kind = f"{family}_vision_model"
@@ -387,7 +409,17 @@ def test_mistral_without_a_window_reads_null_as_none(tmp_path):
     assert decoder_config(tmp_path).sliding_window is None
 
 
+@pytest.mark.parametrize("fields, window", [
+    ({}, None), ({"sliding_window": 5}, None), ({"sliding_window": 5, "use_sliding_window": True}, None),
+    ({"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 0}, 5)])
+def test_qwen2_has_a_window_only_where_its_config_switches_it_on(fields, window, tmp_path):
+    store(tmp_path, {**config_of("qwen2"), **fields}, tensors_of("qwen2"))
+    assert decoder_config(tmp_path).sliding_window == window
+
+
 @pytest.mark.parametrize("family, fields", [
+    ("llama3", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 100.0, "factor": 8.0}}),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     ("phi", {"qk_layernorm": True}), ("gemma", {"attention_bias": True}),
     ("phi", {"hidden_act": "tanh"}), ("siglip", {"hidden_act": "tanh"}),
     ("mistral", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}),

@@ -11,7 +11,7 @@ MOVE = '            text = (IMAGE + "\\n" + text.replace(IMAGE, "").strip()).str
 IF = "        if IMAGE in text and image_first:"
 ANSWER = '''        if speaker == "gpt":
             out.append((t.answer.replace("{text}", text), True))
-        elif out:'''
+            if t.after:'''
 LATER = '            out.append((t.later + t.user.replace("{system}", "").replace("{text}", text), False))'
 FIRST = '            out.append((t.user.replace("{system}", t.system).replace("{text}", text), False))'
 CHARS = "        supervised += [is_answer] * len(piece)"

@@ -1,7 +1,9 @@
 """Wrong and right solutions of projector, merge and rotary attention; see vista.py for the format."""
-PROJ = "        return self.linear_2(F.gelu(self.linear_1(x)))"
+PROJ = ("        for name, layer in self.named_children():\n"
+        "            x = layer(x if name == \"linear_1\" else F.gelu(x))\n        return x")
 EXPO = "    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim"
-ANGLE = "    angles = positions[..., None].float() * (1.0 / theta ** exponents)                     # (…,T,d/2)"
+FREQ = "    frequencies = rescale(1.0 / theta ** exponents, scaling)                               # (d/2,)"
+ANGLE = "    angles = positions[..., None].float() * frequencies                                    # (…,T,d/2)"
 BOTH = "    angles = torch.cat([angles, angles], dim=-1)"
 TRIG = "    return angles.cos().to(dtype), angles.sin().to(dtype)"
 PART = "        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)"
@@ -26,7 +28,7 @@ def scores(scale="q.shape[-1] ** 0.5", first="1", fill="-torch.inf", softmax="so
 
 WRONG = [
     ("ReLU for GELU", "projector", PROJ, PROJ.replace("F.gelu", "F.relu")),
-    ("the tanh approximation of GELU", "projector", PROJ, PROJ.replace("(x)))", '(x), approximate="tanh"))')),
+    ("the tanh approximation of GELU", "projector", PROJ, PROJ.replace("F.gelu(x)", 'F.gelu(x, approximate="tanh")')),
     ("CLIP's quick GELU", "projector", PROJ, PROJ.replace("F.gelu", 'ACTIVATIONS["quick_gelu"]')),
     ("SiLU for GELU", "projector", PROJ, PROJ.replace("F.gelu", "F.silu")),
     ("no activation: two linear maps are one", "projector", PROJ, "        return self.linear_2(self.linear_1(x))"),
@@ -37,9 +39,9 @@ WRONG = [
     ("2i/d lost its 2: angles fall half as fast", "rotation_angles", EXPO, EXPO + " / 2"),
     ("exponents of 1..d/2: they begin with 0", "rotation_angles", EXPO,
      EXPO.replace("arange(0, head_dim, 2", "arange(2, head_dim + 2, 2")),
-    ("theta is fixed at 10000", "rotation_angles", ANGLE, ANGLE.replace("theta **", "10000.0 **")),
-    ("theta^+: later pairs turn faster", "rotation_angles", ANGLE,
-     ANGLE.replace("(1.0 / theta ** exponents)", "theta ** exponents")),
+    ("theta is fixed at 10000", "rotation_angles", FREQ, FREQ.replace("theta **", "10000.0 **")),
+    ("theta^+: later pairs turn faster", "rotation_angles", FREQ,
+     FREQ.replace("1.0 / theta ** exponents", "theta ** exponents")),
     ("positions count from 1", "rotation_angles", ANGLE,
      ANGLE.replace("positions[..., None].float()", "(positions[..., None].float() + 1)")),
     ("positions 0..T−1 whatever is given", "rotation_angles", ANGLE,
@@ -124,7 +126,7 @@ WRONG = [
 
 RIGHT = [
     ("complex numbers and loops", "model", '''
-def rotary(positions, head_dim, theta, dtype):
+def rotary(positions, head_dim, theta, dtype, scaling=None):
     turns = [[p / theta ** (2 * i / head_dim) for i in range(head_dim // 2)] * 2 for p in positions.tolist()]
     angles = torch.tensor(turns, dtype=torch.float64)
     return angles.cos().to(dtype), angles.sin().to(dtype)
