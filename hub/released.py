@@ -208,9 +208,9 @@ def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
 
 
 def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
-    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the maps from another
-    vision encoder or to another language model, which stay new. What reads text there is left out. Raises UserError
-    for any other difference."""
+    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the maps from
+    another vision encoder or to another language model, which stay new. What reads text there is left out. Raises
+    UserError for any other difference."""
     prefix, own = "multi_modal_projector.", dict(qformer.named_parameters())
     found = {name: place for name, place in find_tensors(folder).items() if name.removeprefix(prefix) in own}
     shapes = {name: tensor.shape for name, tensor in read_tensors(found)}
