@@ -6,10 +6,9 @@
 Each chunk of text around <image> is encoded once. Labels come from the character offsets of the tokens: no token is
 counted twice, so nothing can mismatch. The order of samples is a function of (seed, epoch) alone, cut into global
 batches: any number of ranks and accumulation steps sees the same batches, and a run resumes from its step number.
-
 Shape letters: B samples · T sequence positions · H, W pixels.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.flags import UserError
 from common.images import open_image
+from common.positions import Places, find_places
 from common.templates import TEMPLATES
-from common.text import bos_ids, encode_text
+from common.text import bos_ids, encode_text, hide_specials
 
 IGNORE = -100                                             # label of a position that is not supervised
 IMAGE = "<image>"
@@ -99,11 +99,14 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
     <image> becomes `image_tokens` positions. A sample longer than max_length is cut at the end; an image that does not
     fit whole is left out with all that follows. Ids and labels are those of LLaVA-1.5 (transformers 4.31; after_special
     picks another version's rule), also for the samples that its code drops with "tokenization mismatch"."""
+    if tokenizer.encode_special_tokens:                         # --plain-specials: </s> in a turn is text
+        conversations = [{**t, "value": hide_specials(tokenizer, t["value"], keep=IMAGE)} for t in conversations]
     text, supervised = "", []                                   # one flag a character
     for piece, is_answer in pieces(conversations, template, image_first):
         text += piece
         supervised += [is_answer] * len(piece)
 
+    text = text[:256 * max_length] if max_length else text      # the rest would be cut: no token has 256 characters
     ids = bos_ids(tokenizer)
     labels, image = [IGNORE] * len(ids), [False] * len(ids)
     start = 0                                                   # of the chunk, in characters of `text`
@@ -182,6 +185,7 @@ class Batch:
     reconstruct: Tensor       # (B,) bool, VDEP mode: the image alone, to be predicted
     ids: list[str] = field(default_factory=list)      # of the samples, for messages
     bad: list[str] = field(default_factory=list)      # images that could not be read
+    found: Places | None = field(default=None, init=False)
 
     def text_after_image(self) -> Tensor:
         """(B,T) bool: the text tokens that see an image."""
@@ -191,24 +195,31 @@ class Batch:
         """(B,T) bool: the supervised tokens that see an image."""
         return (self.labels != IGNORE) & self.text_after_image()
 
+    @property
+    def places(self) -> Places:
+        return self.found or find_places(self.labels != IGNORE, self.text_after_image(), self.reconstruct)
+
     def to(self, device) -> "Batch":
-        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in vars(self).items()
-                                if isinstance(v, Tensor)})
+        return self.moved(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        return replace(self, **{k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return self.moved(Tensor.pin_memory)
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        batch = replace(self, **{k: move(v) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        batch.found = Places(*map(move, self.places))     # found before the move, on the host
+        return batch
 
 
 def collate(examples: list[Example], image_size: int) -> Batch:
     """Pad examples on the right to one length."""
-    def pad(rows: list[Tensor], value) -> Tensor:
-        return pad_sequence(rows, batch_first=True, padding_value=value)
+    pad = partial(pad_sequence, batch_first=True)
     zero = torch.zeros(3, image_size, image_size)
     return Batch(
-        input_ids=pad([e.input_ids for e in examples], PLACEHOLDER),
-        labels=pad([e.labels for e in examples], IGNORE),
-        image_mask=pad([e.image_mask for e in examples], False),
-        attention_mask=pad([torch.ones(len(e.input_ids), dtype=torch.bool) for e in examples], False),
+        input_ids=pad([e.input_ids for e in examples], padding_value=PLACEHOLDER),
+        labels=pad([e.labels for e in examples], padding_value=IGNORE),
+        image_mask=pad([e.image_mask for e in examples]),
+        attention_mask=pad([torch.ones(len(e.input_ids), dtype=torch.bool) for e in examples]),
         pixel_values=torch.stack([zero if e.pixel_values is None else e.pixel_values for e in examples]),
         has_image=torch.tensor([bool(e.image_mask.any()) for e in examples]),
         reconstruct=torch.tensor([e.reconstruct for e in examples]),
@@ -221,7 +232,6 @@ class Samples(Dataset):
     """samples[i] → Example. i = -1 is a filler that carries no target: it completes the last batch of an epoch.
     i ≥ len(samples) is sample i − len in VDEP mode (methods/vdep.py): its image alone. joint: every sample with an
     image is in both modes at once.
-
     An image that cannot be read makes a filler of its sample, and `Batch.bad` names it: the trainer decides."""
     samples: Sequence[dict]                     # hub/samples.py's SampleFile, or a list
     images: str | Path                          # the folder that `image` fields are relative to
@@ -235,18 +245,14 @@ class Samples(Dataset):
 
     def filler(self, name: str = "filler", problem: str | None = None) -> Example:
         ids = torch.tensor(bos_ids(self.tokenizer) or [PLACEHOLDER])
-        return Example(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids, dtype=torch.bool), id=name,
-                       problem=problem)
+        return Example(ids, torch.full_like(ids, IGNORE), ids < 0, id=name, problem=problem)
 
     def __getitem__(self, i: int) -> Example:
         if i < 0:
             return self.filler()
-        reconstruct = i >= len(self)
-        if reconstruct:
-            i -= len(self)
+        reconstruct, i = i >= len(self), i % len(self)
         sample = self.samples[i]
-        name, image = str(sample.get("id", i)), sample.get("image")
-        turns = sample["conversations"]
+        name, image, turns = str(sample.get("id", i)), sample.get("image"), sample["conversations"]
         if reconstruct:
             if image is None:
                 return self.filler(name)
@@ -261,8 +267,7 @@ class Samples(Dataset):
         f = self.format
         ids, labels, mask = encode(turns, self.tokenizer, f.template, f.image_tokens, f.max_length, f.after_special,
                                    f.image_first)
-        both = self.joint and pixels is not None
-        return Example(ids, labels, mask, pixels, reconstruct or both, name)
+        return Example(ids, labels, mask, pixels, reconstruct or (self.joint and pixels is not None), name)
 
 
 # ------------------------------------------------------------------------------------------------ order

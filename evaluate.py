@@ -2,11 +2,14 @@
 
     python evaluate.py --ckpt out/toy                                     the toy's test questions
     python evaluate.py --ckpt DIR --image photo.jpg --prompt "What is this?"
+    python evaluate.py --ckpt DIR --image photo.jpg                       a conversation
     python evaluate.py --ckpt DIR --data questions.jsonl --images DIR     your own: {question_id, image, text, answer}
     python evaluate.py --ckpt DIR --bench pope --data eval/pope --images coco/val2014
     torchrun --nproc_per_node=8 evaluate.py --ckpt DIR --bench vqav2 --data eval/vqav2 --images coco/test2015
     python evaluate.py --bench pope --data eval/pope --score-only answers.jsonl          no model: score these answers
     python evaluate.py --compare out/a/eval out/b/eval
+
+DIR is a checkpoint, a run, or a released LLaVA (--vision: its CLIP, where it holds none).
 
 Results go to OUT/<name>. OUT is eval/<checkpoint> beside the checkpoint, or --out. <name> is the benchmark (pope,
 vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answers about shuffled images.
@@ -15,7 +18,7 @@ vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answe
     results.json               metrics, headline, counts, and every setting that the numbers depend on
     submission.*               for the benchmark's server, where there is one
 """
-import json
+import contextlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,23 +28,25 @@ from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
-from common.files import read_json, write_json
+from common.files import file_crc, files_digest, locked, remove, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import Ranks, choose_device, explain_lost_ranks, finish, start
+from common.text import RULES
 from data import IMAGE, TEMPLATES, ImageProcessor, encode, eos_id
-from evaluation.answers import checkpoint_digest, questions_digest, read_answers, read_predictions
+from evaluation.answers import answer_share, questions_digest, read_answers, read_predictions
 from evaluation.benchmarks import BENCHMARKS
+from evaluation.chat import talk
 from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
-from evaluation.scores import compare, score, summary
+from evaluation.scores import compare, notes, score, summary
 from evaluation.submit import check_packages, write_submission
-from hub.checkpoint import CODE_VERSION, checkpoint_folder, load_model
+from hub.checkpoint import CODE_VERSION, load_model
 from hub.configs import load_processor
 from hub.samples import question_file
 from hub.tokenizer import load_tokenizer
+from hub.usage import all_weights, model_folder, read_usage, results_folder
 from model import Llava
 
 
@@ -57,11 +62,14 @@ class Assistant:
 
     @classmethod
     def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
-                        vision=None, llm=None) -> "Assistant":
-        folder = checkpoint_folder(ckpt)
-        c = read_json(folder / "config.json")
-        return cls(load_model(folder, vision, llm, dtype, device).eval(), load_tokenizer(folder),
-                   load_processor(folder), template or c["template"], c["after_special"], c["pad"])
+                        vision=None, llm=None, after_special: str | None = None, pad: bool | None = None,
+                        plain_specials: bool | None = None) -> "Assistant":
+        """Load a checkpoint, the newest of a run, or a released LLaVA. None: as it was trained."""
+        folder = model_folder(ckpt)
+        use, tokenizer = read_usage(folder, vision), load_tokenizer(folder, plain_specials)
+        processor = load_processor(folder, vision)
+        return cls(load_model(folder, vision, llm, dtype, device).eval(), tokenizer, processor,
+                   template or use.template, after_special or use.after_special, use.pad if pad is None else pad)
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;
@@ -142,31 +150,38 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
             if bench == "own":
                 settings["metric"] = benchmark.score
             if not cfg.score_only:
-                settings["max_new_tokens"] = cfg.max_new_tokens or benchmark.max_new
+                settings["max_new_tokens"] = cfg.max_new_tokens or loaded.max_new
             sets.append(Questions(name, bench, benchmark, loaded, samples[:cfg.limit], settings, out / place))
     return sets
 
 
 def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     """Return what a checkpoint's answers depend on. Raises UserError if it has learned captions alone."""
-    c = read_json(folder / "config.json")
-    template = cfg.template or c["template"]
+    use, files = read_usage(folder, cfg.vision), all_weights(folder, cfg.vision, cfg.llm)
+    template, pad = cfg.template or use.template, use.pad if cfg.pad is None else cfg.pad
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
-    return {"checkpoint": checkpoint_digest(folder), "template": template, "pad": c["pad"],
-            "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": c["after_special"],
-            "code_version": CODE_VERSION}
+    return {"checkpoint": files_digest(files), "template": template, "pad": pad,
+            "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": cfg.after_special or use.after_special,
+            "code_version": CODE_VERSION, "plain_specials": cfg.plain_specials}
+
+
+def open_assistant(cfg: "Config", folder: Path, settings: dict, ranks: Ranks) -> Assistant:
+    return Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, settings["template"], cfg.vision, cfg.llm,
+                                     settings["after_special"], settings["pad"], cfg.plain_specials)
 
 
 # ------------------------------------------------------------------------------------------------ asking and scoring
 def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
     folder, source = None, {"answers": cfg.score_only}
-    if not cfg.score_only:
-        folder = checkpoint_folder(cfg.ckpt)
+    if cfg.score_only and Path(cfg.score_only).is_file():
+        source["answers_crc"] = file_crc(Path(cfg.score_only))
+    elif not cfg.score_only:
+        folder = model_folder(cfg.ckpt)
         source = checkpoint_settings(cfg, folder, ranks)
-    out = folder.parent / "eval" / folder.name if folder else Path(cfg.score_only).with_suffix(".scored")
+    out = results_folder(folder) if folder else Path(cfg.score_only).with_suffix(".scored")
     sets = load_questions(cfg, folder, Path(cfg.out) if cfg.out else out, source)
 
     # Everything that can go wrong does so before the first question is asked.
@@ -174,47 +189,29 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
         check_packages(q.benchmark, q.samples)
         if not cfg.score_only:
             check_images_exist(q.samples)
-        if cfg.overwrite and ranks.first:
-            for path in [*q.out.glob("pred.rank*.jsonl"), q.out / "results.json"]:
-                path.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        for q in sets:
+            stack.enter_context(locked(q.out, ranks.first))
+        return answer_and_score(cfg, folder, sets, ranks)
+
+
+def answer_and_score(cfg: "Config", folder: Path | None, sets: list[Questions], ranks: Ranks) -> list[dict]:
+    """The same, for questions whose folders are locked."""
+    if cfg.overwrite and ranks.first:
+        for q in sets:
+            remove([*q.out.glob("pred.*"), q.out / "results.json"])
     ranks.wait()
-    done = [read_predictions(q.out, q.settings)[0] for q in sets]
+    done = [read_predictions(q.out, q.settings, len(q.samples))[0] for q in sets]
 
     # The model is loaded only if there is something to ask.
     assistant = None
     for q, answered in zip(sets, done):
-        q.out.mkdir(parents=True, exist_ok=True)
         if not cfg.score_only and any(s.id not in answered for s in q.samples):
             if assistant is None:
-                assistant = Assistant.from_checkpoint(folder, ranks.device, ranks.dtype, q.settings["template"],
-                                                      cfg.vision, cfg.llm)
+                assistant = open_assistant(cfg, folder, q.settings, ranks)
             answer_share(assistant, q, answered, cfg.batch_size, ranks)
     ranks.wait()
     return [score_and_write(cfg, folder, q) for q in sets] if ranks.first else []
-
-
-def answer_share(assistant: Assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
-    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
-    depends on the questions alone, so ranks need not agree on what is done."""
-    groups = {}
-    for s in q.samples:
-        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
-    share = []
-    for group in list(groups.values())[ranks.rank::ranks.count]:
-        share += [s for s in group if s.id not in done]
-
-    path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
-    hide = None if ranks.first else True                            # None: show the bar on a terminal only
-    with open(path, "a", encoding="utf-8") as f, \
-            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
-        f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
-        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
-            for s, answer in zip(batch, answers):
-                f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
-            f.flush()
-            bar.update(len(batch))
 
 
 def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
@@ -223,22 +220,16 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
     if cfg.score_only:
         predictions = read_answers(Path(cfg.score_only), q.samples, q.benchmark.repeats, counts)
     else:
-        predictions, settings["batch_size"] = read_predictions(q.out, q.settings)
-    n, partial = len(q.loaded.samples), len(q.samples) < len(q.loaded.samples)
+        predictions, settings["batch_size"] = read_predictions(q.out, q.settings, len(q.samples))
+    partial = len(q.samples) < len(q.loaded.samples)
     rows, results = score(q.benchmark, q.samples, predictions, partial)
-    write_jsonl(q.out / "pred.jsonl", rows)
-
     counts["references that are none of the options"] = results["n_no_option"]
-    warnings = [f"{count} {what}" for what, count in counts.items() if count]
-    if q.benchmark.sizes and n not in q.benchmark.sizes:
-        warnings.append(f"{n} questions; the released files have {' or '.join(map(str, q.benchmark.sizes))}")
     submission = write_submission(q.benchmark, q.samples, rows, Path(q.loaded.files[0]).parent, q.out)
-    if q.benchmark.submission and not submission:
-        warnings.append("no spreadsheet for the benchmark's server: pip install openpyxl")
     report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder), "partial": partial, **results,
               "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission,
-              "warnings": warnings, "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
-    write_json(q.out / "results.json", report)
+              "warnings": notes(q, counts, submission), "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
+    write_json(q.out / "results.json", report)      # first: it says whose folder this is
+    write_jsonl(q.out / "pred.jsonl", rows)
     return report
 
 
@@ -246,23 +237,27 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
 @dataclass
 class Config:
     """Ask a checkpoint one question, the questions of a file, or a benchmark's; score the answers."""
-    ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest checkpoint)", "run")
-    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside the checkpoint)")
+    ckpt: str = option("out/toy", "folder of a checkpoint, a run (its newest one), or a released LLaVA", "run")
+    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside the checkpoint, out/eval/"
+                                   "<folder> for a released model)")
     overwrite: bool = option(False, "replace the answers and results in --out")
     batch_size: int = option(64, "questions at a time; with bfloat16 use 1 for numbers to publish")
     limit: int | None = option(None, "ask only the first N questions (unset: all)")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it")
     prompt: str | None = option(None, "the question; the answer is printed", "one question")
-    image: str | None = option(None, "the image that it is about (unset: none)")
+    image: str | None = option(None, "the image that it is about (unset: none); without --prompt: talk about it")
     data: str | None = option(None, "JSONL, or --bench's file or folder (unset: the toy's questions)", "many questions")
     images: str | None = option(None, "the folder of their images")
     bench: Literal[tuple(BENCHMARKS)] | None = option(None, "a benchmark (unset: own, your questions)")
     labels: str | None = option(None, "file or folder of the labels (unset: beside --data)")
     split: str | None = option(None, "the benchmark's split (unset: that of the first files found)")
     shuffle_images: bool = option(False, "also ask each question about another one's image")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the checkpoint's)", "prompts")
-    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for your questions)")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "conversation (unset: the model's)", "prompts")
+    after_special: Literal[RULES] | None = option(None, "spaces after </s>, in later turns (unset: the model's)")
+    plain_specials: bool | None = option(None, "read </s> in a question as text (unset: as in training)")
+    pad: bool | None = option(None, "pad images to a square, or crop them (unset: as the model was trained)")
+    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for yours)", most=2**16)
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")
@@ -270,7 +265,8 @@ class Config:
         None, "rule for your questions (unset: exact)", "scoring")
     score_only: str | None = option(None, "score this file of {question_id, text} lines; no model is loaded")
     compare: list[str] | None = option(None, "print the results in these folders side by side")
-    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "stage-1 checkpoint")
+    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)",
+                                      "parts that --ckpt does not hold")
     llm: str | None = option(None, "folder of the language model (unset: as in training)")
 
 
@@ -284,8 +280,8 @@ def check(cfg: Config) -> None:
         if own and getattr(cfg, name):
             raise UserError(f"--{name} needs --bench, the benchmark's name")
     for wrong, text in [
-            (cfg.image and not one, '--image needs a question: --prompt "What is this?"'),
-            (one and (cfg.data or cfg.bench), "--prompt asks one question, --data and --bench those of a file"),
+            ((one or cfg.image) and (cfg.data or cfg.bench),
+             "--prompt and --image ask about one image, --data and --bench the questions of a file"),
             (cfg.image and not Path(cfg.image).is_file(), f"--image {cfg.image} does not exist"),
             (cfg.metric and not own, f"--metric is for your own questions; {cfg.bench} has its own rule"),
             (not own and not cfg.data, f"--bench {cfg.bench} needs --data: its file, or the folder that holds it"),
@@ -304,15 +300,17 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
     with explain_lost_ranks(ranks):
-        if cfg.prompt is None:
+        if not (cfg.prompt or cfg.image):
             reports = evaluate(cfg, ranks)
             if reports:
                 print(summary(reports))
         elif ranks.first:
-            template = checkpoint_settings(cfg, checkpoint_folder(cfg.ckpt), ranks)["template"]
-            assistant = Assistant.from_checkpoint(cfg.ckpt, ranks.device, ranks.dtype, template, cfg.vision, cfg.llm)
-            image = Path(cfg.image) if cfg.image else None
-            print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+            folder, image = model_folder(cfg.ckpt), Path(cfg.image) if cfg.image else None
+            assistant = open_assistant(cfg, folder, checkpoint_settings(cfg, folder, ranks), ranks)
+            if cfg.prompt:
+                print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
+            else:
+                talk(assistant, image, cfg.max_new_tokens or 512)
         finish(ranks)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.positions import at_image, true_positions
+from common.positions import at_image
 from data import IGNORE, Batch
 from methods.basic import direction_loss, layer_weights, semantic_loss, supervision_degree
 from methods.ce import next_token_loss
@@ -26,8 +26,8 @@ class Term(NamedTuple):
 
 def next_token(model: Llava, batch: Batch, out: Output) -> Term:
     """Cross-entropy over the supervised tokens, a term of every objective."""
-    head = model.language_model.lm_head
-    return Term("ce", next_token_loss(out.hidden_states, batch.labels, head.weight, head.bias)[0], 1.0)
+    head, at = model.language_model.lm_head, batch.places.targets
+    return Term("ce", next_token_loss(out.hidden_states, batch.labels, head.weight, head.bias, places=at)[0], 1.0)
 
 
 def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
@@ -38,7 +38,7 @@ def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
 def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
     """VDEP eq. (11). batch.reconstruct: samples in VDEP mode. In hybrid batches they have no labels."""
     out = model(batch)
-    terms, which = [next_token(model, batch, out)], batch.reconstruct                       # (B,)
+    terms, which = [next_token(model, batch, out)], batch.places.reconstruct                # (v,)
     if cfg.stage == "pretrain" and cfg.vdep_alpha:
         h, x = at_image(out.hidden_states, batch.image_mask, out.image_embeds.shape[1]), out.image_embeds   # (B,N,D)
         options = cfg.vdep_distance, cfg.vdep_reduce, int(cfg.vdep_shift)
@@ -53,7 +53,7 @@ def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
     # removes that part. Of what remains, half would be bfloat16's rounding error.
     last = at_image(out.before_norm, batch.image_mask, out.image_embeds.shape[1])[:, -1]    # (B,D)
     state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
-    options = cfg.vista_weighting, cfg.vista_distance, cfg.vista_reduce
+    options = cfg.vista_weighting, cfg.vista_distance, cfg.vista_reduce, batch.places.answers
     total = alignment_loss(out.text_embeds, batch.answer_tokens(), state, *options)[0]
     return [next_token(model, batch, out), Term("vista", total, 1.0)]
 
@@ -64,24 +64,24 @@ def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
         return ce(model, batch, cfg)
     lm, n, equal = model.language_model, model.image_tokens, cfg.basic_degree == "equal"
     k = cfg.basic_k or max(1, lm.config.num_hidden_layers // 2)
-    w, text, E = layer_weights(k, cfg.basic_weights).tolist(), batch.text_after_image(), lm.model["embed_tokens"].weight
-    rows, exact = true_positions(text) >= 0, torch.promote_types(E.dtype, torch.float32)            # (B,M)
-    v_hat = torch.zeros(len(text), n, E.shape[1], dtype=exact, device=E.device)             # (B,N,D)
+    w, E = layer_weights(k, cfg.basic_weights).tolist(), lm.model["embed_tokens"].weight
+    rows, at, exact = batch.places.text, batch.places.seeing, torch.promote_types(E.dtype, torch.float32)
+    v_hat = torch.zeros(len(rows), n, E.shape[1], dtype=exact, device=E.device)             # (B,N,D)
     attention = torch.full((*rows.shape, n), float(equal), device=E.device)                 # (B,M,N) from text rows
 
     def watch(i: int, h: Tensor, layer_attention: Tensor | None) -> None:
         v_hat.add_(w[i - 1] * at_image(h, batch.image_mask, n).to(exact))                   # eq. (4)
         if layer_attention is not None:
             attention.add_(layer_attention)
-    out = model(batch, watch, attention_from=None if equal else text, watch_layers=k)
-    degree, terms = supervision_degree(attention, rows), [next_token(model, batch, out)]    # (B,N)
+    out = model(batch, watch, attention_from=None if equal else rows, watch_layers=k)
+    degree, terms = supervision_degree(attention, rows >= 0), [next_token(model, batch, out)]    # (B,N)
     # Both losses train the projector's parameters alone: with --unlock-vision their gradient stops at its input.
     v = model.multi_modal_projector(out.patches.detach()) if out.patches.requires_grad else out.image_embeds
     if cfg.basic_das:
         terms.append(Term("das", direction_loss(v, v_hat, degree)[0], cfg.basic_das))       # eq. (8)
     if cfg.basic_sds:
         s = lm.config.embed_scale               # Gemma's layers receive s E as words; (s E) v = E (s v)
-        terms.append(Term("sds", semantic_loss(v.to(exact) * s, v_hat * s, degree, E)[0], cfg.basic_sds))
+        terms.append(Term("sds", semantic_loss(v[at].to(exact) * s, v_hat[at] * s, degree[at], E)[0], cfg.basic_sds))
     return terms
 
 

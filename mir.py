@@ -12,7 +12,7 @@ Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality 
     f_v^k    vision               (n,D)  image tokens of layer k = 1..L
     f_t^k    text                 (m,D)  text tokens of layer k: every token after the image
     μ, Σ     Moments              (D,), (D,D)
-    C        product              (r,s)  L_vᵀ L_t, where L Lᵀ = Σ
+    C        squares              (r,r)  Lᵀ Σ_t L, where L Lᵀ = Σ_v
 
 Where the paper is silent
 * The last layer is taken after the final norm, the others as they leave the layer (what transformers calls
@@ -20,9 +20,9 @@ Where the paper is silent
   were of stage-1 models with the centre cropped (--as-released).
 * ω: tokens with |norm − median| > 3 std. The released code puts the per-dimension median in their place (default);
   the paper's words are that they are dropped (outliers="drop").
-* The square root: (Σ_v Σ_t)^{1/2} is never formed. Its trace is the sum of the singular values of C, the roots of the
-  eigenvalues of the symmetric CᵀC, in float64 (common/roots.py). L has only as many columns as Σ has variance above
-  rounding, or each of the others would add 1e-8; its columns fall in size, which keeps the digits of small eigenvalues.
+* The square root: (Σ_v Σ_t)^{1/2} is never formed. Its trace is the sum of the roots of the eigenvalues of the
+  symmetric C, in float64 (common/roots.py). L has only as many columns as Σ_v has variance above rounding, or each of
+  the others would add 1e-8; its columns fall in size, which keeps the digits of small eigenvalues.
 * Covariances: products in float64. In float32, half the time, where Σ is well conditioned and the distance no small
   difference of traces; that costs the distance up to 2e-7 of itself.
 * The released script keeps every token of every layer (37 GB for LLaVA-7B and 100 pairs). Here the moments are sums
@@ -39,14 +39,15 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import write_json
+from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device, explain_lost_ranks, finish, start
 from common.roots import cholesky, five_rounds, newton_schulz, root_trace
 from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds
 from data import TEMPLATES, Batch
-from hub.checkpoint import checkpoint_folder, is_released, load_model
+from hub.checkpoint import load_model
 from hub.pairs import choose_pairs, pair_batches
+from hub.usage import model_folder
 from methods.ce import next_token_loss
 from model import Llava, Output
 
@@ -94,7 +95,7 @@ def well_conditioned(tokens: Tensor) -> bool:
     n, D = tokens.shape
     if tokens.dtype == torch.float64 or D < 256 or n < 4 * D:
         return False
-    return cholesky(moments(tokens[::2 * n // (3 * D)], torch.float32).covariance) is not None
+    return cholesky(moments(tokens[::2 * n // (3 * D)], torch.float32).covariance, least=1e-4) is not None
 
 
 def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
@@ -258,6 +259,7 @@ class MIRConfig:
     """Measure the Modality Integration Rate of a checkpoint."""
     ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest one), or a released LLaVA", "run")
     out: str | None = option(None, "a JSON file for all the numbers; unset: they are only printed")
+    overwrite: bool = option(False, "replace the file in --out")
     batch_size: int = option(20, "pairs at a time, on a rank")
 
     data: str | None = option(None, "pairs: questions or LLaVA samples; unset: the toy's validation questions", "pairs")
@@ -265,7 +267,8 @@ class MIRConfig:
     texts: str | None = option(None, "texts for --images, paired at random: a folder (.story, .txt), .txt, JSON, JSONL")
     n: int = option(100, "how many image-text pairs")
     seed: int | None = option(None, "draws the pairs; unset: the first ones of --data, and seed 0 for --texts")
-    template: Literal[tuple(TEMPLATES)] = option("v1", "how a pair is written; plain: the image and the text alone")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "how a pair is written; plain: the image and the text "
+                                                        "alone; unset: as the model was trained, v1 after stage 1")
     as_released: bool = option(False, "prepare pairs as published numbers did: images as in training, text never cut, "
                                       "the newline of an empty question kept")
 
@@ -303,33 +306,32 @@ def check(cfg: MIRConfig) -> None:
         raise UserError(f"--batch-size must be 1 or more, not {cfg.batch_size}")
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise UserError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
+    refuse_existing(None if cfg.overwrite else cfg.out)
 
 
 def main() -> None:
     cfg = parse(MIRConfig)
     check(cfg)
-    released = is_released(Path(cfg.ckpt))
-    folder = Path(cfg.ckpt) if released else checkpoint_folder(cfg.ckpt)
+    folder = model_folder(cfg.ckpt)
     samples, images = choose_pairs(folder, cfg.data, cfg.images, cfg.texts, cfg.n, cfg.seed)
-    vision = Path(cfg.vision) if released and cfg.vision else None
-    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, vision, cfg.as_released)
-    device, dtype = choose_device(cfg.device, cfg.dtype)
-    ranks = start(device, dtype, minutes=60)
+    batches = pair_batches(folder, samples, images, cfg.template, cfg.batch_size, cfg.vision, cfg.as_released)
+    ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=60)
     with explain_lost_ranks(ranks):
-        model = load_model(folder, cfg.vision, cfg.llm, dtype, ranks.device)
+        model = load_model(folder, cfg.vision, cfg.llm, ranks.dtype, ranks.device)
         try:
             result = measure(model, batches, cfg.mode, cfg.outliers, not cfg.no_normalise)
         except ValueError as e:
             raise UserError(f"{folder}: {e}") from None
     if ranks.first:
-        notes = [f"{folder}: {len(samples)} image-text pairs", cfg.template, cfg.mode, f"outliers {cfg.outliers}"]
+        template = batches.samples.format.template
+        notes = [f"{folder}: {len(samples)} image-text pairs", template, cfg.mode, f"outliers {cfg.outliers}"]
         if cfg.no_normalise:
             notes.append("without normalisation")
         if cfg.as_released:
             notes.append("inputs as released")
         print(", ".join(notes) + "\n\n" + show(result), flush=True)
         if cfg.out:
-            settings = {**vars(cfg), "checkpoint": str(folder), "pairs": len(samples), "dtype": str(dtype)}
+            settings = {**vars(cfg), "checkpoint": str(folder), "pairs": len(samples), "dtype": str(ranks.dtype)}
             write_json(Path(cfg.out), {**result, "settings": settings})
     finish(ranks)
 

@@ -307,7 +307,7 @@ class Decoder(nn.Module):
             self.lm_head.weight = self.model["embed_tokens"].weight
         if config.moca:
             self.add_moca()
-        self.gradient_checkpointing = False
+        self.recomputed = 0          # layers, from the first, whose activations are recomputed and not kept
 
     def add_moca(self) -> None:
         """Add MoCa after every layer, the identity before training."""
@@ -360,7 +360,7 @@ class Decoder(nn.Module):
             moca = self.moca[i] if c.moca and image_mask is not None else None
             slots = (cache.keys[i], cache.values[i], rows, positions, end) if cache is not None else None
             args = h, rope, mask, slots, attend if i < watch_layers else None, moca, image_mask
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if i < self.recomputed and torch.is_grad_enabled():
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
@@ -410,14 +410,14 @@ class Llava(nn.Module):
                 watch_layers: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
 
-        watch, watch_layers: see run_layers. attention_from (B,T) bool: rows whose attention to the image watch gets."""
+        watch, watch_layers: see run_layers. attention_from (B,M): positions whose attention to the image watch gets."""
         lm = self.language_model
         patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
         image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = lm.embed(batch.input_ids)                                             # (B,T,D)
         attend = None
         if attention_from is not None:
-            attend = true_positions(attention_from), true_positions(batch.image_mask, image_embeds.shape[1])
+            attend = attention_from, true_positions(batch.image_mask, image_embeds.shape[1])
         inputs_embeds = self.merge(text_embeds, image_embeds, batch.image_mask)
         h = lm.run_layers(inputs_embeds, watch, watch_layers, attend, batch.image_mask)
         return Output(lm.model["norm"](h), image_embeds, text_embeds, h, patches)

@@ -11,7 +11,6 @@ training/setup.py, its files go through training/folder.py.
 import contextlib
 import math
 import os
-import shutil
 import signal
 import time
 from dataclasses import replace
@@ -23,17 +22,19 @@ from tqdm import tqdm
 
 import mir
 from common import parallel
-from common.files import read_json
+from common.files import locked, new_folder
 from common.flags import UserError, parse, run
 from common.parallel import Ranks
 from data import Batch, Order, Samples, loader
 from hub.checkpoint import checkpoints
+from hub.configs import read_config
 from losses import Objective, count_terms
 from model import Llava
 from toy import world
 from training import folder
-from training.settings import TrainConfig, check_start, in_checkout, settings, stores_all
-from training.setup import build, check_folders, check_objective, load_data, mir_pairs, parameter_groups
+from training.plan import prepare
+from training.settings import TrainConfig, check_start, fill_parts, is_sharded, second_samples, settings
+from training.setup import build, check_folders, check_objective, fingerprints, load_data, mir_pairs, parameter_groups
 
 LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
 
@@ -62,11 +63,14 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         log = folder.Log(out / "metrics.jsonl", cfg.stage, step)
 
     hidden = None if ranks.first else True                # the bar: of the first rank, and only in a terminal
-    with stop_signals() as stop, tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar:
+    with (parallel.alarm(ranks, cfg.timeout) as alive, stop_signals() as stop,
+          tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar):
         workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
         batches = iter(loader(data, order, workers, pin=on_gpu))
+        saved = time.perf_counter()
         while step < steps:
             began = time.perf_counter()
+            alive()
 
             # This rank's share of one global batch.
             micro = [next(batches) for _ in range(accumulation)]
@@ -89,12 +93,14 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
                     totals[t.name] += t.total.detach()
             norm = parallel.clip_gradients(trained, ranks, max_norm=1.0)
 
-            # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts.
+            # One copy from the device a step: everything that is checked or logged. A stop signal on any rank counts,
+            # and the first rank's clock, so that all ranks save after the same step.
+            late = ranks.first and cfg.save_minutes and time.perf_counter() - saved > 60 * cfg.save_minutes
             tokens = sum(batch.attention_mask.sum() for batch in micro)
-            summed = ranks.sum([*totals.values(), tokens, len(stop)])
+            summed = ranks.sum([*totals.values(), tokens, len(stop), bool(late)])
             numbers = torch.cat([summed, torch.stack(list(counts.values())), norm[None]]).tolist()
             n = len(totals)
-            total, (tokens, stopping), count, norm = numbers[:n], numbers[n:n + 2], numbers[n + 2:-1], numbers[-1]
+            total, (tokens, stopping, late), count, norm = numbers[:n], numbers[n:n + 3], numbers[n + 3:-1], numbers[-1]
             count = dict(zip(counts, count))
             values = {name: t / max(count[name], 1) for name, t in zip(totals, total)}
             loss = sum(t.weight * values[t.name] for t in terms)
@@ -118,8 +124,9 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
                 measured = measure_mir(objective, pairs, step, cfg, ranks)
                 if ranks.first:
                     log.write(stage=cfg.stage, step=step, kind="mir", **measured)
-            if step == steps or step % cfg.save_every == 0 or stopping:
+            if step == steps or step % cfg.save_every == 0 or late or stopping:
                 folder.save(out, cfg, model, optimizer, step, steps, ranks)
+                saved = time.perf_counter()
             if stopping and step < steps:
                 raise UserError(f"stopped by a signal after step {step} of {cfg.stage}; it is saved: "
                                 "--resume continues")
@@ -129,11 +136,8 @@ def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Orde
     """Return the order of samples from a step on. Stage 2 groups by modality and length. VDEP's stage 1 shows samples a
     second time, in VDEP mode."""
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    vdep_samples = 0
-    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
-        vdep_samples = round(cfg.vdep_ratio * len(data))
     return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step,
-                 vdep_samples)
+                 second_samples(cfg, len(data)))
 
 
 def global_counts(loss: str, micro: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
@@ -216,7 +220,7 @@ def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trai
     parts = [batch, f"{steps} steps", f"lr {cfg.lr:g}", cfg.loss, f"{dtype} on {ranks.device}",
              f"{sum(p.numel() for p in trained):,} parameters trained"]
     if ranks.mesh is not None:
-        parts.append("sharded")
+        parts.append("sharded" if ranks.mesh.ndim == 1 else "sharded within a node")
     if not once:
         parts.append("gradients reduced after every micro-batch")
     return ", ".join(parts)
@@ -236,10 +240,8 @@ def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Draw the toy's data into the run's folder, unless it is there."""
     folder.make_folder(cfg, out, [], ranks)
     if ranks.first and not (out / "data").exists():
-        temporary = out / ".data.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        world.make(temporary, cfg.seed)
-        os.replace(temporary, out / "data")
+        with new_folder(out / "data") as temporary:
+            world.make(temporary, cfg.seed)
     ranks.wait()
 
 
@@ -247,14 +249,15 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
     """Run a stage of the run `cfg` from where it was left. Returns when its last checkpoint is saved."""
     ckpt = folder.newest(out, stage.stage, ranks)
     if ckpt:
-        saved = read_json(ckpt / "config.json")
+        saved = read_config(ckpt, "step", "steps", "settings")
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
         # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)
         folder.check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    ranks = parallel.over(ranks, sharded=cfg.parallel == "fsdp" or (cfg.parallel == "auto" and stores_all(stage)))
+    ranks = parallel.over(ranks, sharded=is_sharded(stage, ranks.count), hybrid=cfg.parallel == "hsdp")
+    stage = prepare(stage, cfg, out, ranks)
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)
     model = build(stage, ckpt, ranks)
@@ -262,44 +265,50 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         make_toy(cfg, out, ranks)
     data, bad = load_data(stage, out, ranks, model.image_tokens)
     pairs = mir_pairs(stage, data, out)
-    folder.make_folder(cfg, out, bad, ranks)
+    folder.make_folder(cfg, out, bad, ranks, fingerprints(stage, data, ckpt))
     train(stage, ckpt, model, data, out, ranks, pairs)
     ranks.wait()
 
 
 def main() -> None:
     began = time.perf_counter()
-    cfg = parse(TrainConfig)
-    cfg = replace(cfg, vision=in_checkout(cfg.vision), llm=in_checkout(cfg.llm))
+    cfg = fill_parts(parse(TrainConfig))
     out = Path(cfg.out)
 
     # Everything that can be wrong in flags and folders, before any long work.
     check_start(cfg)
     stages = ["pretrain", "finetune"] if cfg.stage == "both" else [cfg.stage]
-    plans = [settings(cfg, stage, parallel.rank_count()) for stage in stages]
-    folder.check_out(cfg, out)
+    plans = [settings(cfg, stage, cfg.cards or parallel.rank_count()) for stage in stages]
+    if not cfg.plan:
+        folder.check_out(cfg, out)
     check_folders(cfg)
     for plan in plans:
         check_objective(plan)
+    if cfg.plan:
+        for plan in plans:
+            prepare(plan, cfg, out, Ranks(0, 1, *parallel.choose_device(cfg.device, cfg.dtype)))
+        return
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
     ranks = parallel.start(*parallel.choose_device(cfg.device, cfg.dtype), cfg.timeout)
-    with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
-        ranks.wait()                                      # every rank has looked at --out
-        if cfg.overwrite and ranks.first:
-            folder.clear(out)
-        for plan in plans:
-            run_stage(cfg, plan, out, ranks)
-        alone = parallel.leave(ranks)                              # the report needs the first rank only
-    if ranks.first:                                       # imported here: training needs neither benchmarks nor pages
-        if cfg.data is None:
-            from toy.report import report
-            results = report(out, stages, alone.device, alone.dtype)
-            folder.Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
-        else:
-            from look.runs import write_report
-            write_report(out)
-        print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
+    with locked(out, ranks.first):                        # until the end: no other run writes to --out
+        with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
+            ranks.wait()                                  # every rank has looked at --out
+            if ranks.first:
+                folder.check_out(cfg, out)                # again: another run may have ended there since
+                folder.clear(cfg, out)
+            for plan in plans:
+                run_stage(cfg, plan, out, ranks)
+            alone = parallel.leave(ranks)                 # the report needs the first rank only
+        if ranks.first:                                   # imported here: training needs neither benchmarks nor pages
+            if cfg.data is None:
+                from toy.report import report
+                results = report(out, stages, alone.device, alone.dtype)
+                folder.Log(out / "metrics.jsonl", "report", -1).write(stage="report", step=0, **results)
+            else:
+                from look.runs import write_report
+                write_report(out)
+            print(f"{out / 'report.html'} shows the run; {time.perf_counter() - began:.0f} s in all")
     parallel.finish(ranks)
 
 

@@ -4,6 +4,7 @@
     python -m bench.memory --measure --shape small                 runs anywhere: plays 8 ranks on a CPU
     python -m bench.memory --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
     python -m bench.memory --measure --shape 7b --stage finetune --limit 40
+    python -m bench.memory --save                                  host memory of writing a checkpoint: two gloo ranks
 
 The other ranks are PyTorch's fake process group: collectives return at once and move nothing. So peak memory and
 computing are those of a real rank, communication takes no time, and the values in the tensors mean nothing. Stage 1 is
@@ -11,19 +12,24 @@ played without other ranks: its DDP only sums the projector's gradient in place.
 counts the model's own operations, without recomputation, against the best matmul of this device.
 """
 import gc
+import os
+import socket
+import tempfile
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 
-from bench.common import memory, random_batch, reset_peak, step_loss
+from bench.common import SPAWN, memory, random_batch, reset_peak, sampled_peak, step_loss
 from common.flags import option, parse, run
-from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, wrap
+from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, start, wrap
 from data import Batch
 from losses import LOSSES, Objective
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
+from training.folder import save
 from training.settings import TrainConfig, settings
 from training.setup import is_trained
 
@@ -40,6 +46,7 @@ SHAPES = {
 class Bench:
     """Estimate the GiB a rank needs in stage 1 and stage 2; with --measure, make steps and measure."""
     measure: bool = option(False, "make steps, instead of the estimate alone")
+    save: bool = option(False, "write a checkpoint of stage 2 from two gloo ranks, of --shape small or 3b")
     shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
     stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
@@ -113,7 +120,7 @@ def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
     model.to_empty(device=ranks.device)
     for p in model.parameters():
         local(p.data).normal_(0, 0.02)
-    model.language_model.gradient_checkpointing = True
+    model.language_model.recomputed = SHAPES[b.shape][1].num_hidden_layers
     return wrap(Objective(model, cfg), ranks)
 
 
@@ -204,9 +211,52 @@ def measured(b: Bench) -> None:
     dist.destroy_process_group()
 
 
+# ------------------------------------------------------------------------------------------------ saving
+def save_as_rank(b: Bench, rank: int, folder: str, port: int, pipe) -> None:
+    """One of two ranks that share a model and AdamW's moments. Sends the seconds that saving took, and its peak of
+    memory beyond what was there before, in MiB."""
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    ranks = over(start(torch.device("cpu"), torch.float32, 10), sharded=True)
+    cfg = replace(settings(TrainConfig(data="-", template="v1"), "finetune", 2), vision="toy/clip", llm="toy/llm")
+    objective = make(b, cfg, ranks)
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    for p in trained:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    began = time.perf_counter()
+    with sampled_peak("RssAnon") as peak:
+        save(Path(folder), cfg, objective.model, optimizer, 1, 2, ranks)
+    pipe.send((time.perf_counter() - began, peak["RssAnon"]))
+
+
+def measure_saving(b: Bench) -> None:
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+        s.close()
+        pipes = []
+        for rank in range(2):
+            here, there = SPAWN.Pipe()
+            SPAWN.Process(target=save_as_rank, args=(b, rank, folder, port, there)).start()
+            there.close()
+            pipes.append(here)
+        for rank, pipe in enumerate(pipes):
+            seconds, peak = pipe.recv()
+            print(f"rank {rank} of 2: peak of saving {peak:.0f} MiB beyond its own share, {seconds:.1f} s", flush=True)
+        for path in sorted(Path(folder).glob("*/*")):
+            if path.stat().st_size > 2**22:
+                print(f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.0f} MiB")
+
+
 def main() -> None:
     b = parse(Bench)
-    if b.measure:
+    if b.save:
+        measure_saving(replace(b, shape="small" if b.shape == "7b" else b.shape))
+    elif b.measure:
         measured(b)
     else:
         table()

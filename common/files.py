@@ -1,16 +1,66 @@
-"""JSON in and out: one reader and one writer, with errors that name the file and the line."""
+"""JSON in and out: one reader and one writer, with errors that name the file and the line. Files and
+folders that are written whole or not at all, by one process at a time."""
+import contextlib
+import fcntl
+import hashlib
 import json
 import os
+import re
+import shutil
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.flags import UserError
 
+LOCK = ".lock"                      # the file in a folder that says who writes there
 
-def read_json(path: str | Path):
-    """Return the value in a JSON file. Raises UserError if there is none; then it names what the folder holds."""
+
+def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
+    size = path.stat().st_size
+    with open(path, "rb") as f:
+        head = f.read(400)
+    if head.startswith(b"version https://git-lfs"):
+        real = re.search(rb"size (\d{8,})", head)
+        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
+    pages = rb"\s*<(!doctype|html)|Access to model|Entry not found|Invalid username or password|\s*\{\"error"
+    if re.match(pages, head, re.I):
+        start = " ".join(head[:60].decode(errors="replace").split())
+        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
+                        "repositories need an accepted licence and a token")
+    if size < least:
+        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
+
+KINDS = {dict: "a JSON object", list: "a list", str: "a text", int: "a whole number", float: "a number",
+         bool: "true or false", type(None): "null"}
+
+
+def parse_json(text: str | bytes):
+    """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the reason: also for half a
+    character, which can be written to no file, and for nesting deeper than Python's stack."""
+    try:
+        if isinstance(text, bytes):
+            text = text.decode()
+        value = json.loads(text.removeprefix("\ufeff"))
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it holds half a character, a lone escape of \\ud800 to \\udfff") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return value
+
+
+def read_json(path: str | Path, kind: type | None = None):
+    """Return the value in a JSON file. kind: the type that it must have; None: any. Raises UserError if there is none;
+    then it names what the folder holds."""
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        if path.exists() and not path.is_file():                # a FIFO or a device may be read for ever
+            raise UserError(f"{path} is not a file")
+        value = parse_json(path.read_bytes())
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
@@ -18,41 +68,61 @@ def read_json(path: str | Path):
         if not holds:
             raise UserError(f"{path} does not exist; the folder is empty") from None
         raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
-    except (ValueError, OSError) as e:
+    except ValueError as e:
+        check_download(path, "JSON", least=0)
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
+    if kind is not None and not isinstance(value, kind):
+        raise UserError(f"{path} is not {KINDS[kind]} but {KINDS[type(value)]}: download it again")
+    return value
 
 
 def read_jsonl(path: str | Path) -> list:
     """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid line."""
     rows = []
-    number = 0
-    try:
-        with open(path, encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
+    if not Path(path).is_file():
+        raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
                 if line.strip():
-                    rows.append(json.loads(line))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (ValueError, OSError) as e:
-        raise UserError(f"{path} line {number}: not JSON ({e})") from None
+                    rows.append(parse_json(line))
+            except ValueError as e:
+                raise UserError(f"{path} line {number}: not JSON ({e})") from None
     return rows
 
 
 def read_lines(path: Path) -> tuple[list[dict], dict | None]:
     """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final newline if it parses,
     else None (a stopped run may leave half a line). Raises UserError for any other invalid line."""
-    rows = []
-    *lines, end = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
+    def parse(line: str) -> dict | None:
         try:
-            if line.strip():
-                rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}") from None
-    try:
-        return rows, dict(json.loads(end))
-    except (ValueError, TypeError):
-        return rows, None
+            value = parse_json(line)
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    if not path.is_file():
+        raise UserError(f"{path} is not a file")
+    rows = []
+    *lines, end = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            rows.append(parse(line))
+            if rows[-1] is None:
+                raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}")
+    return rows, parse(end)
+
+
+def parse_log_line(line: str) -> dict:
+    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises ValueError for any other."""
+    row = parse_json(line)
+    if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
+        raise ValueError("it has no stage and step")
+    for name, value in row.items():
+        if row["stage"] in ("pretrain", "finetune") and name not in ("stage", "kind", "layers"):
+            if not isinstance(value, int | float):
+                raise ValueError(f"{name} is no number")
+    return row
 
 
 def write_json(path: Path, value, indent: int | None = 1) -> None:
@@ -63,5 +133,107 @@ def write_json(path: Path, value, indent: int | None = 1) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all: under a temporary name, then renamed."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)                 # a full disk leaves a part of it
+        e.filename = str(path)
+        raise
+
+
+def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | None = None) -> None:
+    """Raise UserError if a file would be written over. ours: how one begins that may be replaced."""
+    if path is None or not os.path.lexists(path):
+        return
+    if ours and Path(path).is_file():
+        with open(path, "rb") as f:
+            if f.read(len(ours.encode())) == ours.encode():
+                return
+    raise UserError(f"{flag} {path} exists already and is not written over: give another name, or "
+                    "move it away")
+
+
+# -------------------------------------------------------------------------------- one writer at a time
+def lock(file) -> bool:
+    """Lock an open file until it is closed or this process dies. Returns False if another has it.
+
+    lockf, not flock, whose locks pass to the processes that prepare batches: they outlive a kill."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as e:
+        print(f"warning: {file.name} cannot be locked ({e.strerror}): start no second command there")
+    return os.fstat(file.fileno()).st_nlink > 0           # 0: its owner has just deleted it
+
+
+@contextlib.contextmanager
+def locked(folder: Path, first: bool = True) -> Iterator[None]:
+    """Be the only process that writes to `folder`, which is made, and removed if nothing was written.
+    first: False on all ranks but one, which holds the lock for them. Raises UserError if another
+    process writes there."""
+    if not first:
+        yield
+        return
+    made = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:
+        if not lock(file):
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends, "
+                            "or give another --out")
+        try:
+            yield
+        finally:
+            if folder.is_dir() and os.listdir(folder) == [LOCK]:
+                os.unlink(folder / LOCK)
+                for path in made:
+                    with contextlib.suppress(OSError):    # something else is in there by now
+                        path.rmdir()
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all. Yields a folder with a temporary name, empty but for its
+    lock. It is renamed to `out` at the end, and removed after an error."""
+    temporary = out.parent / f".{out.name}.tmp"
+    with locked(temporary):
+        remove([p for p in temporary.iterdir() if p.name != LOCK])  # what a killed process left
+        try:
+            yield temporary
+            os.replace(temporary, out)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        os.unlink(out / LOCK)
+
+
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def file_crc(path: Path) -> int:
+    crc = 0                                               # CRC-32 of its bytes
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def files_digest(paths: Iterator[Path]) -> str:
+    """Hash files: of each its name, size and 64 blocks of 64 KiB spread over it. Training changes
+    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading
+    them."""
+    h = hashlib.sha256()
+    for path in paths:
+        size = path.stat().st_size
+        h.update(f"{path.name} {size}".encode())
+        with open(path, "rb") as f:
+            for block in range(64):
+                f.seek(block * max(0, size - 65536) // 63)
+                h.update(f.read(65536))
+    return h.hexdigest()[:16]

@@ -2,22 +2,26 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import os
+import signal
 import sys
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
 
-def option(default, help: str, group: str | None = None):
-    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`.
+def option(default, help: str, group: str | None = None, most: int = 2**31 - 1):
+    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most: of a number.
 
     group: the heading in --help under which this flag and those after it stand. Where None is the default, the text
     says what unset means."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group})
+    return dataclasses.field(default=default, metadata={"help": help, "group": group, "most": most})
 
 
 def add_flag(parser, field: dataclasses.Field, kind) -> None:
@@ -66,19 +70,58 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
                 message += f" (did you mean {near[0]}?)"
         raise UserError(message + "; --help lists the flags")
     parser.error = fail
-    return cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    for field in dataclasses.fields(cls):
+        value, most = values[field.name], field.metadata.get("most", math.inf)
+        if type(value) in (int, float) and not 0 <= value <= most:
+            raise UserError(f"--{field.name.replace('_', '-')} must be from 0 to {most}, not {value}")
+    return cls(**values)
+
+
+def explain(e: BaseException) -> str | None:
+    """Return one line on an error of the machine or its files that no other place has explained; None for a bug."""
+    text = " ".join(str(e).split())
+    if isinstance(e, UserError):
+        return text[:2000]
+    if isinstance(e, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
+        return f"not enough memory ({text[:100]}): lower --micro-batch or --batch-size, or shorten the input"
+    if isinstance(e, RecursionError):
+        return "a file is nested too deeply to be read"
+    if isinstance(e, OSError):
+        where = f"{e.filename}: " if e.filename else ""
+        return f"{where}{e.strerror or text[:200]}: look at this path, its permissions and the room on its disk"
+    if type(e).__name__ == "PanicException":                    # of the tokenizers library, which names no other class
+        return f"the tokenizer cannot read a text ({text[:200]}): download its files again"
+    if isinstance(e, SafetensorError):
+        return f"a safetensors file cannot be used ({text[:200]}): download it again"
+    return None
 
 
 def run(main) -> None:
-    """Call main(). A UserError ends the program with its one line and exit code 2, without a traceback."""
+    """Call main(), the one end of every command. What a user can mend ends it with one line and exit code 2, without
+    a traceback; a closed pipe (`| head`) ends it silently, with the exit code of its signal."""
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "
+    code, line = 0, None
     try:
         main()
-    except UserError as e:
         sys.stdout.flush()
-        print(f"{rank}error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    except SystemExit as e:                                     # of --help
+        code = e.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    except BrokenPipeError:
+        code = 128 + signal.SIGPIPE
+    except BaseException as e:
+        code, line = 2, explain(e)
+        if line is None:
+            raise
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # Python writes once more at its end
+    if line:
+        print(f"{rank}error: {line}", file=sys.stderr, flush=True)
+    if code:
+        sys.exit(code)

@@ -1,19 +1,61 @@
-"""The one place where image files are opened."""
+"""The one place where pictures are opened: of files and of bytes, of named formats, of bounded sizes."""
+import io
+import stat
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")   # no other decoder is tried: PostScript's starts ghostscript
+MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 89_478_485, 12_000, 200      # Pillow's bound; a square of 12,000² takes 576 MB
 
-def open_image(path: Path) -> Image.Image:
-    """Return a decoded image. Raises ValueError with the reason in a few words."""
+
+def read_header(source: Path | bytes) -> Image.Image:
+    """Return an image that is not decoded yet. Raises ValueError with the reason in a few words."""
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
     try:
-        if path.stat().st_size == 0:
-            raise ValueError("empty file")
-        image = Image.open(path)
-        image.load()
-        return image
+        if isinstance(source, Path):
+            status = source.stat()
+            if not stat.S_ISREG(status.st_mode):                # a FIFO or a device would be read for ever
+                raise ValueError("not a file")
+            if status.st_size == 0:
+                raise ValueError("empty file")
+        image = Image.open(source, formats=FORMATS)
     except FileNotFoundError:
         raise ValueError("missing") from None
-    except (OSError, SyntaxError, Image.DecompressionBombError) as e:
-        reason = "not an image" if isinstance(e, Image.UnidentifiedImageError) else str(e) or type(e).__name__
-        raise ValueError(reason) from None
+    except Image.UnidentifiedImageError:
+        raise ValueError("not an image") from None
+    except Exception as e:                                      # a decoder of a spoiled file raises anything
+        raise ValueError(str(e) or type(e).__name__) from None
+    w, h = image.size
+    if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE or max(w, h) > MAX_ASPECT * min(w, h):
+        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in all and an aspect of "
+                         f"{MAX_ASPECT} are read")
+    return image
+
+
+def open_image(source: Path | bytes) -> Image.Image:
+    """Return a decoded image. Raises ValueError with the reason in a few words."""
+    image = read_header(source)
+    try:
+        image.load()
+    except Exception as e:
+        raise ValueError(str(e) or type(e).__name__) from None
+    return with_8_bits(image)
+
+
+def with_8_bits(image: Image.Image) -> Image.Image:
+    """Return the image with 8 bits a channel: of 16 the upper 8 are kept, as Pillow does with colour.
+    Its `convert` would make all but the darkest grey white. 32-bit integers may hold 8 or 16 bits.
+    Raises ValueError for more, and for floats."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floats of unknown range: save it with 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits: save it with 8 or 16")
+    if image.mode != "I" or pixels.max() > 255:
+        pixels = pixels >> 8
+    return Image.fromarray(pixels.astype(np.uint8))

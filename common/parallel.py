@@ -3,6 +3,7 @@
     stage 1    DDP            every rank holds the whole model; the gradients of trained parameters are averaged
     stage 2    fully_shard    every rank holds 1/count of each tensor (its rows: a DTensor). A block is whole on a rank
                               only while it computes; each gradient goes to the rank that holds its rows
+    hsdp       both           rows are shared by the ranks of a node; nodes hold the same and average their gradients
 
 The wrapped module is `Objective`: model and loss in one. The embedding table and the head lie in its root unit, which
 is whole from the start of the forward pass to the end of the backward pass. So a loss may use their weights as
@@ -12,6 +13,7 @@ import contextlib
 import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from common.flags import UserError
@@ -48,7 +50,7 @@ class Ranks:
     count: int
     device: torch.device
     dtype: torch.dtype                      # of computing
-    mesh: DeviceMesh | None = None          # the ranks that share one model (FSDP); None: each holds it whole
+    mesh: DeviceMesh | None = None          # (ranks) that share one model, or (nodes, ranks); None: each holds it whole
 
     @property
     def first(self) -> bool:
@@ -89,8 +91,11 @@ def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool =
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if count > 1:
-        backend = "gloo" if gloo or device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        # NCCL is told its GPU, or it would guess one, and waits longer than `alarm` below.
+        if gloo or device.type == "cpu":
+            dist.init_process_group("gloo", timeout=timedelta(minutes=minutes))
+        else:
+            dist.init_process_group("nccl", timeout=timedelta(minutes=minutes + 2), device_id=device)
     return Ranks(rank, count, device, dtype)
 
 
@@ -116,11 +121,18 @@ def finish(ranks: Ranks) -> None:
         os._exit(0)
 
 
-def over(ranks: Ranks, sharded: bool) -> Ranks:
-    """Return the same ranks for a model that they share (sharded), or that each holds whole."""
+def over(ranks: Ranks, sharded: bool, hybrid: bool = False) -> Ranks:
+    """Return the same ranks for a model that they share (sharded), or that each holds whole. hybrid: the ranks of a
+    node share it, and each node has one."""
     mesh = None
-    if sharded and ranks.count > 1:
-        mesh = init_device_mesh(ranks.device.type, (ranks.count,))
+    if hybrid:
+        node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))             # set by torchrun
+        if node in (1, ranks.count):
+            raise UserError(f"--parallel hsdp is for several nodes of several ranks, not {ranks.count // node} × {node}"
+                            ": use --parallel fsdp")
+        mesh = init_device_mesh(ranks.device.type, (ranks.count // node, node), mesh_dim_names=("nodes", "ranks"))
+    elif sharded and ranks.count > 1:
+        mesh = init_device_mesh(ranks.device.type, (ranks.count,), mesh_dim_names=("ranks",))
     return replace(ranks, mesh=mesh)
 
 
@@ -141,6 +153,30 @@ def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again")
         what = "was silent for --timeout minutes" if timed_out else "ended"
         raise UserError(f"another rank {what}: its own message, if it left one, says why; {advice} "
                         f"({text[:100]})") from None
+
+
+@contextlib.contextmanager
+def alarm(ranks: Ranks, minutes: float) -> Iterator:
+    """Give a function to call once a step. On GPUs, the process ends with one line if it is not called for `minutes`:
+    NCCL's own time-out aborts without saying what to do. (gloo's is an error, see explain_lost_ranks.)"""
+    alive, done = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        while alive.wait(60 * minutes):
+            if done.is_set():
+                return
+            alive.clear()
+        print(f"[rank {ranks.rank}] error: no step ended within --timeout minutes: another rank or the storage is "
+              "silent; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    if ranks.count > 1 and ranks.device.type == "cuda":
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield alive.set
+    finally:
+        done.set()
+        alive.set()
 
 
 def peak_gib(device: torch.device) -> float:
@@ -175,10 +211,10 @@ def placed(tensor: Tensor, like: Tensor, device, dtype: torch.dtype) -> Tensor:
     """Return a copy of `tensor`. Where `like` is a DTensor: this rank's rows, as a DTensor."""
     if not isinstance(like, DTensor):
         return tensor.to(device, dtype, copy=True)
-    rank, count = like.device_mesh.get_local_rank(), like.device_mesh.size()
+    rank, count = like.device_mesh.get_local_rank("ranks"), like.device_mesh["ranks"].size()
     parts = tensor.chunk(count)             # may be fewer than `count`: then the last ranks hold no row
     part = parts[rank] if rank < len(parts) else tensor[:0]
-    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, [Shard(0)], run_check=False,
+    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, like.placements, run_check=False,
                               shape=tensor.shape, stride=tensor.stride())
 
 
@@ -233,7 +269,7 @@ def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tens
     norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
     if ranks.mesh is not None:
         square = norm.double().square()
-        dist.all_reduce(square)
+        dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))            # nodes hold the same rows
         norm = square.sqrt()
     norm = norm.float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)

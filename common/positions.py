@@ -1,10 +1,26 @@
 """Positions in a padded batch: where a mask is true, which tokens see which, how much they attend to the image, and the
 cache of what was computed at them."""
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class Places(NamedTuple):
+    """Where a batch has what, as indices found on the host: selecting with a mask waits for the GPU to count it."""
+    targets: Tensor         # (2,m) sample and position where a supervised token is predicted, one before its own
+    answers: Tensor         # (2,a) sample and position of the supervised tokens that see an image
+    text: Tensor            # (B,M) positions of the text that sees an image, filled up with -1
+    seeing: Tensor          # (b,) samples with such text
+    reconstruct: Tensor     # (v,) samples in VDEP mode
+
+
+def find_places(supervised: Tensor, text: Tensor, reconstruct: Tensor) -> Places:
+    """supervised (B,T) bool, text (B,T) bool: that sees an image, reconstruct (B,) bool → Places."""
+    return Places(supervised[:, 1:].nonzero().T, (supervised & text).nonzero().T, true_positions(text),
+                  text.any(1).nonzero()[:, 0], reconstruct.nonzero()[:, 0])
 
 
 def true_positions(mask: Tensor, width: int | None = None) -> Tensor:

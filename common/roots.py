@@ -2,7 +2,7 @@
 iteration, as released.
 
     factor           L with L Lᵀ = Σ, for every spectrum: nearly singular and singular ones too
-    root_trace       the sum of the singular values of L_vᵀ L_t, in float64
+    root_trace       the sum of the roots of the eigenvalues of L_vᵀ Σ_t L_v, in float64
     newton_schulz    a root by matrix products alone
     five_rounds      what MIR's released code computes instead of a root
 """
@@ -16,20 +16,20 @@ from common.streams import gram
 EPS = torch.finfo(torch.float64).eps
 
 
-def cholesky(covariance: Tensor) -> Tensor | None:
-    """L (D,D) with L Lᵀ = Σ, if Σ is well conditioned: each dimension keeps 1e-4 of its variance
-    given those before."""
+def cholesky(covariance: Tensor, least: float) -> Tensor | None:
+    """L (D,D) with L Lᵀ = Σ, or None unless each dimension keeps this share of its variance given
+    those before."""
     L, failed = torch.linalg.cholesky_ex(covariance)
-    if failed or (L.diagonal().square() <= 1e-4 * covariance.diagonal()).any():
+    if failed or (L.diagonal().square() <= least * covariance.diagonal()).any():
         return None
     return L
 
 
 def factor(covariance: Tensor, panel: int = 128) -> Tensor:
-    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor, with pivoting unless Σ is well
-    conditioned. Each step takes the dimension with the most variance left, so columns fall in size;
-    it ends where only rounding is left."""
-    L = cholesky(covariance)
+    """L (D,r) with L Lᵀ = Σ (D,D) of rank r: Cholesky's factor, with pivoting where Σ is close to
+    singular. There each step takes the dimension with the most variance left, so columns fall in
+    size; it ends where only rounding is left."""
+    L = cholesky(covariance, least=1e-10)
     if L is not None:
         return L
     D, r = len(covariance), 0
@@ -58,21 +58,29 @@ def factor(covariance: Tensor, panel: int = 128) -> Tensor:
 
 
 def root_trace(v: Tensor, t: Tensor) -> Tensor:
-    """Tr (Σ_v Σ_t)^{1/2}: the sum of the singular values of C = L_vᵀ L_t, as roots of the
-    eigenvalues of CᵀC."""
-    product = factor(v).T @ factor(t)                                           # (r,s)
-    if product.numel() == 0:
+    """Tr (Σ_v Σ_t)^{1/2}: the sum of the roots of the eigenvalues of Lᵀ Σ_t L, L Lᵀ = Σ_v. Where
+    rounding may hide small ones, a factor of Σ_t shows them."""
+    L = factor(v)                                                               # (D,r)
+    if L.numel() == 0:
         return v.new_zeros(())                                                  # tokens that are all the same
+    total, error = sum_of_roots(L.T @ (t @ L))                       # of C
+    if error <= 1e-9 * total:
+        return total
+    product = L.T @ factor(t)                                                   # (r,s)
     product = product if product.shape[0] >= product.shape[1] else product.T
-    squares = gram(product)
-    values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (min(r,s),) ascending
+    total, error = sum_of_roots(gram(product))
+    if error <= 1e-9 * total:
+        return total
+    return torch.linalg.svdvals(product).sum()                                  # slower; squares no small value away
+
+
+def sum_of_roots(squares: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of the roots of the eigenvalues of a symmetric matrix ≥ 0, a bound on its rounding error)."""
+    values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (r,) ascending
     # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The root of a wrong
     # value is wrong by δ / (2√value), at most by √δ.
     delta = 8 * EPS * squares.norm(dim=1).sort().values
-    error = (delta / (values.sqrt() + delta.sqrt())).sum()
-    if error <= 1e-9 * values.sqrt().sum():
-        return values.sqrt().sum()
-    return torch.linalg.svdvals(product).sum()                                  # slower; squares no small value away
+    return values.sqrt().sum(), (delta / (values.sqrt() + delta.sqrt())).sum()
 
 
 def newton_schulz(a: Tensor, steps: int = 100) -> tuple[Tensor, float]:

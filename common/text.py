@@ -1,7 +1,11 @@
 """Text → ids, with the rules about spaces that released checkpoints were trained with; and ids → what people read."""
-from tokenizers import Tokenizer, normalizers
+import copyreg
+import re
+
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
+HIDDEN = "\ufdd0"                                         # no character: stands for the first one of a control token
 RULES = ("4.31", "4.37", "legacy")                        # versions of transformers, see encode_text
 
 
@@ -13,6 +17,57 @@ def bos_ids(tokenizer: Tokenizer) -> list[int]:
     return []
 
 
+def hide_specials(tokenizer: Tokenizer, text: str, keep: str) -> str:
+    """Return a text of the same length in which no control token is found: `encode_text` then encodes them as text.
+    keep: the mark of the image, which some tokenizers have as a control token."""
+    for token in special_tokens(tokenizer):
+        if token != keep:
+            text = text.replace(token, HIDDEN + token[1:])
+    return text
+
+
+def restore(text: str, plain: bool) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.encode_special_tokens = plain
+    return tokenizer
+
+
+# The library's own copy for another process (a spawned worker) forgets the second.
+copyreg.pickle(Tokenizer, lambda tokenizer: (restore, (tokenizer.to_str(), tokenizer.encode_special_tokens)))
+
+
+def special_tokens(tokenizer: Tokenizer) -> dict[str, AddedToken]:
+    """Return the control tokens, longest first."""
+    found = [token for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    return {token.content: token for token in sorted(found, key=lambda token: -len(token.content))}
+
+
+def encode_plain(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple], list[str]]:
+    """Return ids, (start, end) characters and pieces of a text of which `hide_specials` has been called on some parts.
+    The control tokens in the other parts, the template's, split it; hidden ones are encoded as text."""
+    specials, ids, offsets, pieces = special_tokens(tokenizer), [], [], []
+    forms = [r"\s*" * t.lstrip + re.escape(content) + r"\s*" * t.rstrip for content, t in specials.items()]
+    start = 0
+    for part in re.split(f"({'|'.join(forms)})", text):
+        if part.strip() in specials:
+            found = [tokenizer.token_to_id(part.strip())], [(0, len(part))], [part.strip()]
+        else:
+            encoding = tokenizer.encode(show_specials(tokenizer, part), add_special_tokens=False)
+            found = encoding.ids, encoding.offsets, encoding.tokens
+        ids += found[0]
+        offsets += [(start + first, start + end) for first, end in found[1]]
+        pieces += found[2]
+        start += len(part)
+    return ids, offsets, pieces
+
+
+def show_specials(tokenizer: Tokenizer, text: str) -> str:
+    """Undo `hide_specials`."""
+    for token in special_tokens(tokenizer):
+        text = text.replace(HIDDEN + token[1:], token)
+    return text
+
+
 def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") -> tuple[list[int], list[tuple]]:
     """Encode a text without BOS. Returns the ids and the (start, end) characters of each.
 
@@ -21,24 +76,30 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
         4.31     "</s>" "US" "ER"     the space is cut off the first token again: LLaVA-1.5
         4.37     "</s>" "USER"        no space is added: LLaVA since February 2024
         legacy   "</s>" "▁US" "ER"    the space stays: legacy=True of either
-    A real space stays in all three. Tokenizers that put no space in front are left alone."""
+    A real space stays in all three. Tokenizers that put no space in front are left alone. Control tokens in a text are
+    found, wherever they stand; with `tokenizer.encode_special_tokens` not those that `hide_specials` has hidden."""
     assert after_special in RULES
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.encode_special_tokens:
+        ids, offsets, words = encode_plain(tokenizer, text)
+        text = show_specials(tokenizer, text)
+    else:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        ids, offsets, words = encoding.ids, encoding.offsets, encoding.tokens
     prefixed = "".join(tokenizer.encode("a", add_special_tokens=False).tokens).startswith(SPACE)
     if after_special == "legacy" or not prefixed:
-        return encoding.ids, encoding.offsets
+        return ids, offsets
 
     # Tokens that split a text: those that are found before normalisation.
-    tokens = list(zip(encoding.ids, encoding.offsets))
+    tokens = list(zip(ids, offsets))
     added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
     splits = [n for n, (i, _) in enumerate(tokens) if i in added and not added[i].normalized]
     if splits and after_special == "4.37":
         bare = Tokenizer(tokenizer.model)                       # shares the vocabulary, adds no space in front
         bare.normalizer = normalizers.Replace(" ", SPACE)
         bare.add_tokens(list(added.values()))
+        bare.encode_special_tokens = tokenizer.encode_special_tokens
 
     # Mend each stretch between two of them, from the end: so the numbers of earlier tokens stay valid.
-    words = encoding.tokens
     stops = splits[1:] + [len(tokens)]
     for split, stop in reversed(list(zip(splits, stops))):
         if stop == split + 1:

@@ -1,79 +1,52 @@
-"""Grade submissions: run them in locked processes, compare what they return with what the reference returns.
+"""Grade submissions: run them in locked processes, compare what they return with the reference's.
 
-The reference and the mutants (trusted) run through the same worker as submissions do, in a process of their own. A
-submission's results that equal those of a known wrong solution get that mistake's name as feedback.
-"""
+Results that equal those of a known wrong solution get that mistake's name as feedback."""
 import csv
 import importlib
-import json
-import os
+import io
 import pickle
-import struct
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, refuse_existing, write_json, write_text
 from common.flags import UserError
 from course.hidden import rubric
 from course.make import MODULES, ROOT, find, handed_out, module
 
-SECONDS = 10                    # of computing, for one rubric item; three times as long on the clock
+SECONDS = 10                    # of computing, for one item; three times as long on the clock
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+               "MALLOC_MMAP_THRESHOLD_": "4194304"}             # memory returns at once
 
 
-class Worker:
-    """A course/worker.py: run(sources, item) → its results. One a submission; end it with close()."""
-    def __init__(self, name: str):
-        self.name = name
-        env = {"PATH": os.defpath, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
-               "TOKENIZERS_PARALLELISM": "false", "MALLOC_MMAP_THRESHOLD_": "4194304"}   # memory returns at once
-        self.process = subprocess.Popen([sys.executable, "-m", "course.worker", name], cwd=ROOT, env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
-
-    def run(self, sources: dict[str, str], item, seed: int) -> bytes:
-        graded = find(self.name).write
-        job = pickle.dumps({"sources": sources, "graded": graded, "item": item, "seed": seed, "memory": item.memory,
-                            "seconds": SECONDS})
-        self.process.stdin.write(struct.pack("Q", len(job)) + job)
-        self.process.stdin.flush()
-        header = self.process.stdout.read(8)
-        if len(header) < 8:
-            raise UserError("the grader's worker ended: grading needs Linux with seccomp, on x86_64 or aarch64")
-        return self.process.stdout.read(struct.unpack("Q", header)[0])
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
+def execute(solutions: list[dict[str, str]], items: list, seed: int) -> list[list[tuple]]:
+    """parse() of every item for each solution {module: text}, from a process that ends with it."""
+    done = subprocess.run([sys.executable, "-B", "-m", "course.worker"], cwd=ROOT, env=ENVIRONMENT,
+                          input=pickle.dumps((solutions, items, seed, SECONDS)), stdout=subprocess.PIPE)
+    if done.returncode:
+        raise UserError("the grader's worker ended: grading needs Linux on x86_64 or aarch64")
+    return [[parse(answer) for answer in row] for row in pickle.loads(done.stdout)]
 
 
-# ------------------------------------------------------------------------------------------------ comparing
 def parse(answer: bytes) -> tuple[list[list[Tensor]] | None, str]:
-    """What a locked process wrote → (results of each draw, ""), or (None, why there are none). Trusts nothing in it."""
+    """What a locked process wrote → (results of both draws, ""), or (None, why). Trusts nothing."""
     try:
         if answer.startswith(b"results "):
-            tensors = load(answer[8:])
-            return [[tensors[k] for k in sorted(tensors) if k.startswith(f"{draw}.")] for draw in (0, 1)], ""
-        kind, text = json.loads(answer.removeprefix(b"error "))
-        text = "".join(c if c.isprintable() else " " for c in f"{kind}: {text}")
-        return None, text[:200]
+            t = load(answer[8:])
+            return [[t[k] for k in sorted(t) if k.startswith(draw)] for draw in ("0.", "1.")], ""
+        text = answer.removeprefix(b"error ").decode(errors="replace")[:200]
+        return None, "".join(c if c.isprintable() else " " for c in text)
     except Exception:
-        return None, "the answer cannot be read"
+        return None, "an answer that cannot be read"
 
 
 def same(got: list[Tensor], want: list[Tensor], tolerance: float) -> bool:
-    if len(got) != len(want) or any(a.shape != b.shape for a, b in zip(got, want)):
-        return False
-    return all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance) for a, b in zip(got, want))
-
-
-def viewed(results: list[Tensor], item) -> list[Tensor]:
-    return item.view(results) if item.view else results
+    return [t.shape for t in got] == [t.shape for t in want] and all(
+        torch.allclose(a.double(), b.double(), tolerance, tolerance) for a, b in zip(got, want))
 
 
 def mark(t: Tensor) -> Tensor:
@@ -82,175 +55,103 @@ def mark(t: Tensor) -> Tensor:
 
 
 def agree(got: list[list[Tensor]], want: list[list[Tensor]], item) -> bool:
-    """True if the results earn the item's points: both draws agree, and what the draw decides does change with it."""
+    """True if the results earn the points: both draws agree, and what depends on the draw does."""
     try:
-        for a, b in zip(got, want):
-            if not same(viewed(a, item), viewed(b, item), item.tolerance):
-                return False
-        for a, b, c, d in zip(*want, *got):
-            if (mark(a) - mark(b)).abs() > 1e-6 and mark(c) == mark(d):
-                return False
-        return True
+        right = all(same(item.view(a), item.view(b), item.tolerance) for a, b in zip(got, want))
+        return right and not any(mark(c) == mark(d) and (mark(a) - mark(b)).abs() > 1e-6
+                                 for a, b, c, d in zip(*want, *got))
     except Exception:                   # shapes and types that no view expects
         return False
 
 
-# ------------------------------------------------------------------------------------------------ known results
-def given(name: str) -> dict[str, str]:
-    """Modules that a submission may import, as they were handed out."""
-    return {m: handed_out(m) for m in find(name).given}
-
-
-def reference(name: str) -> dict[str, str]:
-    return {**given(name), **{m: module(m) for m in find(name).write}}
-
-
-def mutant(name: str, pairs: list[tuple[str, str]]) -> dict[str, str]:
-    """The reference with some texts replaced. Raises UserError if one of them does not occur exactly once."""
-    texts = {m: (ROOT / MODULES[m].file).read_text() for m in find(name).write}
-    for old, new in pairs:
-        holding = [m for m in texts if texts[m].count(old) == 1]
-        if len(holding) != 1 or sum(t.count(old) for t in texts.values()) != 1:
-            raise UserError(f"course/mutants/{name}.py: the solution no longer has exactly one {old!r}: mend the patch")
-        texts[holding[0]] = texts[holding[0]].replace(old, new)
-    return {**given(name), **{m: module(m, text) for m, text in texts.items()}}
-
-
-def wrong(name: str) -> list[tuple[str, str, dict[str, str]]]:
-    """(mistake, item that it breaks, sources) of every wrong solution in course/mutants/."""
-    found = []
-    for mistake, item, *texts in importlib.import_module(f"course.mutants.{name}").WRONG:
-        found.append((mistake, item, mutant(name, list(zip(texts[::2], texts[1::2])))))
-    return found
-
-
-def right(name: str) -> list[tuple[str, dict[str, str]]]:
-    """(how it is written, sources) of every right solution that is not the project's."""
-    found = []
-    for way, m, code in importlib.import_module(f"course.mutants.{name}").RIGHT:
-        sources = reference(name)
-        sources[m] += "\n\n" + code
-        found.append((way, sources))
-    return found
-
-
-def run_all(name: str, solutions: list[dict[str, str]], seed: int) -> list[list]:
-    """parse() of every item, for each of some trusted solutions, on two processes."""
-    def half(part: list[dict[str, str]]) -> list[list]:
-        worker = Worker(name)
-        try:
-            return [[parse(worker.run(sources, item, seed)) for item in rubric(name)] for sources in part]
-        finally:
-            worker.close()
-    with ThreadPoolExecutor(2) as pool:
-        parts = list(pool.map(half, (solutions[::2], solutions[1::2])))
-    return [parts[i % 2][i // 2] for i in range(len(solutions))]
+def solution(name: str, *patch: str) -> dict[str, str]:
+    """The reference and what is handed out with it. patch: texts and what replaces them, in turns."""
+    texts = {m: (ROOT / MODULES[m]["file"]).read_text() for m in find(name)["write"]}
+    for old, new in zip(patch[::2], patch[1::2]):
+        if sum(text.count(old) for text in texts.values()) != 1:
+            raise UserError(f"course/mutants/{name}.py: not once in the solution, mend it: {old!r}")
+        texts = {m: text.replace(old, new) for m, text in texts.items()}
+    given = {m: handed_out(m) for m in find(name)["given"]}
+    return given | {m: module(m, text) for m, text in texts.items()}
 
 
 class Key:
-    """What the reference and, if asked for, the known wrong solutions return for one seed."""
-    def __init__(self, name: str, seed: int, mistakes: bool = True):
-        known = wrong(name) if mistakes else []
-        self.name, self.seed = name, seed
-        first, *rest = run_all(name, [reference(name), *(sources for _, _, sources in known)], seed)
-        for item, (results, why) in zip(rubric(name), first):
-            if results is None:
-                raise UserError(f"the reference fails at {name}'s {item.__name__}: {why}")
-        self.want = [results for results, _ in first]
-        self.mistakes = [(mistake, item, [results for results, _ in row])
-                         for (mistake, item, _), row in zip(known, rest)]
+    """What the reference and the known wrong solutions return for one seed."""
+    def __init__(self, name: str, seed: int):
+        self.seed, self.items = seed, rubric(name)
+        self.known = importlib.import_module(f"course.mutants.{name}")
+        patches = [patch for _, _, *patch in self.known.WRONG]
+        solutions = [solution(name, *patch) for patch in [[], *patches]]
+        reference, *rows = execute(solutions, self.items, seed)
+        if any(why for _, why in reference):
+            raise UserError(f"the reference of {name} fails: {[why for _, why in reference]}")
+        self.want = [results for results, _ in reference]
+        self.mistakes = [(*wrong[:2], row) for wrong, row in zip(self.known.WRONG, rows)]
 
-    def diagnose(self, i: int, got: list[list[Tensor]]) -> str | None:
-        """The name of the known mistake that gives these results for item i and belongs there."""
-        item = rubric(self.name)[i]
-        for mistake, breaks, results in self.mistakes:
-            if breaks == item.__name__ and results[i] is not None and all(
-                    same(a, b, 1e-6) for a, b in zip(got, results[i])):
-                return mistake
-        return None
-
-
-# ------------------------------------------------------------------------------------------------ grading
-@dataclass
-class Score:
-    item: str
-    points: int
-    most: int
-    feedback: str           # empty where nothing was lost
+    def judge(self, row: list[tuple]) -> dict[str, str]:
+        """Items whose points these results do not earn → the known mistake, or what is asked."""
+        lost = {}
+        for i, (item, want, (got, why)) in enumerate(zip(self.items, self.want, row)):
+            if got and agree(got, want, item):
+                continue
+            feedback = " ".join(item.__doc__.split())
+            if got is None:
+                feedback += f" (Your code stopped with {why})"
+            for mistake, breaks, known in self.mistakes:
+                theirs = known[i][0] if breaks == item.__name__ else None
+                if got and theirs and all(same(a, b, 1e-6) for a, b in zip(got, theirs)):
+                    feedback = mistake
+            lost[item.__name__] = feedback
+        return lost
 
 
 def read_submission(name: str, folder: Path) -> dict[str, str]:
-    """The files that an assignment asks for. Links are not followed: they may lead to somebody else's solution."""
-    texts = {}
-    for m in find(name).write:
+    """The submission and what was handed out. Follows no links: to somebody else's solution."""
+    sources = {m: handed_out(m) for m in find(name)["given"]}
+    for m in find(name)["write"]:
         path = folder / f"{m}.py"
         if path.is_symlink() or not path.is_file() or path.stat().st_size > 1 << 20:
-            raise ValueError(f"{m}.py is missing, a link, or larger than 1 MiB: hand in the file itself")
-        texts[m] = path.read_text(encoding="utf-8", errors="replace")
-    return texts
+            raise ValueError(f"{m}.py is missing, a link, or over 1 MiB: hand in the file itself")
+        sources[m] = path.read_text(encoding="utf-8", errors="replace")
+    return sources
 
 
-def grade(name: str, folder: Path, key: Key) -> list[Score]:
-    """Run one submission in a process of its own and score it."""
-    scores, worker = [], Worker(name)
+def grade(name: str, folder: Path, key: Key) -> list[dict]:
+    """Run one submission in a process of its own. Returns the "tests" of Gradescope's results."""
     try:
-        sources = {**given(name), **read_submission(name, folder)}
-        for i, item in enumerate(rubric(name)):
-            got, why = parse(worker.run(sources, item, key.seed))
-            if got is not None and agree(got, key.want[i], item):
-                scores.append(Score(item.__name__, item.points, item.points, ""))
-                continue
-            hint = " ".join(item.__doc__.split())
-            if got is not None:
-                hint = key.diagnose(i, got) or hint
-            elif why.startswith("MemoryError"):
-                hint += " (It took more memory than it may.)"
-            else:
-                hint += f" (Your code stopped with {why})"
-            scores.append(Score(item.__name__, 0, item.points, hint))
+        lost = key.judge(execute([read_submission(name, folder)], key.items, key.seed)[0])
     except ValueError as e:
-        scores = [Score(item.__name__, 0, item.points, str(e)) for item in rubric(name)]
-    finally:
-        worker.close()
-    return scores
+        lost = {item.__name__: str(e) for item in key.items}
+    tests = []
+    for item in key.items:
+        points = 0 if item.__name__ in lost else item.points
+        tests.append({"name": item.__name__.replace("_", " "), "visibility": "visible", "score": points,
+                      "max_score": item.points, "output": lost.get(item.__name__, "right")})
+    return tests
 
 
-def report(student: str, name: str, scores: list[Score]) -> str:
-    points, most = sum(s.points for s in scores), sum(s.most for s in scores)
-    lines = [f"{find(name).title}: {points} of {most} points ({student})", ""]
-    for s in scores:
-        lines.append(f"{s.points:3} of {s.most:3}  {s.item.replace('_', ' ')}")
-        if s.feedback:
-            lines.append(f"            {s.feedback}")
-    return "\n".join(lines) + "\n"
-
-
-def gradescope_results(scores: list[Score]) -> dict:
-    """The format of Gradescope's results.json."""
-    return {"tests": [{"name": s.item.replace("_", " "), "score": s.points, "max_score": s.most,
-                       "output": s.feedback or "right", "visibility": "visible"} for s in scores]}
-
-
-def grade_all(name: str, submissions: Path, out: Path, seed: int) -> list[str]:
-    """Grade a folder of folders, or one submission. Writes `out` (csv) and, in a folder named like it, STUDENT.txt and
-    STUDENT.json (Gradescope). Returns a line a student."""
+def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
+    """Grade one submission, or a folder with a folder a student: print totals, write `out` (csv)
+    and, in a folder named like it, STUDENT.txt and STUDENT.json (Gradescope)."""
     if not submissions.is_dir():
-        raise UserError(f"{submissions} is not a folder: give one submission, or a folder with a folder a student")
+        raise UserError(f"{submissions} is not a folder: give one submission, or a folder of them")
     folders = sorted(p for p in submissions.iterdir() if p.is_dir() and not p.is_symlink())
-    if any((submissions / f"{m}.py").exists() for m in find(name).write) or not folders:
+    if any((submissions / f"{m}.py").exists() for m in find(name)["write"]) or not folders:
         folders = [submissions]
-    key, rows, lines = Key(name, seed), [], []
-    details = out.with_suffix("")
-    details.mkdir(parents=True, exist_ok=True)
-    for folder in folders:
-        scores = grade(name, folder, key)
-        student, total = folder.resolve().name, sum(s.points for s in scores)
-        rows.append({"student": student, "total": total, **{s.item: s.points for s in scores}})
-        write_text(details / f"{student}.txt", report(student, name, scores))
-        write_json(details / f"{student}.json", gradescope_results(scores))
-        lines.append(f"{student}: {total}")
-    with out.open("w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    return lines
+    if out.suffix != ".csv":
+        raise UserError(f"--out {out} is to be a table: give it a name that ends in .csv")
+    refuse_existing(out.with_suffix(""))
+    key, rows = Key(name, seed), io.StringIO(newline="")
+    with new_folder(out.with_suffix("")) as details:
+        table = csv.writer(rows)
+        table.writerow(["student", "total", *(item.__name__ for item in key.items)])
+        for folder in folders:
+            tests, student = grade(name, folder, key), folder.resolve().name
+            points, most = [t["score"] for t in tests], sum(t["max_score"] for t in tests)
+            table.writerow([student, sum(points), *points])
+            total = f"{student}: {sum(points)} of {most} points"
+            print(total)
+            lines = [f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}" for t in tests]
+            write_text(details / f"{student}.txt", "\n".join([total, *lines]) + "\n")
+            write_json(details / f"{student}.json", {"tests": tests})
+        write_text(out, rows.getvalue())

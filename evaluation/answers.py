@@ -1,50 +1,75 @@
 """Files of answers: our own, which a stopped run leaves unfinished, and those of others."""
 import hashlib
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+
+from tqdm import tqdm
 
 from common.files import read_json, read_lines
 from common.flags import UserError
-from evaluation.questions import Sample, bare, match_text
-
-
-def checkpoint_digest(folder: Path) -> str:
-    """Hash a checkpoint's weights: of each file its size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading them."""
-    h = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        h.update(f"{path.name} {size}".encode())
-        with open(path, "rb") as f:
-            for block in range(64):
-                f.seek(block * max(0, size - 65536) // 63)
-                h.update(f.read(65536))
-    return h.hexdigest()[:16]
+from common.parallel import Ranks
+from evaluation.files import group_by_image
+from evaluation.questions import Questions, Sample, bare, match_text
 
 
 def questions_digest(samples: list[Sample]) -> str:
-    """Hash ids, prompts and images (files by name)."""
+    """Hash ids, prompts and images (those in files by name: they are not opened)."""
     h = hashlib.sha256()
     for s in samples:
-        image = s.image.name if isinstance(s.image, Path) else getattr(s.image, "digest", s.image)
+        image = getattr(s.image, "name", s.image)           # a file or a cell by its name, base64 whole
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
 
 
-def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[int]]:
-    """Return (predictions by id, batch sizes) of all runs so far. Raises UserError if other settings made them, or the
-    results beside them."""
+def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
+    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
+    depends on the questions alone, so ranks need not agree on what is done."""
+    groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
+    share = []
+    for group in groups[ranks.rank::ranks.count]:
+        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
+        share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
+
+    path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
+    hide = None if ranks.first else True                            # None: show the bar on a terminal only
+    with open(path, "a", encoding="utf-8") as f, \
+            tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
+        f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
+        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
+            for s, answer in zip(batch, answers):
+                f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
+            f.flush()
+            bar.update(len(batch))
+
+
+def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str], list[int]]:
+    """Return (predictions by id, batch sizes) of all runs so far. n: questions that are asked now. Raises UserError if
+    other settings made them, or the results beside them; if those are of more questions, or of another program."""
     done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
-            if "settings" in line:
+            if isinstance(line.get("settings"), dict) and isinstance(line.get("batch_size"), int):
                 headers.append((path, line["settings"]))
                 sizes.add(line["batch_size"])
-            else:
+            elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
-    if (out / "results.json").exists():
-        headers.append((out / "results.json", read_json(out / "results.json")["settings"]))
+            else:
+                raise UserError(f"{path}: {str(line)[:60]} is no answer: --overwrite, or another --out")
+    results = out / "results.json"
+    if results.exists():
+        found = read_json(results, dict)
+        if isinstance(found.get("n"), int) and found["n"] > n:
+            raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
+        headers.append((results, found.get("settings")))
+    if not headers and (out / "pred.jsonl").exists():
+        raise UserError(f"{out / 'pred.jsonl'} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
+        if not isinstance(old, dict):
+            raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
         changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
         if changed:
             raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")
@@ -93,3 +118,14 @@ def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict)
     if not found:
         raise UserError(f"{path} answers none of the {len(samples)} questions: is it of another benchmark or split?")
     return found
+
+
+def share_of(samples: list[Sample], rank: int, ranks: int) -> list[Sample]:
+    """Return a rank's share: every ranks-th image with all questions about it."""
+    groups = {}
+    for s in samples:
+        groups.setdefault((s.image, s.region) if s.image is not None else s.id, []).append(s)
+    share = []
+    for group in list(groups.values())[rank::ranks]:
+        share += group
+    return share

@@ -1,11 +1,10 @@
 """The papers' benchmarks as data: which files, what is asked, how it is scored. One row of BENCHMARKS each."""
-import ast
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluation.files import missing
+from evaluation.files import literal, missing
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -38,7 +37,7 @@ class Benchmark:
     sources: tuple[Source, ...]
     score: str                                  # rule for one answer: a key of SCORES
     headline: str = "accuracy"                  # the metric to quote
-    max_new: int = 64                           # tokens of an answer
+    max_new: int | Callable = 64                # tokens of an answer, or a function of the style
     suffix: str | Callable = ""
     body: Callable = lambda r, style: r["question"]
     summary: str = "mean"                       # rule for all answers: a key of SUMMARIES
@@ -59,23 +58,16 @@ def parquet(columns: dict, split: str, config: str = "data", **more) -> Source:
 
 
 def options(row: dict, names: str = "ABCDEFGHI") -> list[str]:
-    """Return columns A, B, …, up to the first that is missing."""
+    """Return columns A, B, …, up to the first empty one. Some tables write "nan" for empty: at the end it is no option,
+    unless it is the answer."""
     found = []
     for name in names:
-        if missing(row.get(name)):
+        if row.get(name) in (None, "") or row[name] != row[name]:
             break
         found.append(str(row[name]))
+    while found and found[-1] == "nan" and LETTERS[len(found) - 1] != row.get("answer"):
+        found.pop()
     return found
-
-
-def literal(value):
-    """Read MMMU's lists, which are kept as Python text."""
-    if isinstance(value, str) and value.startswith("["):
-        try:
-            return ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pass
-    return value
 
 
 def listing(r: dict, mark: str = ". ") -> str:
@@ -121,9 +113,9 @@ def ocr_line(r: dict) -> str:
 
 def mmbench(lang: str) -> Benchmark:
     names = "mmbench_{split}_2*.tsv mmbench_{split}_en_2*.tsv MMBench_{SPLIT}_EN*.tsv"
-    letter, several = {"llava": LETTER, "lmms": LETTER}, "There are several options:"
+    letter = {"llava": LETTER, "lmms": LETTER}
     if lang == "cn":
-        names, several = "mmbench_{split}_cn_2*.tsv MMBench_{SPLIT}_CN*.tsv", "有如下几个选项："
+        names = "mmbench_{split}_cn_2*.tsv MMBench_{SPLIT}_CN*.tsv"
         letter = {"llava": "\n请直接回答选项字母。", "lmms": "\n请直接使用所提供的选项字母作为答案回答。"}
     names = " ".join(near(name) for name in names.split())
     columns = dict(id=lambda r: int(float(r["index"])), question="question", hint="?hint", options=options,
@@ -131,13 +123,19 @@ def mmbench(lang: str) -> Benchmark:
                    split="?split")
 
     def body(r, style):
-        hint = "" if missing(r["hint"]) else r["hint"] + ("\n" if style == "llava" else " ")
-        return hint + r["question"] + (listing(r) if style == "llava" else f" {several}{listing(r)}\n")
+        if style == "llava":
+            return ("" if missing(r["hint"]) else r["hint"] + "\n") + r["question"] + listing(r)
+        # lmms-eval asks Chinese questions with an English heading too, and with the hint "nan" where there is none.
+        hint = "" if missing(r["hint"]) else r["hint"] + " "
+        if lang == "cn":
+            hint = hint or "nan "
+        return f"{hint}{r['question']} There are several options:{listing(r)}\n"
 
     return Benchmark(
         (Source(names, columns, "dev"), Source(names, columns, "test"),
          parquet(columns, "dev", lang), parquet(columns, "test", lang)),
-        score="choice", headline="circular", max_new=1024, suffix=lambda r, style: letter[style], body=body,
+        score="choice", headline="circular", suffix=lambda r, style: letter[style], body=body,
+        max_new=lambda style: 256 if (lang, style) == ("cn", "lmms") else 1024,
         summary="circular", submission="mmbench", sizes=(4377, 4329, 6666))
 
 

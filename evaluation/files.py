@@ -4,30 +4,32 @@ import base64
 import binascii
 import csv
 import hashlib
-import io
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.files import read_jsonl, write_text
+from common.files import parse_json, read_jsonl, write_text
 from common.flags import UserError
 from common.images import open_image
 
 
 # ------------------------------------------------------------------------------------------------ images
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cell:
-    """An image inside a parquet file. Two cells with the same bytes are equal."""
-    digest: str
-    path: str = field(compare=False)
-    group: int = field(compare=False)           # row group
-    row: int = field(compare=False)             # row in the group
-    column: str = field(compare=False)
-    n: int | None = field(compare=False)        # place in the list, in a column of lists
+    """Where an image is inside a parquet file. Sorted cells are in the order that reads a row group once."""
+    path: str
+    group: int                                  # row group
+    column: str
+    row: int                                    # row in the group
+    n: int | None                               # place in the list, in a column of lists
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.path).name} {self.group} {self.column} {self.row} {self.n}"
 
 
 @lru_cache(maxsize=1)
@@ -35,6 +37,12 @@ def row_group(path: str, group: int, column: str):
     """Read one column of a row group. Neighbouring images come from one group, so the last one is kept."""
     from pyarrow.parquet import ParquetFile
     return ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+
+
+def image_bytes(cell: Cell) -> bytes | None:
+    """Read the file of an image from a parquet file."""
+    value = row_group(cell.path, cell.group, cell.column)[cell.row].as_py()
+    return (value if cell.n is None else value[cell.n])["bytes"]
 
 
 def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Image:
@@ -59,16 +67,22 @@ def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Imag
 def decode(image: str | Cell) -> Image.Image:
     """Decode base64 text or a parquet cell. Raises ValueError."""
     try:
-        if isinstance(image, Cell):
-            value = row_group(image.path, image.group, image.column)[image.row].as_py()
-            data = (value if image.n is None else value[image.n])["bytes"]
-        else:
-            data = base64.b64decode(image, validate=True)
-        decoded = Image.open(io.BytesIO(data))
-        decoded.load()
-    except (OSError, SyntaxError, binascii.Error, Image.DecompressionBombError) as e:
+        data = image_bytes(image) if isinstance(image, Cell) else base64.b64decode(image, validate=True)
+    except (OSError, binascii.Error, TypeError) as e:
         raise ValueError(f"not an image ({type(e).__name__})") from None
-    return decoded
+    return open_image(data)
+
+
+def group_by_image(samples: list) -> list[list[int]]:
+    """Group samples by the image that they show; returns their numbers, a list a group. Cells of parquet files are
+    compared by their bytes, which are read here, each row group once."""
+    cells = sorted({s.image for s in samples if isinstance(s.image, Cell)})
+    shown = {cell: hashlib.sha1(image_bytes(cell) or b"").digest() for cell in cells}
+    groups = {}
+    for i, s in enumerate(samples):
+        key = s.id if s.image is None else (shown.get(s.image, s.image), s.region)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 def outline(record: dict, kind: str) -> tuple | None:
@@ -83,7 +97,9 @@ def outline(record: dict, kind: str) -> tuple | None:
 
 # ------------------------------------------------------------------------------------------------ files → rows
 def read_rows(path: Path) -> list[dict]:
-    """Read a file by its suffix, or MME's folder. Adds to each row _n, its number, and _file, the file's stem."""
+    """Read a file by its suffix, or MME's folder. Adds to each row _file, the file's stem."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
     readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv, ".parquet": read_parquet}
     if path.is_dir():
         rows = read_mme(path)
@@ -91,10 +107,10 @@ def read_rows(path: Path) -> list[dict]:
         rows = readers[path.suffix](path)
     else:
         raise UserError(f"{path} cannot be read: files end in {', '.join(readers)}")
-    for n, row in enumerate(rows):
+    for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f"{path}: row {n + 1} is not a set of named values: {str(row)[:60]}")
-        row.update(_n=n, _file=path.stem)
+            raise UserError(f"{path}: row {n} is not a set of named values: {str(row)[:60]}")
+        row["_file"] = path.stem
     if not rows:
         raise UserError(f"{path} is empty: it holds no row")
     return rows
@@ -109,15 +125,15 @@ def read_json_rows(path: Path) -> list:
     """Return the rows of a JSON file. It may be a list; an object with a list in questions, annotations or data; an
     object of objects (the keys become _key); or JSON lines named .json, as POPE's label files are."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_bytes())
     except ValueError:
         return read_jsonl(path)
     if not isinstance(value, dict):
-        return value
+        return value if isinstance(value, list) else [value]
     for name in ("questions", "annotations", "data"):
         if isinstance(value.get(name), list):
             return value[name]
-    if all(isinstance(v, dict) for v in value.values()):
+    if value and all(isinstance(v, dict) for v in value.values()):
         return [{**v, "_key": k} for k, v in value.items()]
     return [value]                              # JSON lines of a single line
 
@@ -127,6 +143,16 @@ def missing(value) -> bool:
     if value is None or value != value:
         return True
     return isinstance(value, str) and value.strip().lower() in ("", "nan", "none")
+
+
+def literal(value):
+    """Read a list that is kept as Python text, as MMMU's and MMBench's are; anything else is returned as it is."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            return ast.literal_eval(value)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
+    return value
 
 
 def read_tsv(path: Path) -> list[dict]:
@@ -152,12 +178,14 @@ def read_tsv(path: Path) -> list[dict]:
             cell = cells[cell]
         row["image"] = first.setdefault(cell, cell)
         if cell.startswith("["):
-            row["image"] = ast.literal_eval(cell)
+            row["image"] = literal(cell)
+            if not isinstance(row["image"], list) or not all(isinstance(v, str) for v in row["image"]):
+                raise UserError(f"{path}: row {n} has no image, nor a list of images: {cell[:60]}")
     return rows
 
 
 def read_parquet(path: Path) -> list[dict]:
-    """Read rows. An image's bytes are replaced by a Cell, which says where they are."""
+    """Read rows without the bytes of images. An image becomes a Cell, which says where it is."""
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
@@ -168,23 +196,23 @@ def read_parquet(path: Path) -> list[dict]:
     except Exception as e:                      # pyarrow's errors have no other common class
         raise UserError(f"{path} is not parquet ({str(e).splitlines()[0]}): download it again") from None
 
-    def without_bytes(value, group, row, column, n=None):
-        if not isinstance(value, dict) or value.keys() != {"bytes", "path"}:
-            return value
-        if value["bytes"] is None:
-            return value["path"]
-        return Cell(hashlib.sha1(value["bytes"]).hexdigest(), str(path), group, row, column, n)
+    # An image is {bytes, path}: all but its bytes is read.
+    leaves = [file.schema.column(i).path for i in range(len(file.schema))]
+    columns = [leaf for leaf in leaves if not leaf.endswith(".bytes")]
+
+    def cell(value, *place):
+        return Cell(str(path), *place) if isinstance(value, dict) and value.keys() == {"path"} else value
 
     rows = []
     for group in range(file.num_row_groups):
         number = 0                              # of the row in its group
-        for batch in file.iter_batches(64, row_groups=[group]):
+        for batch in file.iter_batches(row_groups=[group], columns=columns):
             for row in batch.to_pylist():
                 for column, value in row.items():
                     if isinstance(value, list):
-                        row[column] = [without_bytes(v, group, number, column, n) for n, v in enumerate(value)]
+                        row[column] = [cell(v, group, column, number, n) for n, v in enumerate(value)]
                     else:
-                        row[column] = without_bytes(value, group, number, column)
+                        row[column] = cell(value, group, column, number, None)
                 rows.append(row)
                 number += 1
     return rows
@@ -201,7 +229,7 @@ def read_mme(folder: Path) -> list[dict]:
             for file in sorted(place.glob(f"{path.stem}.*")):
                 if file.suffix.lower() in (".jpg", ".jpeg", ".png"):
                     image = file
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8-sig").splitlines():
             if not line.strip():
                 continue
             question, tab, answer = line.rstrip().rpartition("\t")

@@ -21,6 +21,7 @@ import math
 import re
 import string
 from collections import Counter
+from functools import lru_cache
 from unicodedata import normalize
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -54,9 +55,10 @@ def ratio(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+@lru_cache(1 << 16)
 def vqa_norm(text: str, m4c: bool = True) -> str:
     """R1: return an answer as VQA accuracy compares it. m4c=False skips the first step, as VQAv2 does; that changes
-    commas and possessives."""
+    commas and possessives. Most references of a question are the same few texts: results are kept."""
     if m4c:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -146,7 +148,7 @@ def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = 
     """R5: rows of (index, hit); rotation k of question i has index i + k·10⁶. Returns circular = hits / groups (a group
     is a hit if all its rows are), vanilla = accuracy of the rows below 10⁶, hits, groups, dropped.
 
-    sizes: {i: options of question i}, which is how many rows it has. Without it a group must hold rotations 0, 1, …, at
+    sizes: {i: rows of question i in the file}. Without it a group must hold rotations 0, 1, …, at
     least two, without a gap, and a missing last one goes unnoticed. drop_incomplete: leave incomplete groups out of
     circular and count them. Else raises ValueError for them; always for an index that comes twice."""
     groups = {}

@@ -40,6 +40,7 @@ class Loaded:
     settings: dict                              # what of Reading changes the score
     files: list[str]
     counts: dict[str, int] = field(default_factory=dict)        # what a reader should know → how often
+    max_new: int = 64                           # tokens of an answer
 
 
 @dataclass
@@ -67,6 +68,7 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     if reading.style == "lmms" and written:
         raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; give raw ones")
     loaded = Loaded([], {"split": reading.split, "style": reading.style}, [str(p) for p in files])
+    loaded.max_new = benchmark.max_new(reading.style) if callable(benchmark.max_new) else benchmark.max_new
     if source.labels is not None:
         labels = find_labels(source, reading, files[0], data)
         loaded.files += [str(p) for p in labels]
@@ -80,9 +82,13 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     several = [r for r in kept if isinstance(r.get("image"), list) and len(r["image"]) > 1]
     loaded.counts["questions of another kind left out"] = len(found) - len(kept)
     loaded.counts["samples of which only the first image is shown"] = len(several)
+    loaded.counts["reference answers that read nan or ?: taken for not public"] = sum(
+        r.get("answer") in ("nan", "?") for r in kept)
 
     set_ocr(name, kept, reading, files[0])
     loaded.samples = make_samples(benchmark, kept, reading, files[0])
+    if benchmark.summary == "circular":
+        loaded.counts["questions with fewer rotations than options"] = count_rotations(loaded.samples)
     if name == "textvqa":
         lines = sum(OCR in s.prompt for s in loaded.samples)
         loaded.settings["ocr"] = f"on for {lines} of {len(kept)}"
@@ -143,18 +149,18 @@ def records(source: Source, files: list[Path]) -> list[dict]:
     """Read rows and give their columns our names. Raises UserError for a missing column, with the columns there are."""
     found = []
     for path in files:
-        for row in read_rows(path):
-            record = {}
+        for n, row in enumerate(read_rows(path), 1):
+            row["_n"], record = len(found), {}              # the number over all files: shards are one table
             for name, column in source.columns.items():
                 try:
                     record[name] = value_of(row, column)
                 except (KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
                     what = f"no column {e}" if isinstance(e, KeyError) else f"an invalid {name} ({e})"
                     columns = ", ".join(k for k in row if not k.startswith("_"))
-                    raise UserError(f"{path}: row {row['_n'] + 1} has {what}; its columns are {columns}") from None
+                    raise UserError(f"{path}: row {n} has {what}; its columns are {columns}") from None
             for name in ("text", "prompt", "question"):
                 if not isinstance(record.get(name, ""), str):
-                    raise UserError(f"{path}: row {row['_n'] + 1} has no text in {name}: {record[name]!r}")
+                    raise UserError(f"{path}: row {n} has no text in {name}: {record[name]!r}")
             if "text" in record:
                 record["question"] = bare(record["text"])
             found.append(record)
@@ -265,6 +271,19 @@ def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file:
     return samples
 
 
+def count_rotations(samples: list[Sample]) -> int:
+    """Note in each record of MMBench how many rotations its question has. Returns the number of questions with fewer
+    rotations than options (53 in release 20230712). Call it for the whole file: --limit may cut a question in two."""
+    rotations = Counter(int(s.id) % 10 ** 6 for s in samples)
+    short = set()
+    for s in samples:
+        question = int(s.id) % 10 ** 6
+        s.record["rotations"] = rotations[question]
+        if rotations[question] < len(s.options):
+            short.add(question)
+    return len(short)
+
+
 def prompt_of(benchmark: Benchmark, r: dict, style: str) -> str:
     """Return a record's question with its suffix, once."""
     if "prompt" in r:
@@ -280,6 +299,8 @@ def locate(image, images: Path | None, file: Path) -> Path | str | Cell | None:
         return None
     if isinstance(image, (Path, Cell)) or file.suffix == ".tsv":
         return image
+    if not isinstance(image, str):
+        raise UserError(f"{file} has image {str(image)[:60]}: give the name of one file")
     if images is None:
         raise UserError(f"{file} names images, such as {image}: say with --images in which folder they are")
     return images / image

@@ -7,7 +7,7 @@ from common.files import read_json
 from common.flags import UserError
 from evaluation import metrics
 from evaluation.benchmarks import LETTERS, Benchmark
-from evaluation.questions import Sample
+from evaluation.questions import Questions, Sample
 
 
 # ------------------------------------------------------------------------------------------------ one answer
@@ -122,7 +122,7 @@ def summary_circular(t: Scored) -> dict:
     own = {}
     for s in sorted(t.samples, key=lambda s: int(s.id)):
         own.setdefault(int(s.id) % 10 ** 6, s)
-    sizes = {question: len(s.options) for question, s in own.items()}
+    sizes = {question: max(2, s.record["rotations"]) for question, s in own.items()}
     rows, groups = [], {}
     for s, score in zip(t.samples, t.scores):
         rows.append((int(s.id), score == 1))
@@ -171,8 +171,14 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
     rows = []
     for s in samples:
         p, parsed, value = predictions.get(s.id), None, None
-        if s.answer is not None:
-            parsed, value = (None, 0.0) if p is None else SCORES[benchmark.score](s, p)
+        if s.answer is not None and p is None:
+            value = 0.0
+        elif s.answer is not None:
+            try:
+                parsed, value = SCORES[benchmark.score](s, p)
+            except (AttributeError, KeyError, TypeError, ValueError):
+                raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, which its "
+                                "benchmark's rule cannot compare an answer with") from None
         rows.append({"id": s.id, "image": str(s.image) if isinstance(s.image, Path) else None, "prompt": s.prompt,
                      "prediction": p, "parsed": parsed, "answer": s.answer, "score": value})
     with_answer = [(s, r) for s, r in zip(samples, rows) if s.answer is not None]
@@ -193,7 +199,7 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
                         [r["score"] for _, r in with_answer], benchmark.headline, partial)
         try:
             results["metrics"] = SUMMARIES[benchmark.summary](scored)
-        except ValueError as e:
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise UserError(f"cannot be scored: {e}") from None
         for (_, row), value in zip(with_answer, scored.scores):
             row["score"] = value
@@ -259,13 +265,18 @@ def compare(folders: list[str]) -> str:
     """Headline numbers of the results.json files in folders, a row each, and a warning for settings that differ."""
     rows, values = {}, {}
     for folder in map(Path, folders):
-        reports = [read_json(p) for p in sorted(folder.glob("**/results.json"))]
+        reports = [read_json(p, dict) for p in sorted(folder.glob("**/results.json"))]
         reports = [r for r in reports if "benchmark" in r]
         if not reports:
             raise UserError(f"{folder} holds no results.json that evaluate.py has written")
         for r in reports:
+            r = {"headline": {}, "partial": False, **r}
+            kinds = {"name": str, "settings": dict, "n": int, "headline": dict}
+            whole = all(isinstance(r.get(k), kind) for k, kind in kinds.items())
+            if not whole or not all(isinstance(v, int | float) for v in r["headline"].values()):
+                raise UserError(f"{folder} holds a results.json without a name, settings and numbers: evaluate again")
             name = r["name"] + (", partial" if r["partial"] else "")
-            for metric, value in r.get("headline", {}).items():
+            for metric, value in r["headline"].items():
                 rows.setdefault(str(folder), {})[f"{name} {metric}"] = value
             for k, v in {**r["settings"], "n": r["n"]}.items():
                 if k not in ("checkpoint", "answers"):
@@ -277,3 +288,14 @@ def compare(folders: list[str]) -> str:
         if len(found) > 1:
             lines.append(f"warning: {name}'s {k} differs: " + ", ".join(f"{v} in {f}" for v, f in found.items()))
     return "\n".join(lines)
+
+
+def notes(q: Questions, counts: dict[str, int], submission: str | None) -> list[str]:
+    """Return what to know about these results. counts: what → how many."""
+    found = [f"{count} {what}" for what, count in counts.items() if count]
+    if q.benchmark.sizes and len(q.loaded.samples) not in q.benchmark.sizes:
+        sizes = " or ".join(map(str, q.benchmark.sizes))
+        found.append(f"{len(q.loaded.samples)} questions; the released files have {sizes}")
+    if q.benchmark.submission and not submission:
+        found.append("no spreadsheet for the benchmark's server: pip install openpyxl")
+    return found

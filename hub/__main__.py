@@ -26,7 +26,7 @@ def main() -> None:
     cfg = parse(config, flags, usage)                           # --help ends here
     match words:
         case ["inspect", folder]:
-            print(inspect(folder))
+            print(inspect(folder, cfg.vision))
         case ["check", file]:
             print_check(file, cfg)
         case ["export", ckpt, out]:

@@ -1,15 +1,16 @@
 """python -m hub check FILE: which samples of a file cannot be used, and why, before a run finds out."""
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from common.files import refuse_existing, write_text
 from common.flags import UserError, option
-from common.images import open_image
+from common.images import open_image, read_header
 from data import IGNORE, TEMPLATES, encode, eos_id
 from hub.samples import SampleFile, sample_problem
 from hub.tokenizer import load_tokenizer
@@ -25,7 +26,7 @@ class CheckFlags:
     llm: str | None = option(None, "a language model's folder: find the samples of which --max-length leaves no answer",
                              "length (with --llm)")
     template: Literal[tuple(TEMPLATES)] = option("v1", "how a conversation is written")
-    image_tokens: int = option(576, "positions of an image")
+    image_tokens: int = option(576, "positions of an image", most=2**14)
     max_length: int = option(2048, "positions a sample may have")
 
 
@@ -33,14 +34,14 @@ def image_problem(path: Path) -> str | None:
     """Return why an image cannot be used, or None. Reads the file's two ends, and decodes it only if those look wrong:
     half a million images take seconds, not hours. Damage in between shows when training decodes the image."""
     try:
-        with Image.open(path) as image:
+        with read_header(path) as image:
             kind = image.format
         with open(path, "rb") as f:
             f.seek(-min(path.stat().st_size, 64), 2)
             tail = f.read()
         if kind == "PNG" and b"IEND" in tail or kind == "JPEG" and b"\xff\xd9" in tail:
             return None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    except (OSError, ValueError):
         pass                                                    # open_image says what is wrong
     try:
         open_image(path)
@@ -81,7 +82,7 @@ def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, 
             name = samples[i]["image"]
             if found[name] == "missing":
                 rows["image missing"] += 1
-            elif found[name].startswith("[Errno"):
+            elif found[name].startswith(("[Errno", "not a file")):
                 rows["image unreadable"] += 1                   # an error of the disk
             else:
                 rows["image corrupt"] += 1                      # an error of Pillow
@@ -103,16 +104,14 @@ def print_check(path: str, cfg: CheckFlags) -> None:
     """Print the counts of a file and write --out. Raises UserError if any sample cannot be used."""
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"--images {cfg.images} is not a folder")
-    try:
-        out = open(cfg.out, "w") if cfg.out else None           # first: the check may take minutes
-    except OSError as e:
-        raise UserError(f"--out {cfg.out} cannot be written: {e.strerror}") from None
+    refuse_existing(cfg.out)
+    if cfg.out and not os.access(Path(cfg.out).parent, os.W_OK):                # first: the check may take minutes
+        raise UserError(f"--out {cfg.out} cannot be written: {Path(cfg.out).parent} is no folder, or is read-only")
     rows, why = check(path, cfg)
     for name, count in rows.items():
         print(f"{name:32} {count:12,}")
-    if out:
-        with out:
-            out.writelines(f"sample {i} {why[i]}\n" for i in sorted(why))
+    if cfg.out:
+        write_text(Path(cfg.out), "".join(f"sample {i} {why[i]}\n" for i in sorted(why)))
     if why:
         first, lists = min(why), cfg.out or "--out FILE"
         raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {path} cannot be used; the first is sample "

@@ -1,28 +1,26 @@
 """Whole models: our checkpoints, written and read, and released LLaVA folders, read.
 
 A checkpoint is a folder: config.json (all that is needed to rebuild the model), model.safetensors (stage 1: what was
-trained; stage 2: everything), state.pt (to resume), tokenizer.json and preprocessor_config.json.
+trained; stage 2: everything), optimizer.safetensors (to resume), tokenizer.json and preprocessor_config.json.
 """
 import os
 import re
 import shutil
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from common.files import read_json, write_json, write_text
+from common.files import write_json, write_text
 from common.flags import UserError
-from hub.configs import LLAVA_HF, LLAVA_L, OURS, TINY, check_supported, read_config, refuse_hub_id, vision_config
+from hub.configs import OURS, RELEASED, check_supported, image_settings, read_config, refuse_hub_id, vision_config
 from hub.connectors import name_of
 from hub.released import find_tensors, load_llm, load_moca, load_projector, load_vision
-from hub.tensors import check_safetensors, save_tensors, weight_files
+from hub.tensors import CODE_VERSION, DIGESTS, open_tensors, save_tensors, weight_files, write_tensors
 from hub.tokenizer import load_tokenizer
-from model import Llava
+from model import Llava, VisionConfig
 
-CODE_VERSION = 1
+OPTIMIZER = "optimizer.safetensors"
 
 
 # ------------------------------------------------------------------------------------------------ loading
@@ -38,7 +36,7 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
     if is_released(folder):
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
-    c, found = read_config(folder), find_tensors(folder)
+    c, found = read_config(folder, "vision", "llm", "vision_layer"), find_tensors(folder)
     if is_whole(folder, found):
         vit, decoder = (load(folder, dtype, device, found=found) for load in (load_vision, load_llm))
     else:
@@ -49,24 +47,29 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
         vit, decoder = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
         load_moca(folder, decoder, dtype, device, found)
     projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
-    return Llava(vit, projector, decoder, c["vision_layer"])
+    return Llava(vit, projector, decoder, checked_layer(folder, c["vision_layer"], vit.config))
+
+
+def checked_layer(folder: Path, layer, tower: VisionConfig) -> int:
+    """Return the vision layer that config.json names. Raises UserError if the tower has no such layer."""
+    most = tower.num_hidden_layers
+    check_supported(folder / "config.json", [("features of vision layer", layer,
+                                              type(layer) is int and -most - 1 <= layer <= most)])
+    return layer
 
 
 def is_released(folder: str | Path) -> bool:
     """True if a folder holds a multimodal model in a layout other than our checkpoints'."""
     path = Path(folder) / "config.json"
-    return path.is_file() and read_config(folder).get("model_type") in (LLAVA_HF, LLAVA_L, TINY)
+    return path.is_file() and read_config(folder).get("model_type") in RELEASED
 
 
-def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | None, device) -> Llava:
-    """Load a released LLaVA in one of the layouts that hub/released.py renames. See load_model."""
-    c, found = read_config(folder), find_tensors(folder)
-    stored = any(name.startswith("vision_tower.") for name in found)
+def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfig, int]:
+    """Return the vision tower's config of a released model, and the layer of it that the projector reads."""
+    c = read_config(folder)
     described = "vision_config" in c
-    if not vision and not (stored and described):
-        what = "does not say of what shape its vision tower is" if stored else "has no vision tower"
-        raise UserError(f"{folder} {what}: give the folder of its CLIP too (--vision)")
-
+    if not (vision or described):
+        raise UserError(f"{folder} has no vision tower: give the folder of its CLIP too (--vision)")
     config = vision_config(folder if described else vision)
     siglip = not config.class_token
     strategy = c.get("vision_feature_select_strategy", c.get("mm_vision_select_feature", "patch"))
@@ -74,11 +77,20 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     activation = c.get("projector_hidden_act", "gelu")
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("features of layers", layer, isinstance(layer, int)),
                                              ("projector_hidden_act", activation, activation == "gelu")])
 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
-    config = replace(config, drop_first_patch=siglip and patches_only)
+    return replace(config, drop_first_patch=siglip and patches_only), checked_layer(folder, layer, config)
+
+
+def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | None, device) -> Llava:
+    """Load a released LLaVA in one of the layouts that hub/released.py renames. See load_model."""
+    c, found = read_config(folder), find_tensors(folder)
+    stored = any(name.startswith("vision_tower.") for name in found)
+    if not vision and not (stored and "vision_config" in c):
+        what = "does not say of what shape its vision tower is" if stored else "has no vision tower"
+        raise UserError(f"{folder} {what}: give the folder of its CLIP too (--vision)")
+    config, layer = released_tower(folder, vision)
     # A tower stored inside was trained further: it wins over the folder it once came from.
     if stored:
         vit = load_vision(folder, dtype, device, config, found=found)
@@ -110,15 +122,18 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Checks headers and sizes, not tensors."""
+    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its digest."""
     try:
-        read_json(folder / "config.json")
-        for path in weight_files(folder):
-            check_safetensors(path)
+        read_config(folder)
+        if not (folder / OPTIMIZER).is_file():
+            return f"{folder / OPTIMIZER} is missing (the two newest checkpoints of a stage have one)"
+        for path in [*weight_files(folder), folder / OPTIMIZER]:
+            with open_tensors(path) as file:
+                for name in file.keys():
+                    file.get_tensor(name)
     except UserError as e:
         return str(e)
-    state = folder / "state.pt"
-    return None if state.is_file() and zipfile.is_zipfile(state) else f"{state} is missing or cut off"
+    return None
 
 
 def is_whole(folder: Path, found=None) -> bool:
@@ -126,15 +141,17 @@ def is_whole(folder: Path, found=None) -> bool:
     return any(name.startswith("language_model.model.") for name in found or find_tensors(folder))
 
 
-def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state, write: bool = True) -> None:
+def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state: dict,
+                    write: bool = True) -> None:
     """Write a checkpoint under a temporary name, then rename it: a killed run leaves no partial checkpoint.
 
-    trained: names of the parameters to store. config: goes into config.json, with the configs of the parts. state:
-    tensors and plain values for `torch.load(weights_only=True)`. write=False: this rank only contributes its share of
-    sharded parameters. Raises UserError if the disk is full; earlier checkpoints are not touched."""
+    trained: names of the parameters to store. config: goes into config.json, with the configs of the parts. state: the
+    optimizer's tensors by name. write=False: this rank only contributes its share of sharded tensors. Raises UserError
+    if the disk is full; earlier checkpoints are not touched."""
     tensors = {n: p for n, p in model.named_parameters() if n in trained}
     if not write:
         save_tensors(folder, tensors, write=False)
+        write_tensors(folder / OPTIMIZER, state, write=False)
         return
     temporary = folder.parent / f".{folder.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -142,28 +159,24 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
     try:
         write_checkpoint(temporary, model, tensors, config, state)
         os.replace(temporary, folder)
-    except (OSError, RuntimeError, SafetensorError) as e:         # a full disk is another error in each library
+    except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(e).split())[:160]
-        if isinstance(e, RuntimeError):
-            if "inline_container" not in str(e):
-                raise                                             # not from torch.save: a rank was lost
-            reason = "writing failed"
         free = shutil.disk_usage(folder.parent).free / 1e9
         raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). Earlier checkpoints "
                         "are intact: make room, then --resume") from None
 
 
-def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state) -> None:
+def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state: dict) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
-    shutil.copyfile(Path(config["vision"]) / "preprocessor_config.json", folder / "preprocessor_config.json")
-    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"]).to_str(pretty=True))
+    write_json(folder / "preprocessor_config.json", image_settings(config["vision"])[1])
+    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
         "connector": name_of(model.multi_modal_projector),
         "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
-    save_tensors(folder, tensors)
-    torch.save(state, folder / "state.pt")
+    digests = save_tensors(folder, tensors)
+    write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})
     for path in folder.iterdir():
         with open(path, "rb") as f:
             os.fsync(f.fileno())                          # the rename must not reach the disk before the data

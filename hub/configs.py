@@ -1,11 +1,16 @@
 """config.json of a folder of weights → VisionConfig, DecoderConfig."""
 import dataclasses
+import math
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
-from common.files import read_json
+from common.files import KINDS, read_json
 from common.flags import UserError
+from common.templates import TEMPLATES
+from common.text import RULES
 from data import ImageProcessor
+from hub.tensors import CODE_VERSION
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
 # A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
@@ -30,6 +35,14 @@ VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
+RELEASED = (LLAVA_HF, LLAVA_L, TINY)
+# Fields of config.json whose type is checked wherever they stand; null means unset.
+FIELDS = {"model_type": str, "hidden_act": str, "hidden_activation": str, "rope_scaling": dict, "rope_parameters": dict,
+          "vision_config": dict, "text_config": dict, "max_length": int, "stage": str, "step": int, "steps": int,
+          "template": str, "after_special": str, "pad": bool, "vision": str, "llm": str, "vision_layer": int,
+          "settings": dict, "plain_specials": bool, "connector": str}
+MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
+MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
 
 
@@ -41,13 +54,30 @@ def refuse_hub_id(folder: str | Path) -> None:
                         f"huggingface-cli download {name} --local-dir DIR, then give DIR")
 
 
-def read_config(folder: str | Path) -> dict:
-    """Return the config.json of a folder. Raises UserError if there is none."""
+def read_config(folder: str | Path, *needed: str) -> dict:
+    """Return the config.json of a folder. Raises UserError if there is none, for a field of another type, for one of
+    the `needed` fields that is absent, and for a LLaVA that cuts images into tiles (LLaVA-NeXT, OneVision)."""
     refuse_hub_id(folder)
     path = Path(folder) / "config.json"
-    c = read_json(path)
-    if not isinstance(c, dict):
-        raise UserError(f"{path} is not a JSON object: download it again")
+    c = read_json(path, dict)
+    for part in (c, c.get("vision_config"), c.get("text_config")):
+        for name, kind in FIELDS.items():
+            value = part.get(name) if isinstance(part, dict) else None
+            if value is not None and type(value) is not kind:
+                raise UserError(f"{path}: {name} is {str(value)[:60]!r}, not {KINDS[kind]}: download it again")
+    for name in needed:
+        if c.get(name) is None:
+            raise UserError(f"{path} has no {name}: it was not written whole, or is of another kind of model")
+    kind, aspect, version = c.get("model_type") or "", str(c.get("image_aspect_ratio")), c.get("code_version", 0)
+    if kind.startswith(("llava_next", "llava_onevision")) or aspect.startswith("anyres"):
+        raise UserError(f"{path} is of LLaVA-NeXT or OneVision (model_type {kind}): any-resolution tiles are not "
+                        "supported; take a LLaVA-1.5")
+    if kind == OURS:
+        if type(version) is not int or not 0 <= version <= CODE_VERSION:
+            raise UserError(f"{path} has code_version {version!r}, this nanoalign knows {CODE_VERSION} and older: use "
+                            "the version that wrote it")
+        check_supported(path, [("template", c.get("template"), c.get("template") in [None, *TEMPLATES]),
+                               ("after_special", c.get("after_special"), c.get("after_special") in [None, *RULES])])
     return c
 
 
@@ -58,13 +88,52 @@ def check_supported(path: Path, fields: list[tuple[str, object, bool]]) -> None:
             raise UserError(f"{path} asks for {field} {value!r}, which is not supported")
 
 
-def from_fields(cls, defaults: dict, c: dict, fixed=()):
+def from_fields(path: Path, cls, defaults: dict, c: dict, fixed=()):
     """Return a config dataclass: `defaults`, replaced by the fields of config.json `c` that `cls` has. The file cannot
-    change the fields in `fixed`."""
+    change the fields in `fixed`. Raises UserError for a value of another type or size than any model has."""
     known = {f.name for f in dataclasses.fields(cls)} - set(fixed)
     # null means unset, except for sliding_window, where it means no window.
     given = {k: v for k, v in c.items() if k in known and (v is not None or k == "sliding_window")}
-    return cls(**defaults | given)
+    for name, kind in get_type_hints(cls).items():
+        if name in given:
+            check_value(path, name, given[name], kind)
+    config = cls(**defaults | given)
+    problem = shape_problem(config)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    return config
+
+
+def check_value(path: Path, name: str, value, kind) -> None:
+    """Raise UserError for a value of another type, or a number that no model has: layers are built from it."""
+    kinds = get_args(kind) or (kind,)
+    if type(value) is int and float in kinds:
+        value = float(value) if abs(value) < 1e15 else math.inf
+    good = type(value) in kinds
+    if good and type(value) is int:
+        good = 0 < value <= MOST.get(name, MOST_ANYWHERE) or value == 0 and name == "lora_rank"
+    elif good and type(value) is float:
+        good = 0 <= value < 1e15 and (value > 0 or name != "rope_theta")
+    if not good:
+        raise UserError(f"{path}: {name} is {str(value)[:60]!r}, which no model has: download it again")
+
+
+def shape_problem(c: VisionConfig | DecoderConfig) -> str | None:
+    """Return which two sizes do not go together, or None."""
+    if c.hidden_act not in ACTIVATIONS:
+        return f"asks for hidden_act {c.hidden_act!r}, which is not supported"
+    if isinstance(c, VisionConfig):
+        if c.hidden_size % c.num_attention_heads:
+            return f"hidden_size {c.hidden_size} is not divisible by {c.num_attention_heads} heads"
+        if c.patch_size > c.image_size:
+            return f"patch_size {c.patch_size} is larger than image_size {c.image_size}"
+        return None
+    if c.num_attention_heads % c.num_key_value_heads:
+        return f"{c.num_attention_heads} heads are not divisible by {c.num_key_value_heads} heads of keys"
+    rotated = int(c.head_dim * c.partial_rotary_factor)
+    if rotated % 2 or not 0 < rotated <= c.head_dim:
+        return f"{rotated} of the {c.head_dim} dimensions of a head are rotated; an even number of them must be"
+    return None
 
 
 def vision_config(folder: str | Path) -> VisionConfig:
@@ -73,7 +142,7 @@ def vision_config(folder: str | Path) -> VisionConfig:
     path, c = Path(folder) / "config.json", read_config(folder)
     kind = c.get("model_type")
     if kind == OURS:
-        return VisionConfig(**c["vision_config"])
+        return from_fields(path, VisionConfig, {}, read_config(folder, "vision_config")["vision_config"])
     kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(kind, kind)
     if "vision_config" in c:
         c = c["vision_config"]
@@ -84,7 +153,7 @@ def vision_config(folder: str | Path) -> VisionConfig:
     act = c.get("hidden_act", VISION[kind].get("hidden_act", "quick_gelu"))
     act = ACTIVATION_NAMES.get(act, act)
     check_supported(path, [("hidden_act", act, act in ("quick_gelu", "gelu", "gelu_tanh"))])
-    return from_fields(VisionConfig, VISION[kind], {**c, "hidden_act": act}, ("class_token", "drop_first_patch"))
+    return from_fields(path, VisionConfig, VISION[kind], {**c, "hidden_act": act}, ("class_token", "drop_first_patch"))
 
 
 def decoder_config(folder: str | Path) -> DecoderConfig:
@@ -92,7 +161,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     our checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
     path, top = Path(folder) / "config.json", read_config(folder)
     if top.get("model_type") == OURS:
-        return DecoderConfig(**top["text_config"])
+        return from_fields(path, DecoderConfig, {}, read_config(folder, "text_config")["text_config"])
     c = top
     if c.get("model_type") in (LLAVA_HF, TINY) and "text_config" in c:
         c = {"model_type": "llama", **c["text_config"]}
@@ -103,23 +172,28 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         raise UserError(f"{path} has model_type {kind!r}; supported are {', '.join(DECODERS)}")
 
     # transformers 5 keeps everything about rotary positions in rope_parameters, earlier ones in separate fields.
-    rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}
+    scaled = c.get("rope_scaling") or {}
+    rope = {**scaled, **(c.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
     act = c.get("hidden_activation") or c.get("hidden_act") or DECODERS[kind].get("hidden_act", "silu")
     act = ACTIVATION_NAMES.get(act, act)
     if kind == "gemma":
         act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
-    quantized = "quantization_config" in c or "quantization_config" in top
+    quantized = top.get("quantization_config", c.get("quantization_config"))
     switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
     first_window = c.get("max_window_layers", 28)         # Qwen2's window acts from this layer on
     windows = kind == "qwen2" and c.get("use_sliding_window") and first_window < c.get("num_hidden_layers", 32)
-    scaled = scaling == "llama3" and set(rope) >= set(LLAMA3)
-    check_supported(path, [("rope scaling", scaling, scaling == "default" or scaled),
-                           ("hidden_act", act, act in ACTIVATIONS), ("quantization_config", "…", not quantized),
+    llama3 = scaling == "llama3" and set(rope) >= set(LLAMA3)
+    check_supported(path, [("rope scaling", scaling, scaling == "default" or llama3),
+                           ("rope_scaling without a type,", scaled, not scaled or {"rope_type", "type"} & set(scaled)),
+                           ("hidden_act", act, act in ACTIVATIONS),
+                           ("quantization_config", quantized, quantized is None),
                            ("max_window_layers", first_window, not windows or first_window == 0)] + switches)
 
     fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
-    fields["rope_scaling"] = {name: rope[name] for name in LLAMA3} if scaled else None
+    fields["rope_scaling"] = {name: rope[name] for name in LLAMA3} if llama3 else None
+    if top.get("tie_word_embeddings"):                          # transformers 5 may say so there alone
+        fields["tie_word_embeddings"] = True
     for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
     fields["rms_norm_eps"] = c.get("layer_norm_eps" if kind == "phi" else "rms_norm_eps")
@@ -128,26 +202,48 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         fields["sliding_window"] = None
     if kind not in ("mistral", "phi3", "qwen2"):
         fixed.append("sliding_window")                          # the other families ignore the field
-    config = from_fields(DecoderConfig, DECODERS[kind], fields, fixed)
+    config = from_fields(path, DecoderConfig, DECODERS[kind], fields, fixed)
     if kind == "gemma":
         config.embed_scale = config.hidden_size ** 0.5
     return config
 
 
 # ------------------------------------------------------------------------------------------------ images
-def load_processor(folder: str | Path) -> ImageProcessor:
-    """Read preprocessor_config.json. Raises UserError if it lacks a field or asks for another interpolation."""
-    path = Path(folder) / "preprocessor_config.json"
-    c = read_json(path)
+def image_settings(folder: str | Path, vision: str | Path | None = None) -> tuple[Path, dict]:
+    """Return the file that says how images are prepared, and what it says: preprocessor_config.json of `folder`, or its
+    processor_config.json as transformers 5 writes it, else the same of `vision`. Raises UserError if there is none."""
+    for place in (folder, vision or folder):
+        older, newer = Path(place) / "preprocessor_config.json", Path(place) / "processor_config.json"
+        if older.is_file():
+            return older, read_json(older, dict)
+        c = read_json(newer, dict) if newer.is_file() else {}
+        if isinstance(c.get("image_processor"), dict):
+            return newer, c["image_processor"]
+    raise UserError(f"{older} does not exist: copy it there from where the weights came from, or say with --vision "
+                    "where the vision encoder is")
+
+
+def load_processor(folder: str | Path, vision: str | Path | None = None) -> ImageProcessor:
+    """Read the image settings of a folder. Raises UserError if they lack a field or ask for another interpolation.
+    vision: see image_settings."""
+    path, c = image_settings(folder, vision)
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
     if c.get("resample", 3) not in (2, 3):
         raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are supported")
+    for name in ("image_mean", "image_std"):
+        good = isinstance(c[name], list) and len(c[name]) == 3 and all(type(x) in (int, float) for x in c[name])
+        if not good or not all(0 <= x < 1000 for x in c[name]) or name == "image_std" and 0 in c[name]:
+            raise UserError(f"{path}: {name} is {str(c[name])[:60]}, not three numbers as images have them")
 
-    def edge(size) -> int:                                  # 336, {"shortest_edge": 336} or {"height": 336, …}
-        return size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
+    def edge(name: str) -> int:                             # 336, {"shortest_edge": 336} or {"height": 336, …}
+        size = c[name]
+        if isinstance(size, dict):
+            size = size.get("shortest_edge") or size.get("height")
+        check_value(path, name, size, int)
+        return size
     stretch = "crop_size" not in c or c.get("do_center_crop") is False
-    crop_size = c["size"] if stretch else c["crop_size"]
-    return ImageProcessor(edge(c["size"]), edge(crop_size), stretch, tuple(c["image_mean"]), tuple(c["image_std"]),
+    crop_size = edge("size" if stretch else "crop_size")
+    return ImageProcessor(edge("size"), crop_size, stretch, tuple(c["image_mean"]), tuple(c["image_std"]),
                           c.get("resample", 3))

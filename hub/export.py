@@ -5,8 +5,6 @@ LLaVA-1.5 was trained without that space. The first round, which is all that ben
 """
 import json
 import math
-import os
-import shutil
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -16,15 +14,16 @@ from tokenizers import AddedToken, Tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
-from common.files import write_json, write_text
+from common.files import new_folder, write_json, write_text
 from common.flags import UserError, option
 from common.text import bos_ids
 from data import IMAGE, TEMPLATES, ImageProcessor, eos_id
-from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import ACTIVATION_NAMES, load_processor, read_config
+from hub.checkpoint import load_model
+from hub.configs import ACTIVATION_NAMES, load_processor
 from hub.connectors import name_of
 from hub.tensors import save_tensors
 from hub.tokenizer import load_tokenizer
+from hub.usage import Usage, model_folder, read_usage
 from methods.lora import merge
 from model import DecoderConfig, Llava, VisionConfig
 
@@ -63,8 +62,10 @@ MESSAGES = """\
 
 @dataclass
 class ExportFlags:
-    """Write the checkpoint CKPT (or the newest of a run) to the new folder OUT in llava-hf's layout."""
-    vision: str | None = option(None, "where the vision encoder of a stage-1 checkpoint is now", "parts that moved")
+    """Write the checkpoint CKPT (or the newest of a run, or a released LLaVA) to the new folder OUT in llava-hf's
+    layout."""
+    vision: str | None = option(None, "the vision encoder of a stage-1 checkpoint, or of a LLaVA that holds none",
+                                "parts that lie elsewhere")
     llm: str | None = option(None, "where its language model is now")
 
 
@@ -152,15 +153,17 @@ def special_tokens(tokenizer: Tokenizer, template: str) -> dict:
     return names
 
 
-def write_configs(folder: Path, c: dict, model: Llava, rows: int, dtype: torch.dtype, ids: dict, names: dict,
+def write_configs(folder: Path, use: Usage, model: Llava, rows: int, dtype: torch.dtype, ids: dict, names: dict,
                   image: int) -> None:
-    """Write the JSON files of the layout. c: config.json of the checkpoint; rows: of the embedding table; ids: of BOS,
-    EOS and PAD; names: see special_tokens; image: the id of <image>."""
+    """Write the JSON files of the layout. rows: of the embedding table; ids: of BOS, EOS and PAD; names: see
+    special_tokens; image: the id of <image>. transformers keeps template and after_special, which it does not know:
+    read_usage finds them again."""
     v, t = model.vision_tower.config, model.language_model.config
     strategy = "default" if v.class_token or v.drop_first_patch else "full"
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "image_token_index": image,
         "image_seq_length": v.image_tokens, "projector_hidden_act": "gelu", "multimodal_projector_bias": True,
+        "template": use.template, "after_special": use.after_special,
         "vision_feature_layer": model.vision_layer, "vision_feature_select_strategy": strategy,
         "tie_word_embeddings": t.tie_word_embeddings, "pad_token_id": ids["pad_token_id"],
         "torch_dtype": str(dtype).removeprefix("torch."), "vision_config": vision_fields(v),
@@ -172,12 +175,12 @@ def write_configs(folder: Path, c: dict, model: Llava, rows: int, dtype: torch.d
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", **names,
         "model_max_length": t.max_position_embeddings, "padding_side": "left", "clean_up_tokenization_spaces": False})
-    write_text(folder / "chat_template.jinja", chat_template(c["template"]))
+    write_text(folder / "chat_template.jinja", chat_template(use.template))
 
 
 # ------------------------------------------------------------------------------------------------ export
 def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> None:
-    """Raise UserError for a model that has no place in this layout. tokens: of its tokenizer."""
+    """Raise UserError for a model that has no place in this layout."""
     c = model.language_model.config
     if c.moca:
         raise UserError(f"{folder} has MoCa, a map of image tokens after every layer: llava-hf's layout has no place "
@@ -209,17 +212,17 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
 
     Every tensor keeps its value: all are written in the smallest dtype that holds them all, float32 after training.
     Raises UserError for what cannot be exported, before anything is written."""
-    folder, out = checkpoint_folder(ckpt), Path(out)
+    folder, out = model_folder(ckpt), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
-    c, model = read_config(folder), load_model(folder, vision, llm)
-    tokenizer, processor = load_tokenizer(folder), load_processor(folder)
+    use, model = read_usage(folder, vision), load_model(folder, vision, llm)
+    tokenizer, processor = load_tokenizer(folder), load_processor(folder, vision)
     old = model.language_model.config.vocab_size
-    check_exportable(folder, model, c["template"], tokenizer.get_vocab_size())
+    check_exportable(folder, model, use.template, tokenizer.get_vocab_size())
     merge(model.language_model)
 
     # The vocabulary: two more tokens, and rows in multiples of 64 as transformers pads them.
-    ids = {"eos_token_id": eos_id(tokenizer, c["template"]), "bos_token_id": None}
+    ids = {"eos_token_id": eos_id(tokenizer, use.template), "bos_token_id": None}
     extend_tokenizer(tokenizer)
     image, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(PAD)
     ids["pad_token_id"] = pad
@@ -232,14 +235,11 @@ def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: st
             tensors[name] = grow(tensors[name], rows)
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors.values()})
 
-    temporary = out.parent / f".{out.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_configs(temporary, c, model, rows, dtype, ids, special_tokens(tokenizer, c["template"]), image)
-    write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, c["pad"]))
-    tokenizer.save(str(temporary / "tokenizer.json"))
-    save_tensors(temporary, tensors, dtype)
-    os.replace(temporary, out)
+    with new_folder(out) as temporary:
+        write_configs(temporary, use, model, rows, dtype, ids, special_tokens(tokenizer, use.template), image)
+        write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, use.pad))
+        write_text(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
+        save_tensors(temporary, tensors, dtype)
     size = sum(t.numel() for t in tensors.values()) * dtype.itemsize / 1e9
     return (f"{out}: {size:.2f} GB in {str(dtype).removeprefix('torch.')}; the vocabulary grew from {old} to {rows} "
             f"rows, {IMAGE} is {image}, {PAD} is {pad}")

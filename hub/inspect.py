@@ -2,7 +2,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.flags import UserError
+from common.flags import UserError, option
 from common.text import bos_ids
 from data import eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
@@ -22,6 +22,7 @@ KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "ph
 @dataclass
 class InspectFlags:
     """Print in about ten lines what DIR (weights, a checkpoint or a run) holds, and what is wrong with it."""
+    vision: str | None = option(None, "folder of the vision encoder of a LLaVA that holds none", "model")
 
 
 def attempt(problems: list[str], f, *args, **options):
@@ -33,7 +34,7 @@ def attempt(problems: list[str], f, *args, **options):
         problems.append(" ".join(text.split()))
 
 
-def inspect(folder: str | Path) -> str:
+def inspect(folder: str | Path, vision: str | None = None) -> str:
     """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
@@ -45,7 +46,7 @@ def inspect(folder: str | Path) -> str:
     lines = describe_kind(c)
     files = attempt(problems, weight_files, folder) or []
     found = files and attempt(problems, find_tensors, folder)
-    vit, llm = load_parts(problems, folder, kind, found) if found else (None, None)
+    vit, llm = load_parts(problems, folder, kind, found, vision) if found else (None, None)
     lines += describe_parts(vit and vit.config, llm and llm.config)
     name = configured(c)
     if vit and kind not in TOWERS and read_connector(name) != Connector(2):
@@ -56,9 +57,9 @@ def inspect(folder: str | Path) -> str:
         names = files[0].name if len(files) == 1 else f"{len(files)} files, {files[0].name} …"
         lines.append(("files", f"{names}, {sum(f.stat().st_size for f in files) / 1e9:.3f} GB"))
     if kind not in TOWERS:
-        lines += describe_tokenizer(problems, folder, c, llm)
+        lines += describe_tokenizer(problems, folder, c)
     if vit or (folder / "preprocessor_config.json").is_file():
-        p = attempt(problems, load_processor, folder)
+        p = attempt(problems, load_processor, folder, vision)
         if p and p.stretch:
             lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}"))
         elif p:
@@ -68,12 +69,13 @@ def inspect(folder: str | Path) -> str:
     return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in lines])
 
 
-def load_parts(problems: list[str], folder: Path, kind: str, found) -> tuple[ViT | None, Decoder | None]:
+def load_parts(problems: list[str], folder: Path, kind: str, found,
+               vision: str | None) -> tuple[ViT | None, Decoder | None]:
     """Load what a folder holds onto the meta device: that checks every name and shape, and reads no weights."""
     if kind in TOWERS:
         return attempt(problems, load_vision, folder, device="meta", found=found), None
     if kind not in DECODERS:
-        whole = attempt(problems, load_model, folder, device="meta")
+        whole = attempt(problems, load_model, folder, vision, device="meta")
         if whole:
             return whole.vision_tower, whole.language_model
         if not is_whole(folder, found):
@@ -119,15 +121,13 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
             for part, what in PARTS.items() if counts[part]]
 
 
-def describe_tokenizer(problems: list[str], folder: Path, c: dict, llm: Decoder | None) -> list[tuple[str, str]]:
-    name = c.get("template") or attempt(problems, family_template, folder) or "v1"
+def describe_tokenizer(problems: list[str], folder: Path, c: dict) -> list[tuple[str, str]]:
+    name = attempt(problems, family_template, folder) or "v1"
     template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
     tokenizer = attempt(problems, load_tokenizer, folder)
     if not tokenizer:
         return [template]
     attempt(problems, eos_id, tokenizer, name)
     size = tokenizer.get_vocab_size()
-    if llm and size > llm.config.vocab_size:
-        problems.append(f"the tokenizer has {size} tokens, the model {llm.config.vocab_size}: not of one model")
     first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
     return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]

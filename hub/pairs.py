@@ -15,10 +15,10 @@ from pathlib import Path
 from common.files import read_json, read_jsonl
 from common.flags import UserError
 from data import IMAGE, Batch, Format, Samples, collate
-from hub.configs import load_processor, vision_config
-from hub.connectors import configured, image_tokens
+from hub.configs import load_processor
 from hub.samples import question_file, read_questions, read_samples
 from hub.tokenizer import load_tokenizer
+from hub.usage import read_usage
 
 IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXT_FILES = (".story", ".txt")
@@ -45,21 +45,23 @@ class PairBatches:
         return batch
 
 
-def pair_batches(folder: Path, samples: list[dict], images: Path, template: str = "v1", batch_size: int = 20,
+def pair_batches(folder: Path, samples: list[dict], images: Path, template: str | None = None, batch_size: int = 20,
                  vision: Path | None = None, as_released: bool = False) -> PairBatches:
-    """Samples as the checkpoint in `folder` reads them. vision: the folder of its vision encoder, if it is elsewhere.
+    """Samples as the model in `folder` reads them. vision: the folder of its vision encoder, if it is elsewhere.
+    template None: the model's; v1 for a model of stage 1, which has learned plain captions.
 
     as_released: as the script that came with MIR's paper prepares them. Images are treated as in training (centre crop
     after stage 1), text is never cut, and an empty question keeps its newline: "<image>\\n ASSISTANT:". Otherwise
     images are padded to a square, text is cut at the checkpoint's max_length, and that newline is stripped."""
-    c, vision = read_json(folder / "config.json"), vision or folder
-    text = Format(template, image_tokens(configured(c), vision_config(vision)), c.get("max_length", 2048), True,
-                  c.get("after_special", "4.31"))
+    use = read_usage(folder, vision)
+    if template is None:
+        template = "v1" if use.template == "plain" else use.template
+    text = Format(template, use.image_tokens, use.max_length, True, use.after_special)
     if as_released:
         samples = [image_in_front(s) for s in samples]
-        pad = c.get("pad", c.get("image_aspect_ratio", "pad") == "pad")         # our key, else LLaVA's
-        text = replace(text, max_length=None, pad=pad, image_first=False)
-    return PairBatches(Samples(samples, images, load_tokenizer(folder), load_processor(vision), text), batch_size)
+        text = replace(text, max_length=None, pad=use.pad, image_first=False)
+    processor = load_processor(folder, vision)
+    return PairBatches(Samples(samples, images, load_tokenizer(folder), processor, text), batch_size)
 
 
 def held_out(data: Samples, path: Path, images: str | Path, n: int = 100) -> list[Batch]:
@@ -187,7 +189,8 @@ def read_rows(path: Path) -> list:
 def text_of(row, where: str) -> str:
     text = row.get("text") if isinstance(row, dict) else row
     if isinstance(row, dict) and isinstance(row.get("conversations"), list):
-        text = next((t.get("value") for t in row["conversations"] if t.get("from") == "gpt"), None)
+        turns = [t for t in row["conversations"] if isinstance(t, dict)]
+        text = next((t.get("value") for t in turns if t.get("from") == "gpt"), None)
     if not isinstance(text, str):
         raise UserError(f'{where} is no text: give a string, {{"text": …}} or a sample of LLaVA')
     return text

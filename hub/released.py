@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from common.flags import UserError
 from common.parallel import placed
-from hub.configs import decoder_config, read_config, vision_config
+from hub.configs import TINY, decoder_config, read_config, vision_config
 from hub.connectors import configured, make_connector
-from hub.tensors import is_mapped, open_tensors, weight_files
+from hub.tensors import check_weight, is_mapped, open_tensors, weight_files
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
@@ -158,6 +158,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
             tensor, shape = tensor[first:end], (total, *shape[1:])
         if tuple(stored) != tuple(shape):
             raise UserError(f"{path}: {key} has shape {tuple(stored)}, but the config makes it {tuple(shape)}")
+        check_weight(path, key, tensor)
         put(name, tensor)
         del tensor                                  # else the file stays mapped
     if tied:
@@ -191,13 +192,19 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
                    found=None) -> nn.Module:
     """Load the connector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin alone."""
     found = found or find_tensors(folder)
-    name = configured(read_config(folder) if (Path(folder) / "config.json").is_file() else {})
+    c = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
+    name = configured(c)
     if "multi_modal_projector.bert.embeddings.word_embeddings.weight" in found:
         raise UserError(f"{folder} has a Q-Former that reads the text too (MIR's), which is not supported; a new one "
                         f"can start from it: --connector {name} --projector {folder}")
     with torch.device("meta"):
         projector = make_connector(name, vision_size, hidden_size)
     fill(projector, "multi_modal_projector", found, folder, dtype, device, unit_norm)
+    if c.get("model_type") == TINY and c.get("text_config", {}).get("model_type") == "gemma":
+        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the first layer by
+        # sqrt(hidden size), image tokens too; our decoder, as transformers 5, words alone. The last map takes the rest.
+        for p in list(projector.children())[-1].parameters():
+            p.data *= hidden_size ** 0.5
     return projector
 
 

@@ -7,6 +7,7 @@ time of it. It holds what a run needs of all samples at its start: lengths, imag
 Every process of a machine maps the same pages of it, and reads a sample from the file when it is used.
 """
 import codecs
+import contextlib
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.files import read_jsonl
+from common.files import file_crc, lock, read_jsonl
 from common.flags import UserError
 from data import IMAGE
 
@@ -29,8 +30,8 @@ SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
 BLOCK = 1 << 22                                                 # bytes read at a time
 DECODE = json.JSONDecoder().raw_decode
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")                         # as JSON defines it
-HEADER = struct.Struct("<8sqqI")                # VERSION, the data's size and mtime, crc of the entries
-VERSION = b"samples1"
+HEADER = struct.Struct("<8sqqII")               # VERSION, the data's size, mtime and crc, crc of the entries
+VERSION = b"samples2"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
                   ("image", "<u8"),                             # image_key of its file; 0: text alone
                   ("characters", "<u4"),                        # of all its turns
@@ -53,6 +54,8 @@ def sample_problem(s) -> str | None:
             return f"has a turn from {t.get('from')!r}; human and gpt are known"
     if any(a["from"] == b["from"] for a, b in zip(turns, turns[1:])):
         return "has two turns in a row from the same side"
+    if any(IMAGE in t["value"] for t in turns if t["from"] == "gpt"):
+        return f"has an {IMAGE} mark in an answer: the image belongs to a question"
     count = sum(t["value"].count(IMAGE) for t in turns)
     if count > 1:
         return f"has {count} {IMAGE} marks: one image a sample is supported"
@@ -189,13 +192,19 @@ def make_index(path: Path) -> bytes:
     if not parts:
         raise UserError(f"{path} is not {SAMPLES}")
     entries = b"".join(parts)
-    return HEADER.pack(VERSION, stat.st_size, stat.st_mtime_ns, zlib.crc32(entries)) + entries
+    return HEADER.pack(VERSION, stat.st_size, stat.st_mtime_ns, file_crc(path), zlib.crc32(entries)) + entries
 
 
 def write_index(path: Path, place: Path, index: bytes) -> None:
     """Write an index whole or not at all: other processes may read and write there at the same time."""
     place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=place.parent, prefix=place.name, delete=False) as out:
+    left = list(place.parent.glob(f"{place.name}.*.tmp"))
+    with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp", delete=False) as out:
+        lock(out)
+        for other in left:                                      # of a killed process if nobody has locked it
+            with contextlib.suppress(OSError), open(other, "a") as file:
+                if lock(file):
+                    other.unlink()
         try:
             out.write(index)
             out.flush()
@@ -206,8 +215,9 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
             raise
 
 
-def read_index(path: Path, place: Path) -> np.ndarray | None:
-    """Map the entries of an index. None if it is absent, damaged, or not of this state of the file."""
+def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
+    """Map the entries of an index; return them and the crc of the data. None if it is absent, damaged,
+    or not of this state of the file."""
     stat = path.stat()
     try:
         with open(place, "rb") as f:
@@ -215,18 +225,20 @@ def read_index(path: Path, place: Path) -> np.ndarray | None:
             entries = np.memmap(f, ENTRY, "r", HEADER.size)
     except (OSError, ValueError, struct.error):
         return None
-    return entries if head == (VERSION, stat.st_size, stat.st_mtime_ns, zlib.crc32(entries)) else None
+    valid = head == (VERSION, stat.st_size, stat.st_mtime_ns, head[3], zlib.crc32(entries))
+    return (entries, head[3]) if valid else None
 
 
-def open_index(path: Path) -> np.ndarray:
-    """Map the index of a file, (samples,) of ENTRY. Made on first use, beside the file or, where that
-    folder cannot be written, in the user's cache. Raises UserError if neither has room."""
+def open_index(path: Path) -> tuple[np.ndarray, int]:
+    """Map the index of a file: (samples,) of ENTRY, and the crc of the file. Made on first use, beside
+    the file or, where that folder cannot be written, in the user's cache. Raises UserError if neither
+    has room."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
     for place in places:
-        if (entries := read_index(path, place)) is not None:
-            return entries
+        if (found := read_index(path, place)) is not None:
+            return found
     index = make_index(path)
     for place in places:
         try:
@@ -234,8 +246,8 @@ def open_index(path: Path) -> np.ndarray:
         except OSError as e:
             why = e.strerror
             continue
-        if (entries := read_index(path, place)) is not None:
-            return entries
+        if (found := read_index(path, place)) is not None:
+            return found
         raise UserError(f"{path} changed while it was read: start again when it is whole")
     raise UserError(f"the index of {path} can be written neither beside it nor in {cache} ({why}): set "
                     "XDG_CACHE_HOME to a folder with room")
@@ -248,11 +260,13 @@ class SampleFile:
     A copy in another process (a spawned worker) maps the same index again."""
     def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
         self.path = Path(path)
+        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
+            raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
         try:
             self.file = open(self.path, "rb", buffering=0)
         except OSError as e:
             raise UserError(f"{path} cannot be read: {e.strerror}") from None
-        self.entries = open_index(self.path)
+        self.entries, self.crc = open_index(self.path)
         self.numbers = np.arange(len(self.entries), dtype=np.int32) if numbers is None else numbers
 
     def __reduce__(self):
@@ -276,6 +290,11 @@ class SampleFile:
     def keep(self, mask: np.ndarray) -> None:
         """Keep only the samples for which mask (n,) bool is true."""
         self.numbers = self.numbers[mask]
+
+    def fingerprint(self) -> str:
+        """Return how many samples are used, and which; the file's size and crc."""
+        which, size = zlib.crc32(self.numbers), self.path.stat().st_size
+        return f"{len(self)} samples (crc {which:08x}) of {size} bytes (crc {self.crc:08x})"
 
     def with_image(self, names: list[str]) -> np.ndarray:
         """Return (n,) bool: true for samples whose image is one of these."""
@@ -312,9 +331,11 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
         if not isinstance(r, dict) or not isinstance(r.get("text"), str):
             raise UserError(f"{path} line {n} lacks a text, the question")
         r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
-        if r["question_id"] in seen:
+        if str(r["question_id"]) in seen:
             raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
-        seen.add(r["question_id"])
+        seen.add(str(r["question_id"]))
+        if not isinstance(r["image"], str | None):
+            raise UserError(f"{path} line {n} has image {str(r['image'])[:60]}: give the name of one file")
         if r["image"] is not None and images is None:
             raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
         rows.append(r)

@@ -1,41 +1,29 @@
 """Files of weights: safetensors and .bin, whole or in shards. Checked before they are read; never unpickled."""
 import contextlib
 import json
-import os
+import math
 import pickle
-import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
-from common.files import read_json, write_json
+from common.files import check_download, parse_json, read_json, write_json
 from common.flags import UserError
 from common.parallel import whole
 
+CODE_VERSION = 1                    # of our checkpoints
+DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of a tensor → its digest
+FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
+ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
+              "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
-
-
-def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
-    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(400)
-    if head.startswith(b"version https://git-lfs"):
-        real = re.search(rb"size (\d{8,})", head)
-        real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
-        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
-    if re.match(rb"\s*<(!doctype|html)|Access to model|Entry not found|\s*\{\"error", head, re.I):
-        start = " ".join(head[:60].decode(errors="replace").split())
-        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
-                        "repositories need an accepted licence and a token")
-    if size < least:
-        raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def check_safetensors(path: Path) -> None:
@@ -48,13 +36,38 @@ def check_safetensors(path: Path) -> None:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
         header = f.read(length) if length <= MAX_HEADER else b""
     try:
-        ends = [t["data_offsets"][1] for name, t in json.loads(header).items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} is not a safetensors file (unreadable header): download it again") from None
-    end = 8 + length + max(ends, default=0)
+        problem = header_problem(parse_json(header), size - 8 - length, 8 + length)
+    except ValueError:
+        problem = "is not a safetensors file (unreadable header)"
+    if problem:
+        raise UserError(f"{path} {problem}: download it again")
+
+
+def header_problem(header, size: int, start: int) -> str | None:
+    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after it, from `start`.
+
+    Tensors must fill those bytes one after the other: none may overlap another, or be larger than its bytes."""
+    spans = []
+    for name, t in header.items() if isinstance(header, dict) else [("", None)]:
+        if name == "__metadata__":
+            continue
+        fields = [t.get(k) for k in ("dtype", "shape", "data_offsets")] if isinstance(t, dict) else []
+        if len(fields) != 3 or not isinstance(fields[0], str) or not all(
+                isinstance(f, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in f) for f in fields[1:]):
+            return f"is not a safetensors file (unreadable header, at {name[:60]!r})"
+        dtype, shape, offsets = fields
+        if dtype not in ITEM_BYTES:
+            return f"holds {name[:60]} in {dtype[:20]!r}, a dtype that is not known"
+        spans.append((offsets, math.prod(shape) * ITEM_BYTES[dtype], name))
+    end = 0
+    for offsets, wanted, name in sorted(spans):
+        if len(offsets) != 2 or offsets[0] != end or offsets[1] - end != wanted:
+            return f"has a header that is wrong about {name[:60]}: it lies at {offsets} and has {wanted} bytes"
+        end = offsets[1]
     if size != end:
         problem = "cut off" if size < end else "too long"
-        raise UserError(f"{path} is {problem}: {size} bytes, but its header says {end}; download it again")
+        return f"is {problem}: {start + size} bytes, but its header says {start + end}"
+    return None
 
 
 def is_mapped(path: Path) -> bool:
@@ -66,24 +79,41 @@ def is_mapped(path: Path) -> bool:
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but
     a dict of tensors; no code in the file is run."""
-    check_download(path)
-    zipped = is_mapped(path)
-    if zipped and not zipfile.is_zipfile(path):
-        raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
-    try:
-        value = torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f"{path} holds Python objects other than tensors, and loading those can run code: re-save it "
-                        "as safetensors on a machine you trust") from None
-    except (OSError, RuntimeError, EOFError, ValueError) as e:
-        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0][:80]}): download it again") from None
+    value = unpickle(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
     for key, t in value.items():
-        if not isinstance(t, torch.Tensor):
+        if not isinstance(key, str) or not isinstance(t, torch.Tensor):
             hint = " (save what is under that key)" if isinstance(t, dict) else ""
             raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}{hint}")
+        if t.is_quantized or t.layout != torch.strided or t.device.type != "cpu":
+            raise UserError(f"{path}: {key} is a quantised, sparse or empty tensor: save it as plain numbers")
     return value
+
+
+def unpickle(path: Path):
+    """Return what torch.save wrote, mapped into memory where its format allows; no code in the file is run. Raises
+    UserError for any other file, and for a packed one: it could unpack to more than the memory holds."""
+    check_download(path)
+    zipped = is_mapped(path)
+    try:
+        if zipped and not zipfile.is_zipfile(path):
+            raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                unpacked = sum(entry.file_size for entry in archive.infolist())
+            if unpacked > path.stat().st_size:
+                raise UserError(f"{path} unpacks to {unpacked:,} bytes: torch.save packs nothing, so it is not a file "
+                                "of weights")
+        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except UserError:
+        raise
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds Python objects other than tensors, and loading those can run code: re-save it "
+                        "as safetensors on a machine you trust") from None
+    except Exception as e:                                      # a spoiled pickle raises anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
+        raise UserError(f"{path} cannot be read ({reason}): download it again") from None
 
 
 @contextlib.contextmanager
@@ -91,11 +121,41 @@ def open_tensors(path: Path) -> Iterator:
     """Open a file of weights: an object with keys() and get_tensor(name). Raises UserError for a damaged file."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
+        digests = path.parent / DIGESTS
+        wanted = read_json(digests) if digests.is_file() else {}
         with safe_open(path, "pt") as f:
-            yield f
+            def get_tensor(name: str) -> torch.Tensor:
+                tensor = f.get_tensor(name)
+                if wanted.get(name, "") not in ("", digest(tensor)):
+                    raise UserError(f"{path}: {name} is not what was saved, by its digest in {DIGESTS}: take another "
+                                    f"checkpoint, or remove {DIGESTS} if you changed the tensor yourself")
+                return tensor
+            yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:
         tensors = read_bin(path)
         yield SimpleNamespace(keys=tensors.keys, get_tensor=tensors.__getitem__)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes: it shows a single changed bit, and reads 5 GB a second."""
+    return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()):08x}"
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """True if no number of a tensor is NaN or infinite. One pass without a copy: NaN is both least and greatest."""
+    return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
+
+
+def check_weight(path: Path, key: str, tensor: torch.Tensor) -> None:
+    """Raise UserError for a stored tensor that is no weight: it is not of floats, or not finite."""
+    if tensor.dtype not in FLOATS:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if tensor.itemsize == 1:
+            kind += ": 8-bit weights are not supported"
+        raise UserError(f"{path}: {key} is stored in {kind}; get the model in floats of 16, 32 or 64 bits")
+    if not is_finite(tensor):
+        raise UserError(f"{path}: {key} holds numbers that are not finite: take an earlier checkpoint, or download it "
+                        "again")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -106,10 +166,10 @@ def weight_files(folder: Path) -> list[Path]:
         if single.is_file():
             return [single]
         if index.is_file():
-            places = read_json(index)
-            if not isinstance(places, dict) or not isinstance(places.get("weight_map"), dict):
-                raise UserError(f"{index} has no weight_map: download it again")
-            shards = sorted(set(places["weight_map"].values()))
+            places = read_json(index, dict).get("weight_map")
+            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+                raise UserError(f"{index} has no weight_map of file names: download it again")
+            shards = sorted(set(places.values()))
             absent = [s for s in shards if not (folder / s).is_file()]
             if absent:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "
@@ -125,12 +185,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, write: bool = True,
-                 limit: float = 5e9) -> None:
+                 limit: float = 5e9) -> dict[str, str]:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
 
-    dtype: cast to it; None: as they are. One file's tensors at a time are copied. Tensors sharded over ranks are
-    gathered one by one: every rank must call, with write=False on all but the one that writes."""
-    shards, size, total = [[]], 0, 0
+    dtype, write: see write_tensors. Returns the digest of each tensor written."""
+    shards, size, total, digests = [[]], 0, 0, {}
     for name, t in tensors.items():
         bytes_ = t.numel() * (dtype or t.dtype).itemsize
         if shards[-1] and size + bytes_ > limit:
@@ -142,14 +201,40 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
     places = {}
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        part = {}
-        for name in names:
-            full = whole(tensors[name].detach())
-            if write:
-                part[name] = full.to("cpu", dtype).contiguous()
-        if write:
-            save_file(part, folder / file, metadata={"format": "pt"})
-            os.chmod(folder / file, 0o644)                # the library makes it readable for its owner alone
+        digests |= write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, write)
         places |= dict.fromkeys(names, file)
     if write and len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+    return digests
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None,
+                  write: bool = True) -> dict[str, str]:
+    """Write a safetensors file tensor by tensor: no more than one is copied to the host at a time.
+
+    dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every rank must call, with
+    write=False on all but the one that writes. The bytes are those of the library's save_file. Returns the digest of
+    each tensor written."""
+    def kind(name: str) -> torch.dtype:
+        return dtype or tensors[name].dtype
+    order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))      # wide ones first: all are aligned
+    digests = {}
+    if not write:
+        for name in order:
+            whole(tensors[name].detach())
+        return digests
+
+    # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the tensors.
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in order:
+        begin, end = end, end + tensors[name].numel() * kind(name).itemsize
+        header[name] = {"dtype": DTYPES[kind(name)], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in order:
+            full = whole(tensors[name].detach()).to("cpu", kind(name)).contiguous()
+            digests[name] = digest(full)
+            f.write(full.reshape(-1).view(torch.uint8).numpy())
+    return digests

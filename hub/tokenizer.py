@@ -3,23 +3,27 @@
 Three kinds of files: SentencePiece's tokenizer.model (converted here, without that package),
 tokenizer.json, and GPT-2's vocab.json with merges.txt.
 """
+import json
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from common.files import read_json
+from common.files import check_download, read_json
 from common.flags import UserError
 from common.templates import FAMILY_TEMPLATE, TOKEN_TEMPLATES
 from common.text import SPACE
-from hub.tensors import check_download
+from hub.configs import read_config
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer of a folder. Raises UserError if it is missing or cannot be read.
+def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits: bool = True) -> Tokenizer:
+    """Return the tokenizer of a folder. Raises UserError if it is missing, cannot be read, or (fits)
+    has ids that the model does not embed. plain_specials: <s>, </s> and their like in a user's text
+    are text; None: as the checkpoint was trained, else control tokens, as LLaVA-1.5 has them.
 
     Llama's family prefers tokenizer.model: what its tokenizer.json says about spaces depends on the
     version of transformers that wrote it. The others prefer tokenizer.json."""
@@ -29,16 +33,18 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     for path in (model, fast, vocab, merges):
         if path.is_file():
             check_download(path, "a tokenizer", least=0)
-    family = family_of(folder)
+    c = language_config(folder)
+    family = c.get("model_type") or ""
     llama = family.startswith(("llama", "mistral", "llava", "nanoalign"))
     if model.is_file() and (llama or not fast.is_file()):
         tokenizer = read_sentencepiece(model)
         add_extra_tokens(tokenizer, folder)
     elif fast.is_file():
         try:
-            tokenizer = Tokenizer.from_file(str(fast))
+            tokenizer = Tokenizer.from_str(fast.read_text(encoding="utf-8-sig"))
         except Exception as e:                                  # the library raises bare Exception
             raise UserError(f"{fast} is not a tokenizer ({e}): download it again") from None
+        check_patterns(tokenizer, fast)
     elif vocab.is_file() and merges.is_file():
         if family in ("qwen2", "llama") and (folder / "config.json").is_file():
             raise UserError(f"{folder} has vocab.json with merges.txt, which do not say how the tokenizers of {family} "
@@ -48,22 +54,34 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
                         "merges.txt: copy it there from where the weights came from")
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None                          # random merges: the same text would get other ids
+    tokenizer.encode_special_tokens = bool(c.get("plain_specials")) if plain_specials is None else plain_specials
+    rows, vocabulary = c.get("vocab_size"), tokenizer.get_vocab()
+    last = max(vocabulary, key=vocabulary.get, default="")
+    if fits and isinstance(rows, int) and vocabulary and vocabulary[last] >= rows:
+        raise UserError(f"{folder}: the tokenizer has {last[:40]!r} as {vocabulary[last]}, but the model embeds "
+                        f"{rows} tokens: they are not of one model")
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer
 
 
-def family_of(folder: Path) -> str:
-    """Return the model_type of a folder's language model."""
-    c = read_json(folder / "config.json") if (folder / "config.json").is_file() else {"model_type": "llama"}
-    return (c.get("text_config") or c).get("model_type") or c.get("model_type") or ""
+def language_config(folder: Path) -> dict:
+    """Return the part of a folder's config.json that is of its language model; without the file, LLaMA's."""
+    c = read_config(folder) if (folder / "config.json").is_file() else {"model_type": "llama"}
+    top = {name: c.get(name) for name in ("model_type", "template", "plain_specials")}
+    return {**top, **(c.get("text_config") or c)}
 
 
 def family_template(folder: str | Path) -> str:
-    """Return the name of the template that a folder's language model was tuned with; v1 for all others. Raises
-    UserError if the tokenizer cannot be read."""
+    """Return the template that a folder's config.json names (our checkpoints and exports do), else the one that its
+    language model was tuned with; v1 for all others. Raises UserError if the tokenizer cannot be read."""
     folder = Path(folder)
-    family = family_of(folder)
+    c = language_config(folder)
+    if c.get("template"):
+        return c["template"]
+    family = c.get("model_type")
     if family in FAMILY_TEMPLATE:
         return FAMILY_TEMPLATE[family]
     tokenizer = load_tokenizer(folder)
@@ -73,6 +91,16 @@ def family_template(folder: str | Path) -> str:
         if tokenizer.token_to_id(token) is not None and phrase in chat:
             return "qwen2" if name == "smollm2" and family == "qwen2" else name
     return "v1"
+
+
+def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
+    """Raise UserError if a text is split by a regular expression that repeats a group, such as (a+)+: the time that one
+    takes can double with every character."""
+    for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
+        for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"', part.__getstate__().decode() if part else ""):
+            if re.search(r"(?<!\\)\)[*+{]", json.loads(f'"{regex}"')):
+                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a group and may take for ever: it "
+                                "belongs to none of the supported families")
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
@@ -91,12 +119,18 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
 def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary, in
     order of their ids. They are found in a text before it is normalized, as in transformers."""
-    plain, config = (read_json(path) if path.is_file() else {}
+    plain, config = (read_json(path, dict) if path.is_file() else {}
                      for path in (folder / "added_tokens.json", folder / "tokenizer_config.json"))
-    extra = {i: AddedToken(token, normalized=False) for token, i in plain.items()}
-    for i, t in config.get("added_tokens_decoder", {}).items():
-        flags = {k: t.get(k, False) for k in ("lstrip", "rstrip", "single_word", "special")}
-        extra[int(i)] = AddedToken(t["content"], normalized=False, **flags)
+    extra = {}
+    try:
+        for token, i in plain.items():
+            extra[int(i)] = AddedToken(token, normalized=False)
+        for i, t in (config.get("added_tokens_decoder") or {}).items():
+            flags = {k: t.get(k, False) for k in ("lstrip", "rstrip", "single_word", "special")}
+            extra[int(i)] = AddedToken(t["content"], normalized=False, **flags)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
+        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json does not list tokens as "
+                        f"transformers does ({e}): download them again") from None
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
     for i, token in sorted(extra.items()):
         if token.content not in known:
@@ -118,6 +152,8 @@ def read_message(data: bytes) -> Iterator[tuple]:
         while True:
             value |= (data[at] & 127) << shift
             at, shift = at + 1, shift + 7
+            if shift > 70:
+                raise ValueError                                # of 64 bits at most
             if data[at - 1] < 128:
                 return value
 
@@ -148,7 +184,7 @@ def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
                 normalizer.update(read_message(value))
     except IndexError:
         normalizer = {}                                         # cut off: reported below
-    except (KeyError, TypeError, ValueError, struct.error):
+    except (AttributeError, KeyError, TypeError, ValueError, struct.error):
         pieces = []                                             # another kind of file
     if not any(kind == UNKNOWN for _, _, kind in pieces):
         raise UserError(f"{path} is not a SentencePiece model; it starts with {data[:40]!r}: download it again")

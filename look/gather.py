@@ -5,12 +5,10 @@
 Layer 0 is what enters the language model: the projector's output and word embeddings. Layer L is taken after the final
 norm, the others as they leave the layer (as in mir.py). Attention is that of the text after the image.
 
-Shape letters: N image tokens · M text tokens after the image · T both and what is before · L layers · H heads ·
-D width · V words
+N image tokens · M text tokens after the image · T all tokens · L layers · H heads · D width · V words
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,30 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 import mir
-from common.files import read_json
 from common.flags import UserError
 from common.text import is_word, show_token
 from data import IMAGE, ImageProcessor, encode, eos_id
 from evaluate import Assistant
-from hub.checkpoint import checkpoint_folder, is_released, load_model
-from hub.configs import load_processor
-from hub.tokenizer import load_tokenizer
 from methods.basic import supervision_degree
+
+HEAD_NUMBERS = 600_000      # of single heads: 32 layers of 32 heads and 576 patches are 590,000 numbers a token
 
 
 # ------------------------------------------------------------------------------------------------ one answer
-def open_checkpoint(ckpt: str, vision: str | None, llm: str | None, device, dtype: torch.dtype,
-                    template: str | None) -> Assistant:
-    """Load a checkpoint, the newest of a run's folder, or a released LLaVA. A released one does not say how it was
-    trained: v1 and square padding, unless `template` says otherwise."""
-    if not is_released(Path(ckpt)):
-        return Assistant.from_checkpoint(checkpoint_folder(ckpt), device, dtype, template, vision, llm)
-    model = load_model(ckpt, vision, llm, dtype, device).eval()
-    inside = (Path(ckpt) / "preprocessor_config.json").is_file()
-    return Assistant(model, load_tokenizer(ckpt), load_processor(ckpt if inside else vision),
-                     template or "v1", read_json(Path(ckpt) / "config.json").get("after_special", "4.31"), True)
-
-
 @dataclass
 class Inside:
     """One prompt, its answer, and what every layer made of them."""
@@ -56,20 +40,17 @@ class Inside:
 @torch.inference_mode()
 def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Inside:
     """Answer greedily, then run prompt and answer once more and keep every layer's output."""
-    lm, device = a.model.language_model, next(a.model.parameters()).device
+    lm, device, eos = a.model.language_model, next(a.model.parameters()).device, eos_id(a.tokenizer, a.template)
     pixels = a.processor(image, a.pad)[None].to(device)                         # (1,3,H,W)
     text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
-    ids, _, mask = encode([{"from": "human", "value": text}], a.tokenizer, a.template,
-                          a.model.image_tokens, None, a.after_special, image_first=False)
-    ids, mask, asked = ids.to(device), mask.to(device), len(ids)
-    eos = eos_id(a.tokenizer, a.template)
-    said = a.model.generate(ids, pixels, mask, max_new, eos)
+    asked, _, mask = encode([{"from": "human", "value": text}], a.tokenizer, a.template,
+                            a.model.image_tokens, None, a.after_special, image_first=False)
+    said = a.model.generate(asked.to(device), pixels, mask.to(device), max_new, eos)
     if len(said) < max_new:
         said = [*said, eos]
-    ids, mask = torch.cat([ids, ids.new_tensor(said)]), F.pad(mask, (0, len(said)))  # (T,)
+    ids, mask = torch.cat([asked, asked.new_tensor(said)]).to(device), F.pad(mask, (0, len(said))).to(device)  # (T,)
 
-    rows = (~mask & (mask.cumsum(0) > 0)).nonzero()[:, 0]                       # (M,)
-    everywhere = torch.arange(len(ids), device=device)
+    rows, everywhere = (~mask & (mask.cumsum(0) > 0)).nonzero()[:, 0], torch.arange(len(ids), device=device)
     h = a.model.merge(lm.embed(ids[None]), a.model.embed_images(pixels), mask[None])  # (1,T,D)
     states, attention = [h[0].float()], []
 
@@ -78,38 +59,30 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
         attention.append(probabilities[0])                                      # (H,M,T)
     last = lm.run_layers(h, watch, attend=(rows[None], everywhere[None], False), image_mask=mask[None])
     states[-1] = lm.model["norm"](last)[0].float()
-    return Inside(ids, mask, rows, asked, states, torch.stack(attention))
+    return Inside(ids, mask, rows, len(asked), states, torch.stack(attention))
 
 
-# ------------------------------------------------------------------------------------------------ words
-def nearest_words(x: Tensor, words: Tensor, k: int = 3, chunk: int = 256) -> tuple[Tensor, Tensor]:
-    """The k nearest by cosine of unit vectors words (V,D) to each of x (n,D): cosines and ids, (n,k) each."""
-    found = [(part @ words.T).topk(k, dim=1) for part in F.normalize(x, dim=1).split(chunk)]
-    return torch.cat([cosine for cosine, _ in found]), torch.cat([ids for _, ids in found])
-
-
+# ------------------------------------------------------------------------------------------------ what it means
 def words_of_patches(a: Assistant, inside: Inside, image_states: list[Tensor]) -> dict:
-    """The nearest words of every patch in every layer, among those that the tokenizer knows (released matrices are
-    padded); the cosine of every text token's own word to it; and the answer when each patch is the embedding of its
-    nearest word. These are words then, not an image: MoCa leaves them alone."""
-    E = a.model.language_model.model["embed_tokens"].weight[:a.tokenizer.get_vocab_size()]
-    E = F.normalize(E.float(), dim=1)                                           # (V,D)
-    cosine, ids = zip(*[nearest_words(h, E) for h in image_states])
-    cosine, ids = torch.stack(cosine), torch.stack(ids)                         # (L+1,N,3)
-    used, numbers = ids.unique(return_inverse=True)
-    whole = torch.tensor([is_word(a.tokenizer.id_to_token(i)) for i in used.tolist()]).to(E.device)
-    own = E[inside.ids[inside.rows]]                                            # (M,D)
-    prompt = inside.ids[:inside.answer].clone()
-    prompt[inside.image[:inside.answer]] = ids[0, :, 0]
+    """The 3 nearest words by cosine of every patch and layer, of those that the tokenizer knows (released matrices are
+    padded, and released tokenizers have <image> and <pad> besides); the cosine of every text token's own word; and the
+    answer when each patch is its nearest word's embedding: words then, no image, which MoCa leaves alone."""
+    E = F.normalize(a.model.language_model.model["embed_tokens"].weight.float(), dim=1)         # (V,D)
+    names = [a.tokenizer.id_to_token(i) for i in range(a.tokenizer.get_vocab_size())]
+    known = torch.tensor([i for i, name in enumerate(names) if name not in (IMAGE, "<pad>")], device=E.device)
+    units, words = [F.normalize(h, dim=1) for h in image_states], E[known]
+    cosine, found = (torch.stack(t) for t in zip(*[(h @ words.T).topk(3) for h in units]))      # (L+1,N,3) each
+    used, numbers = known[found].unique(return_inverse=True)
+    whole = torch.tensor([is_word(names[i]) for i in used.tolist()]).to(E.device)
+    prompt = inside.ids[:inside.answer].masked_scatter(inside.image[:inside.answer], known[found[0, :, 0]])
     said = a.model.generate(prompt, None, torch.zeros_like(prompt, dtype=torch.bool), 32,
                             eos_id(a.tokenizer, a.template))
     return {"words": [show_token(a.tokenizer, i) for i in used.tolist()], "whole": whole.tolist(),
             "nearest": numbers, "cosine": cosine, "answer_with_words": a.tokenizer.decode(said).strip(),
             "meaningful": whole[numbers[:, :, 0]].float().mean(1).tolist(),     # (L+1,)
-            "similarity": torch.stack([own @ F.normalize(h, dim=1).T for h in image_states])}  # (L+1,M,N)
+            "similarity": torch.stack([E[inside.ids[inside.rows]] @ h.T for h in units])}       # (L+1,M,N)
 
 
-# ------------------------------------------------------------------------------------------------ distances
 def both_distances(image: list[Tensor], text: list[Tensor]) -> dict[str, list[float]] | None:
     """Fréchet distances of image (N,D) and text (M,D) tokens in the layers 1..L, with α and without; None for fewer
     than two tokens. Scaling all tokens by α scales a distance by α², so it is computed once."""
@@ -121,8 +94,7 @@ def both_distances(image: list[Tensor], text: list[Tensor]) -> dict[str, list[fl
 
 
 def principal(tokens: Tensor) -> tuple[Tensor, float]:
-    """(n,D) → the first two principal components (n,2), and their share of the variance; by the eigenvectors of the
-    (n,n) products, as tokens are fewer than dimensions."""
+    """(n,D) → the first two principal components (n,2) and their share of the variance, from products (n,n): n < D."""
     x = tokens.double() - tokens.double().mean(0)
     values, vectors = torch.linalg.eigh(x @ x.T)                                # ascending
     xy = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp(min=0).sqrt()      # (n,2)
@@ -140,7 +112,6 @@ def neighbours(tokens: Tensor) -> Tensor:
     return torch.from_numpy(TSNE(perplexity=perplexity, random_state=0).fit_transform(tokens.cpu().numpy()))
 
 
-# ------------------------------------------------------------------------------------------------ traces of methods
 def traces(a: Assistant, inside: Inside) -> dict:
     """What each method's objective is about, of any checkpoint.
 
@@ -148,8 +119,7 @@ def traces(a: Assistant, inside: Inside) -> dict:
     a patch as predicted from the patch before, a mean over D; NaN for patch 0. (In training the image stands alone; a
     prompt before it changes the number.) vista: eq. (10) of the answer's tokens t = 1..m, d a mean over D, f(t) = t/m.
     moca: quantiles of u and v in every layer, None without MoCa."""
-    k = max(1, len(inside.attention) // 2)
-    shallow = inside.attention[:k].mean((0, 1))[None, :, inside.image]          # (1,M,N)
+    shallow = inside.attention[:max(1, len(inside.attention) // 2)].mean((0, 1))[None, :, inside.image]     # (1,M,N)
     degree = supervision_degree(shallow, torch.ones_like(shallow[..., 0], dtype=torch.bool))[0]
     h, x = inside.states[-1][inside.image], inside.states[0][inside.image]      # (N,D) each
     vdep = F.pad((h[:-1] - x[1:]).pow(2).mean(1), (1, 0), value=float("nan"))
@@ -162,7 +132,6 @@ def traces(a: Assistant, inside: Inside) -> dict:
     return {"degree": degree, "vdep": vdep, "vista": {"d": d.tolist(), "f(t) d": (f * d).tolist()}, "moca": moca}
 
 
-# ------------------------------------------------------------------------------------------------ all of it
 def picture_of(processor: ImageProcessor, pixels: Tensor) -> Image.Image:
     """Normalised pixels (3,H,W) → the picture that the model gets."""
     x = pixels * torch.tensor(processor.image_std)[:, None, None] + torch.tensor(processor.image_mean)[:, None, None]
@@ -184,15 +153,20 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     plane, shares = zip(*[principal(p) for p in points])
     to_image, mean = inside.attention[..., inside.image], inside.attention.mean(1)  # (L,H,M,N), (L,M,T)
     tokens = [show_token(a.tokenizer, i) for i in inside.ids.tolist()]
+
+    # Single heads of the question's last token, and of as many others as there is room for.
+    asked = int((inside.rows < inside.answer).sum())
+    order = [*range(max(asked - 1, 0), len(inside.rows)), *range(max(asked - 1, 0))]
+    head_rows = sorted(order[:max(1, HEAD_NUMBERS // to_image[:, :, 0].numel())])
     return {
-        "name": name, "template": a.template, "picture": picture_of(a.processor, a.processor(image, a.pad)),
+        "name": name, "prompt": prompt, "template": a.template,
+        "picture": picture_of(a.processor, a.processor(image, a.pad)), "prompt_rows": asked,
         "side": side, "first": first, "layers": len(inside.attention),
         "before": tokens[:int(inside.image.nonzero()[0])], "tokens": [tokens[i] for i in inside.rows.tolist()],
-        "prompt": prompt, "prompt_rows": int((inside.rows < inside.answer).sum()),
         "answer": a.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip(),
-        "heads": to_image, "attention": to_image.mean(1), "to_image": to_image.sum(-1).mean(1).tolist(),
-        "to_text": mean[..., inside.rows], **words_of_patches(a, inside, image_states),
-        "patch_norm": torch.stack([h.norm(dim=1) for h in image_states]),       # (L+1,N)
+        "heads": to_image[:, :, head_rows], "head_rows": head_rows, "attention": to_image.mean(1),
+        "to_image": to_image.sum(-1).mean(1).tolist(), "to_text": mean[..., inside.rows],
+        **words_of_patches(a, inside, image_states), "patch_norm": torch.stack([h.norm(dim=1) for h in image_states]),
         "image_norm": [h.norm(dim=1).mean().item() for h in image_states],
         "text_norm": [h.norm(dim=1).mean().item() for h in text_states],
         "distance": both_distances(image_states, text_states), "pca": torch.stack(plane), "pca_share": shares,

@@ -1,8 +1,4 @@
-"""Numbers → one HTML file, JSON, or pictures.
-
-The page holds tensors as 8-bit steps between the least and the largest number of each row: 576 patches of 33 layers
-fit, and no number is off by more than 1/510 of its row's range. --json has them unrounded.
-"""
+"""Numbers → one HTML file, JSON, or pictures. The page holds tensors in 8 bits, JSON unrounded."""
 import base64
 import io
 import json
@@ -17,7 +13,6 @@ from torch import Tensor
 from common.files import write_text
 
 TEMPLATE = Path(__file__).with_name("page.html")
-HEAD_NUMBERS = 600_000              # of single heads in a page: the question's last token, then as many as fit
 
 
 def text_of(array: np.ndarray) -> str:
@@ -25,11 +20,11 @@ def text_of(array: np.ndarray) -> str:
 
 
 def pack(t: Tensor) -> dict:
-    """A tensor for the page: whole numbers as they are, others in 8 bits between the bounds of each last-axis row. NaN
-    becomes the row's least number."""
-    x = t.cpu().float().numpy() if t.is_floating_point() else t.cpu().numpy().astype(np.uint32)
+    """A tensor for the page: whole numbers as they are, others in 8 bits between the bounds of each last-axis row: off
+    by 1/510 of that range at most. NaN becomes the row's least number."""
     if not t.is_floating_point():
-        return {"shape": list(t.shape), "type": "uint32", "data": text_of(x)}
+        return {"shape": list(t.shape), "type": "uint32", "data": text_of(t.cpu().numpy().astype(np.uint32))}
+    x = t.cpu().float().numpy()
     low, high = np.nanmin(x, axis=-1, keepdims=True), np.nanmax(x, axis=-1, keepdims=True)
     steps = np.nan_to_num((x - low) / np.where(high > low, high - low, 1) * 255).round().astype(np.uint8)
     return {"shape": list(t.shape), "type": "uint8", "data": text_of(steps), "low": text_of(low), "high": text_of(high)}
@@ -55,19 +50,9 @@ def convert(value, tensor, picture):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def with_fewer_heads(look: dict) -> dict:
-    """The same, with single heads of so many tokens as a page may hold. `head_rows` says which."""
-    L, H, M, N = look["heads"].shape
-    last = max(look["prompt_rows"] - 1, 0)
-    order = [last, *range(last + 1, M), *range(last)]
-    rows = sorted(order[:max(1, HEAD_NUMBERS // (L * H * N))])
-    return {**look, "heads": look["heads"][:, :, rows], "head_rows": rows}
-
-
 def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: int | None = None) -> None:
-    """Write one self-contained page; each of its three parts is shown if it is given. refresh: seconds after which a
-    browser reads the file again."""
-    data = {"title": title, "looks": [with_fewer_heads(look) for look in looks], "run": run, "samples": samples}
+    """Write one self-contained page of the parts that are given. refresh: seconds until a browser reads it again."""
+    data = {"title": title, "looks": looks, "run": run, "samples": samples}
     text = json.dumps(convert(data, pack, data_uri), ensure_ascii=False, separators=(",", ":"))
     page = TEMPLATE.read_text(encoding="utf-8")
     if refresh:
@@ -81,8 +66,8 @@ def overlay(picture: Image.Image, values: Tensor, side: int, first: int = 0, siz
     be more at its end."""
     grid = torch.cat([torch.zeros(first), values.cpu().float().clamp(min=0)])
     grid = F.pad(grid, (0, side * side - len(grid))).view(side, side)
-    light = grid / grid.max().clamp(min=1e-12) * 0.82 + 0.18
-    veil = Image.fromarray((light * 255).byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
+    light = (grid / grid.max().clamp(min=1e-12) * 0.82 + 0.18) * 255
+    veil = Image.fromarray(light.byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
     sharp = Image.Resampling.NEAREST if picture.width <= 128 else Image.Resampling.BICUBIC
     return Image.composite(picture.resize((size, size), sharp), Image.new("RGB", (size, size)), veil)
 
@@ -92,7 +77,6 @@ def write_pictures(folder: Path, look: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     row = max(look["prompt_rows"] - 1, 0)
     look["picture"].save(folder / "picture.png")
-    for kind, layer in (("attention", 1), ("similarity", 0)):
-        for k, values in enumerate(look[kind], layer):
-            picture = overlay(look["picture"], values[row], look["side"], look["first"])
-            picture.save(folder / f"{kind}-layer{k:02d}.png")
+    for kind, first_layer in (("attention", 1), ("similarity", 0)):
+        for k, values in enumerate(look[kind], first_layer):
+            overlay(look["picture"], values[row], look["side"], look["first"]).save(folder / f"{kind}-layer{k:02d}.png")

@@ -1,55 +1,42 @@
-"""A run's page: curves, tables and six answers; several runs laid over each other, a study's seeds as a band."""
+"""A run's page: curves, tables and answers; several runs laid over each other, a study's seeds as a band."""
 import statistics
 from pathlib import Path
 
-import torch
-from PIL import Image
-
-from common.files import read_json, read_jsonl, read_lines
+from common.files import parse_log_line, read_json
 from common.flags import UserError
-from evaluate import Assistant
-from evaluation.metrics import exact
-from hub.checkpoint import checkpoints
-from look.gather import gather
 from look.page import write_page
 
 POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
 NOT_CURVES = ("stage", "step", "kind", "supervised", "tokens_per_s", "peak_gib")
-NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout")
+NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout", "files")
 
 
-def write_report(out: Path, assistant: Assistant | None = None) -> None:
-    """Write out/report.html. With an assistant and the toy's data in `out`, it asks a question of every category about
-    six pictures, and looks inside the one about a colour."""
-    answers, looks = [], []
-    if assistant is not None and (out / "data" / "test.jsonl").is_file():
-        rows = read_jsonl(out / "data" / "test.jsonl")
-        for row in rows[::len(rows) // 6 + 1]:
-            image = Image.open(out / "data" / "images" / row["image"])
-            look = gather(assistant, checkpoints(out)[-1].name, image, row["text"], 16)
-            answers.append({**look, "wanted": row["answer"], "right": bool(exact(look["answer"], row["answer"]))})
-            if row["category"] == "colour":
-                looks = [look]
+def write_report(out: Path, answers=(), looks=()) -> None:
+    """Write out/report.html. answers: what `gather` returns, with `wanted` and `right`; looks: those shown whole."""
     write_page(out / "report.html", f"run {out.name}", looks, {"groups": group_runs([out]), "answers": answers})
 
 
-# ------------------------------------------------------------------------------------------------ curves
 def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
     """Stage → name → {step: value} of what a run has logged so far."""
     if not (run / "metrics.jsonl").is_file():
         raise UserError(f"{run} has no metrics.jsonl: give the --out folder of a run")
     stages = {"pretrain": {}, "finetune": {}}
-    for line in read_lines(run / "metrics.jsonl")[0]:
+    for number, text in enumerate((run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True), 1):
+        if not text.endswith("\n"):
+            continue                                        # a run that goes on, or was stopped
+        try:
+            line = parse_log_line(text)
+        except ValueError as e:
+            raise UserError(f"{run}/metrics.jsonl line {number} cannot be read ({e}): remove it") from None
         names = ["mir"] if line.get("kind") == "mir" else [k for k in line if k not in NOT_CURVES]
-        if line["stage"] in stages:
-            for name in names:
-                stages[line["stage"]].setdefault(name, {})[line["step"]] = line[name]
+        curves = stages.get(line["stage"], {})                  # {}: of neither stage
+        for name in names:
+            curves.setdefault(name, {})[line["step"]] = line[name]
     return stages
 
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
-    """The same curve of several runs → x (steps), y (mean), low and high. A point is the mean of `width` steps of a
-    run, at their last step; then of the runs that have come so far."""
+    """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width` steps, then of runs."""
     width = -(-max(max(curve) for curve in curves) // POINTS)
     points = {}
     for curve in curves:
@@ -67,12 +54,14 @@ def group_runs(runs: list[Path]) -> list[dict]:
     """Runs that differ in their seed alone make one group, with a band around its curves."""
     groups = {}
     for folder in runs:
-        settings = read_json(folder / "run.json")
+        settings = read_json(folder / "run.json", dict)
+        if not isinstance(settings.get("loss"), str):
+            raise UserError(f"{folder}/run.json has no loss: it is not of a run")
         key = str({k: v for k, v in settings.items() if k not in NOT_STUDIED})
         groups.setdefault(key, (settings, []))[1].append(folder)
     out = []
     for settings, folders in groups.values():
-        name = settings["loss"] + (" + MoCa" if settings["moca"] else "")
+        name = settings["loss"] + (" + MoCa" if settings.get("moca") else "")
         if [s["loss"] for s, _ in groups.values()].count(settings["loss"]) > 1:
             name += f" ({folders[0].name})"
         read, stages = [read_curves(f) for f in folders], {}
@@ -85,7 +74,7 @@ def group_runs(runs: list[Path]) -> list[dict]:
 
 def results_of(folders: list[Path]) -> dict:
     """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance by layer."""
-    results = [read_json(f / "results.json") for f in folders if (f / "results.json").is_file()]
+    results = [read_json(f / "results.json", dict) for f in folders if (f / "results.json").is_file()]
     tables, layers = {}, {}
     for r in results:
         rows = {**r["accuracy"], **{f"{name}, images shuffled": row for name, row in r["shuffled"].items()}}
@@ -98,4 +87,4 @@ def results_of(folders: list[Path]) -> dict:
         for category, v in row.items():
             row[category] = [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0]
     return {"finished": len(results), "accuracy": tables,
-            "mir_layers": {stage: torch.tensor(rows).mean(0).tolist() for stage, rows in layers.items()}}
+            "mir_layers": {stage: [statistics.fmean(v) for v in zip(*rows)] for stage, rows in layers.items()}}

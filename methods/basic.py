@@ -105,12 +105,12 @@ def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, c
     """(total, count): L_sds of eq. (7), in nats, summed over samples, and the samples that have a degree.
 
     v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Under autocast the products with the
-    embedding are in its dtype, the rest in float32. Peak memory: four times `chunk` rows of V. Patches of degree 0 are
-    left out, not computed."""
+    embedding are in its dtype, the rest in float32. Peak memory: four times `chunk` rows of V. Every patch is computed:
+    leave out the samples that have no degree."""
     device = v.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
-    seen = degree.detach() > 0                                                                  # (B,N)
-    a = degree.detach()[seen].to(torch.promote_types(v.dtype, torch.float32))                   # (P,)
+    patches = v.flatten(0, 1), v_hat.detach().flatten(0, 1)                                     # (P,D) twice
+    a = degree.detach().flatten().to(torch.promote_types(v.dtype, torch.float32))               # (P,)
     with torch.autocast(device, enabled=False):
-        total = _ChunkedDivergence.apply(v[seen], v_hat.detach()[seen], a, embedding.detach().to(low), chunk)
-    return total, seen.any(1).sum()
+        total = _ChunkedDivergence.apply(*patches, a, embedding.detach().to(low), chunk)
+    return total, (degree > 0).any(1).sum()

@@ -59,4 +59,4 @@ def reconstruction_loss(hidden_states: Tensor, image_embeds: Tensor,
     elif distance == "sigmoid":
         d = 2 * d.sigmoid() - 1
     total = d.mean(-1).sum()                                                                        # eq. (11), L_i
-    return total, torch.tensor(len(d), device=d.device)
+    return total, torch.full((), len(d), device=d.device)

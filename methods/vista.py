@@ -32,17 +32,18 @@ from torch import Tensor
 
 def alignment_loss(text_embeds: Tensor, text_mask: Tensor, visual_state: Tensor,
                    weighting: Literal["t/m", "t", "1"] = "t/m", distance: Literal["l2", "cosine"] = "l2",
-                   reduce: Literal["mean", "sum"] = "mean") -> tuple[Tensor, Tensor]:
+                   reduce: Literal["mean", "sum"] = "mean", places: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """(total, count): the second term of eq. (9) summed over samples, and the samples that have text.
 
     text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text adds nothing. For one
-    without an image, text_mask must be all False. reduce is over D, for distance "l2" alone."""
+    without an image, text_mask must be all False. reduce is over D, for distance "l2" alone. places (2,M): sample and
+    position of each text token, if they are known; finding them waits for a GPU."""
     for name, value, known in [("weighting", weighting, ("t/m", "t", "1")), ("distance", distance, ("l2", "cosine")),
                                ("reduce", reduce, ("mean", "sum"))]:
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; {', '.join(known)} are")
     exact = torch.promote_types(text_embeds.dtype, torch.float32)
-    sample, position = text_mask.nonzero(as_tuple=True)                                         # (M,), (M,)
+    sample, position = text_mask.nonzero().T if places is None else places                      # (M,), (M,)
     x, S = text_embeds[sample, position].to(exact), visual_state.to(exact)[sample]              # (M,D)
     if distance == "cosine":
         d = 1 - F.cosine_similarity(x, S, dim=-1)

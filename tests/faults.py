@@ -1,13 +1,14 @@
 """Stop runs in many ways, resume them with `--resume`, and compare bit for bit with a run that was not disturbed.
 
-    python -m tests.faults               all rows, about 4 minutes on 2 cores; as root, for the row of the full disk
-    python -m tests.faults killed_rank   one of them
+    python tests/faults.py               all rows, about 5 minutes on 2 cores; as root, for the rows of the full disk
+    python tests/faults.py killed_rank   one of them
     pytest tests/test_faults.py          the quick ones; -m slow: three more
 
 Every row is a function that disturbs a run of real processes. It returns what the user saw.
 """
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from toy import world
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))                                          # python tests/faults.py
+from toy import world  # noqa: E402
+
 STEPS = 12
 LIMIT = 170                     # seconds that anything may take
 
@@ -248,8 +250,87 @@ run(train.main)
     return message
 
 
+def second_run(data, out, whole):
+    """a second `train.py --out OUT --resume` while the first runs"""
+    run = Run(data, out).start().at(3)
+    run.process.send_signal(signal.SIGSTOP)
+    code, message, _ = Run(data, out).start("--resume").end()
+    assert code == 2 and "is in use" in message, message
+    run.process.send_signal(signal.SIGCONT)
+    assert run.end()[0] == 0 and run.losses() == whole[1].losses(), "the second run disturbed the first"
+    run.finish(whole[1])
+    return message
+
+
+def flipped_bit(data, out, whole):
+    """a bit of the newest checkpoint's tensors is flipped, then `train.py --out OUT --resume`"""
+    run = Run(data, out).start().at(7)
+    run.process.kill()
+    run.end()
+    path = max(out.glob("finetune-*"), key=lambda p: int(p.name.split("-")[1])) / "model.safetensors"
+    spoiled = bytearray(path.read_bytes())
+    spoiled[len(spoiled) // 2] ^= 1
+    path.write_bytes(spoiled)
+    lines = [line for line in run.finish(whole[1]).splitlines() if ".broken" in line]
+    assert lines and "is not what was saved" in lines[0], lines
+    return lines[0]
+
+
+def changed_data(data, out, whole):
+    """a word of --data is changed while the run is stopped, then `train.py --out OUT --resume`"""
+    shutil.copytree(data, out.parent / "data")
+    run = Run(out.parent / "data", out).start().at(5)
+    run.process.kill()
+    run.end()
+    path = out.parent / "data" / "finetune.json"
+    text = path.read_text()
+    path.write_text(text.replace("Yes", "Not", 1))
+    code, message, _ = run.start("--resume").end()
+    assert code == 2 and "the --data of finetune has changed" in message, message
+    path.write_text(text)
+    run.finish(whole[1])
+    return message
+
+
+def full_disk_at_the_start(data, out, whole):
+    """the disk is full at the first write of `train.py --out OUT` (a tmpfs of 8 kB), then the same command"""
+    out.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(out)], check=True)
+    try:
+        (out / "other").write_bytes(b"x" * 8192)
+        run = Run(data, out / "run").start()
+        code, message, _ = run.end()
+        assert code, "a full disk went unnoticed"
+        subprocess.run(["mount", "-o", "remount,size=100m", str(out)], check=True)
+        assert run.start().end()[0] == 0, "the same command is refused"
+        run.finish(whole[1])
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+    return message.splitlines()[-1]
+
+
+def infinite_weights(data, out, whole):
+    """`train.py --lr 1e39`: the first update leaves no finite weight"""
+    run = Run(data, out, 1, "--lr", "1e39", "--save-every", "1").start()
+    code, message, _ = run.end()
+    assert code == 2 and "not finite, so it is not saved" in message, message
+    assert not list(out.glob("finetune-*")), "NaN was saved"
+    shutil.rmtree(out)
+    Run(data, out).start().end()
+    Run(data, out).finish(whole[1])
+    return message
+
+
+def refused_inputs(data, out, whole):
+    """spoiled files, impossible flags, places that cannot be written and a full disk, for every command"""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout.replace("\n", "\n    ").rstrip()
+
+
 ROWS = [killed_rank, silent_rank, killed_all, terminated, interrupted, killed_while_saving, full_disk, full_quota,
-        corrupt_newest, dead_worker, clock_jump, nan_sample]
+        corrupt_newest, dead_worker, clock_jump, nan_sample, second_run, flipped_bit, changed_data,
+        full_disk_at_the_start, infinite_weights, refused_inputs]
 
 
 def main() -> None:
@@ -262,7 +343,9 @@ def main() -> None:
                 continue
             (base / row.__name__).mkdir()
             said = row(base / "world", base / row.__name__ / "run", whole)
-            print(f"{row.__doc__}\n    {said}\n    resumed: all {STEPS} steps and weights as undisturbed", flush=True)
+            if row is not refused_inputs:
+                said += f"\n    resumed: all {STEPS} steps and weights as undisturbed"
+            print(f"{row.__doc__}\n    {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -539,11 +539,12 @@ def mmbench_lmms(root: Path, lang: str = "en") -> Case:
         r.update(image=cell(n), index=str(r["index"]), hint=r["hint"] or "nan")
         r["L2-category"] = r.pop("l2-category")
     parquet(root / lang / "dev-00000-of-00001.parquet", rows)
-    ask = (" There are several options:", LETTER) if lang == "en" else (
-        " 有如下几个选项：", "\n请直接使用所提供的选项字母作为答案回答。")
-    prompts = [f"{hint}{q}{ask[0]}" + "".join(f"\n{c}. {o}" for c, o in zip("ABC", options)) + "\n" + ask[1]
-               for hint, q, options in [("", "Which?", "cat dog cow".split()), ("", "Which?", "dog cow cat".split()),
-                                        ("", "Which?", "cow cat dog".split()),
+    none, ask = ("", LETTER) if lang == "en" else ("nan ", "\n请直接使用所提供的选项字母作为答案回答。")
+    prompts = [f"{hint}{q} There are several options:" + "".join(f"\n{c}. {o}" for c, o in zip("ABC", options))
+               + "\n" + ask
+               for hint, q, options in [(none, "Which?", "cat dog cow".split()),
+                                        (none, "Which?", "dog cow cat".split()),
+                                        (none, "Which?", "cow cat dog".split()),
                                         ("Look closely. ", "Is it?", ["yes", "no"]),
                                         ("Look closely. ", "Is it?", ["no", "yes"])]]
     return Case("mmbench_" + lang, prompts, ["A", "C", "B", "B", "A"], {"circular": 100.0, "vanilla": 100.0},

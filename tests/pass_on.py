@@ -1,6 +1,6 @@
 """Load a checkpoint as `--resume` does and save it again, without a step in between. For test_parallel.py:
 
-    torchrun --nproc_per_node=3 -m tests.pass_on CHECKPOINT fsdp|ddp|one OUT
+    torchrun --nproc_per_node=3 -m tests.pass_on CHECKPOINT fsdp|hsdp|ddp|one OUT
 """
 import json
 import sys
@@ -19,7 +19,7 @@ from training.setup import build
 
 def pass_on(ckpt: Path, kind: str, out: Path) -> None:
     cfg = TrainConfig(**read_json(ckpt / "config.json")["settings"])
-    ranks = over(start(torch.device("cpu"), torch.float32, 2), kind == "fsdp")
+    ranks = over(start(torch.device("cpu"), torch.float32, 2), kind == "fsdp", kind == "hsdp")
     model = build(cfg, ckpt, ranks)
     held = sum(local(p).numel() for b in model.language_model.model["layers"] for p in b.parameters())
     whole = sum(p.numel() for b in model.language_model.model["layers"] for p in b.parameters())

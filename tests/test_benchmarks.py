@@ -8,14 +8,17 @@ import make_benchmarks
 import pytest
 import torch
 from conftest import ROOT, call, launch
-from make_benchmarks import LETTER, LLAVA, LMMS, SHORT, jsonl, picture, whole
+from make_benchmarks import LETTER, LLAVA, LMMS, MILLION, SHORT, b64, jsonl, picture, tsv, whole
 
 import evaluate
+from common.files import files_digest
 from common.flags import UserError
-from evaluation.answers import checkpoint_digest
+from common.parallel import Ranks
+from evaluation import answers, metrics
 from evaluation.benchmarks import BENCHMARKS
+from evaluation.files import group_by_image
 from evaluation.files import picture as decoded
-from evaluation.questions import Reading, Sample, load_benchmark
+from evaluation.questions import Questions, Reading, Sample, load_benchmark
 from evaluation.scores import SCORES, SUMMARIES
 from evaluation.submit import SUBMISSIONS, write_xlsx
 from hub.checkpoint import save_checkpoint
@@ -126,6 +129,90 @@ def test_a_missing_answer_is_wrong_even_if_an_empty_one_would_be_a_yes(tmp_path)
     agrees(result(tmp_path)["metrics"]["category"], {"random": {"acc": 50.0, "f1": 0.0}})
 
 
+def four_options(root):
+    """As in MMBench dev 20230712: own rows first, then their rotations. Question 9 has four options and three of them.
+    Question 12 has all four, and the answer to its last is wrong."""
+    rows, cell = [], b64(1)
+    for rotation in range(4):
+        for question, names in [(1, "cat dog cow"), (9, "up down in out"), (12, "red blue pink grey")]:
+            names = names.split()
+            if rotation < (4 if question == 12 else 3):
+                turned = names[rotation:] + names[:rotation]
+                rows.append({"index": question + rotation * MILLION, "question": "Which?", "hint": "",
+                             **dict(zip("ABCD", turned + [""])), "answer": "ABCD"[turned.index(names[0])],
+                             "category": "object", "image": cell, "source": "s", "l2-category": "fine",
+                             "comment": "", "split": "dev"})
+    tsv(root / "mmbench_dev_20230712.tsv", rows)
+    answers = [{"question_id": r["index"], "text": r["answer"]} for r in rows]
+    answers[-1]["text"] = "B" if rows[-1]["answer"] == "A" else "A"
+    jsonl(root / "answers.jsonl", answers)
+    return "evaluate.py", "--bench", "mmbench_en", "--data", root, "--score-only", root / "answers.jsonl", \
+        "--out", root / "out"
+
+
+def test_a_question_of_four_options_with_three_rotations_is_scored_by_those_that_the_file_has(tmp_path):
+    done = call(*four_options(tmp_path))
+    assert done.returncode == 0, done.stderr
+    agrees(result(tmp_path)["metrics"], {"circular": 200 / 3, "vanilla": 100.0, "groups": 3, "dropped": 0})
+    assert "warning: 1 questions with fewer rotations than options" in done.stdout
+
+
+def test_rotations_are_counted_before_the_limit(tmp_path):
+    done = call(*four_options(tmp_path), "--limit", 9)
+    assert done.returncode == 0, done.stderr
+    agrees(result(tmp_path)["metrics"], {"circular": 100.0, "vanilla": 100.0, "groups": 2, "dropped": 1})
+
+
+def test_lmms_evals_chinese_prompt_allows_fewer_tokens(tmp_path):
+    for lang, style, tokens in [("cn", "llava", 1024), ("cn", "lmms", 256), ("en", "lmms", 1024)]:
+        folder = tmp_path / lang
+        folder.mkdir(exist_ok=True)
+        getattr(make_benchmarks, f"mmbench_{lang}")(folder)
+        assert load_benchmark(f"mmbench_{lang}", folder, Reading(style=style)).max_new == tokens
+
+
+@pytest.mark.parametrize("cells, answer, wanted", [
+    (["none", "nan", "two", ""], "A", ["none", "nan", "two"]),
+    (["one", "two", "None", ""], "C", ["one", "two", "None"]),
+    (["one", "two", "nan", "nan"], "A", ["one", "two"]),
+    (["one", "two", "three", "nan"], "D", ["one", "two", "three", "nan"])])
+def test_options_that_read_none_or_nan_are_options_and_empty_cells_are_not(tmp_path, cells, answer, wanted):
+    row = {"index": 1, "question": "How many?", "hint": "", **dict(zip("ABCD", cells)), "answer": answer,
+           "image": b64(1), "l2-category": "x"}
+    tsv(tmp_path / "mmbench_dev_20230712.tsv", [row])
+    assert load_benchmark("mmbench_en", tmp_path).samples[0].options == wanted
+
+
+def test_references_that_read_nan_or_a_question_mark_are_counted_aloud(tmp_path):
+    jsonl(tmp_path / "mine.jsonl", [{"text": "a?", "answer": "nan"}, {"text": "b?", "answer": "?"},
+                                    {"text": "c?", "answer": "nan."}, {"text": "d?"}])
+    jsonl(tmp_path / "answers.jsonl", [{"question_id": n, "text": "nan"} for n in range(1, 5)])
+    done = call("evaluate.py", "--data", tmp_path / "mine.jsonl", "--score-only", tmp_path / "answers.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert "warning: 2 reference answers that read nan or ?" in done.stdout and "n_scored 1" in done.stdout
+
+
+def test_the_ten_references_of_a_question_are_normalised_once_each(monkeypatch):
+    metrics.vqa_norm.cache_clear()
+    assert metrics.vqa_acc("Surfing!", ["surfing"] * 6 + ["surf"] * 4) == 1.0
+    assert metrics.vqa_norm.cache_info().misses == 3
+
+
+# ------------------------------------------------------------------------------------------------ byte order marks
+@pytest.mark.parametrize("make", ["pope", "sqa", "own", "mme", "mmbench_en"])
+def test_files_that_begin_with_a_byte_order_mark_are_read(make, tmp_path):
+    case = getattr(make_benchmarks, make)(tmp_path)
+    answer(case, tmp_path)
+    for path in tmp_path.glob("**/*.*"):
+        if path.suffix in (".jsonl", ".json", ".tsv", ".txt"):
+            path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    done = run(case, tmp_path, "--score-only", tmp_path / "answers.jsonl")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in written(tmp_path, "pred.jsonl").open()]
+    assert [r["prompt"] for r in rows] == case.prompts
+    agrees(result(tmp_path)["metrics"], case.expect)
+
+
 def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     case = make_benchmarks.mmbench_test(tmp_path)
@@ -170,9 +257,64 @@ def test_parquet_images_are_read_late_and_compared_by_their_bytes(tmp_path):
     make_benchmarks.mmstar_lmms(tmp_path)
     samples = load_benchmark("mmstar", tmp_path).samples
     assert [decoded(s.image).size for s in samples] == [(20, 16), (21, 16), (22, 16), (20, 16)]
-    assert len({s.image for s in samples}) == 4
+    assert len(group_by_image(samples)) == 4
     make_benchmarks.pope_lmms(tmp_path / "pope")
-    assert len({s.image for s in load_benchmark("pope", tmp_path / "pope").samples}) == 1
+    assert group_by_image(load_benchmark("pope", tmp_path / "pope").samples) == [list(range(6))]
+
+
+@pytest.mark.parametrize("make", ["ai2d", "realworldqa", "sqa_lmms", "pope_lmms", "refcoco"])
+def test_shards_are_one_table_whose_rows_are_numbered_over_the_whole_split(make, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    case = getattr(make_benchmarks, make)(tmp_path)
+    (path,) = tmp_path.glob("**/*.parquet")
+    rows = pq.read_table(path)
+    path.unlink()
+    split = path.name.partition("-")[0]
+    for n, part in enumerate([rows[:1], rows[1:]]):
+        pq.write_table(part, path.with_name(f"{split}-0000{n}-of-00002.parquet"))
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line)["prompt"] for line in written(tmp_path, "pred.jsonl").open()] == case.prompts
+    agrees(result(tmp_path)["metrics"], case.expect)
+
+
+def test_scoring_reads_no_image_of_a_parquet_file(tmp_path, monkeypatch):
+    pq = pytest.importorskip("pyarrow.parquet")
+    case, read, iterate = make_benchmarks.mmmu_lmms(tmp_path), [], pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, *a, **k: read.append(k) or iterate(self, *a, **k))
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: pytest.fail("an image was read"))
+    done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
+    assert done.returncode == 0, done.stderr
+    columns = [name for k in read for name in k["columns"]]
+    assert "image_1.path" in columns and not any(name.endswith("bytes") for name in columns)
+
+
+def test_one_rank_reads_the_images_to_group_questions_and_the_others_follow_it(tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    make_benchmarks.pope_lmms(tmp_path)
+    make_benchmarks.mmstar_lmms(tmp_path / "star")
+    loaded = load_benchmark("pope", tmp_path)
+    others = load_benchmark("mmstar", tmp_path / "star").samples
+    samples, asked = loaded.samples + others, []
+    for n, s in enumerate(samples):
+        s.id = str(n)
+
+    class Stub:
+        def answer_batches(self, share, batch_size, max_new):
+            asked.extend(share)
+            return []
+
+    q = Questions("pope", "pope", BENCHMARKS["pope"], loaded, samples, {"max_new_tokens": 1}, tmp_path)
+    groups = group_by_image(samples)
+    monkeypatch.setattr(answers, "group_by_image", lambda samples: pytest.fail("this rank read the images too"))
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [groups, value])
+    assert groups == [list(range(7)), [7], [8], [9]], "MMStar's first image is POPE's"
+    answers.answer_share(Stub(), q, {"7": "done"}, 4, Ranks(1, 2, torch.device("cpu"), torch.float32))
+    assert [s.id for s in asked] == ["9"], "of four groups the second and fourth, less what is done"
+    monkeypatch.undo()
+    asked.clear()
+    answers.answer_share(Stub(), q, {}, 4, Ranks(0, 1, torch.device("cpu"), torch.float32))
+    assert len(asked) == 10 and len({s.image for s in asked}) == 4, "an image that several cells hold is encoded once"
 
 
 def test_of_several_images_the_first_named_one_is_shown_and_such_questions_are_counted(tmp_path):
@@ -497,6 +639,7 @@ def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(wo
         data = bytearray((other / "model.safetensors").read_bytes())
         data[-2] ^= 1
         (other / "model.safetensors").write_bytes(data)
+        (other / "digests.json").unlink(missing_ok=True)
     says = {"question": "questions", "answer length": "max_new_tokens", "weights": "checkpoint"}.get(change, change)
     refuses(ask(world, other, *flags), f"was made with another {says}: --overwrite, or another --out")
     assert ask(world, other, *flags, "--overwrite").returncode == 0
@@ -509,7 +652,7 @@ def test_the_digest_of_weights_reads_blocks_all_over_the_file(tmp_path):
             data[at:at + 200_000] = bytes([n]) * len(data[at:at + 200_000])
         (tmp_path / str(n)).mkdir()
         (tmp_path / str(n) / "model.safetensors").write_bytes(data)
-    assert len({checkpoint_digest(tmp_path / str(n)) for n in range(4)}) == 4
+    assert len({files_digest([tmp_path / str(n) / "model.safetensors"]) for n in range(4)}) == 4
 
 
 def test_two_ranks_resume_what_one_process_left_print_once_and_equal_it(world, ckpt):

@@ -1,4 +1,5 @@
 """The course: folders that can be handed out, a grader that cannot be fooled, and the grader's own grade."""
+import importlib
 import json
 import re
 import shutil
@@ -9,8 +10,8 @@ import zipfile
 import pytest
 from conftest import ROOT
 
-from course.audit import audit, passes
-from course.grade import Key, Worker, agree, grade, grade_all, parse, right, wrong
+from course.audit import audit
+from course.grade import Key, agree, execute, grade, grade_all, solution
 from course.hidden import rubric
 from course.make import ASSIGNMENTS, MODULES, handed_out, make, module
 from runs.walk import walk
@@ -30,8 +31,12 @@ def folder(request, tmp_path_factory):
     return out
 
 
+def mutants(name):
+    return importlib.import_module(f"course.mutants.{name}")
+
+
 def solve(folder):
-    for m in ASSIGNMENTS[folder.name].write:
+    for m in ASSIGNMENTS[folder.name]["write"]:
         (folder / f"{m}.py").write_text(module(m))
 
 
@@ -73,6 +78,7 @@ ESCAPES = {
     "it exits": "import os\nos._exit(0)",
     "it raises SystemExit": "raise SystemExit(0)",
     "it hangs": "while True:\n    pass",
+    "it sleeps": "import time\ntime.sleep(1000)",
     "it forks": "import os\nfor _ in range(100):\n    os.fork()",
     "it starts threads": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "it eats memory": "x = [bytearray(1 << 30) for _ in range(64)]",
@@ -142,75 +148,87 @@ def key():
 
 
 @pytest.fixture(scope="module")
-def worker():
-    worker = Worker("vista")
-    yield worker
-    worker.close()
-
-
-@pytest.fixture
-def earned(key, worker, monkeypatch):
-    """A submission's text, and some items → those whose points it gets."""
-    monkeypatch.setattr("course.grade.SECONDS", 2)
-
-    def run(text: str, items: list) -> list[str]:
-        got = [(parse(worker.run({"vista": text}, item, 1))[0], want, item)
-               for item, want in zip(rubric("vista"), key.want) if item in items]
-        return [item.__name__ for results, want, item in got if results and agree(results, want, item)]
+def earned(key):
+    """Texts of vista.py, run one after another, and names of items → for each the items whose points it gets."""
+    def run(texts: list[str], names: list[str]) -> list[list[str]]:
+        chosen = [(item, want) for item, want in zip(key.items, key.want) if item.__name__ in names]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("course.grade.SECONDS", 2)
+            rows = execute([{"vista": text} for text in texts], [item for item, _ in chosen], key.seed)
+        return [[item.__name__ for (got, _), (item, want) in zip(row, chosen) if got and agree(got, want, item)]
+                for row in rows]
     return run
+
+
+@pytest.fixture(scope="module")
+def after_escapes(earned):
+    """Each trick runs before a right solution, and then the right solution alone."""
+    texts = []
+    for trick in ESCAPES.values():
+        texts += [trick + "\n" + CORRECT, CORRECT]
+    rows = earned(texts, ["distance"])
+    return dict(zip(ESCAPES, zip(rows[::2], rows[1::2])))
+
+
+@pytest.fixture(scope="module")
+def after_fakes(earned):
+    names = [item.__name__ for item in rubric("vista")]
+    return dict(zip(FAKES, earned(list(FAKES.values()), names)))
 
 
 def test_a_right_solution_gets_every_point(tmp_path, key):
     (tmp_path / "vista.py").write_text(CORRECT)
-    assert sum(s.points for s in grade("vista", tmp_path, key)) == 100
+    assert sum(t["score"] for t in grade("vista", tmp_path, key)) == 100
 
 
 @pytest.mark.parametrize("trick", list(ESCAPES))
-def test_what_cannot_be_done_beside_a_right_solution_stops_it(trick, earned):
-    """Each trick runs before a right solution: it is refused or ended, and nothing outside is changed."""
-    first = rubric("vista")[:1]
-    assert earned(ESCAPES[trick] + "\n" + CORRECT, first) == []
+def test_what_cannot_be_done_beside_a_right_solution_stops_it(trick, after_escapes):
+    """It is refused or ended, and nothing outside is changed."""
+    trick_and_solution, solution_alone = after_escapes[trick]
+    assert trick_and_solution == []
+    assert solution_alone == ["distance"], "the next submission is graded as ever"
     assert not (ROOT / "course/hacked").exists()
-    assert earned(CORRECT, first) == ["distance"], "the next submission is graded as ever"
 
 
 @pytest.mark.parametrize("trick", list(FAKES))
-def test_a_fake_earns_nothing(trick, earned):
-    items = rubric("vista")
-    assert earned(FAKES[trick], items[:1] if "without end" in trick else items) == []
+def test_a_fake_earns_nothing(trick, after_fakes):
+    assert after_fakes[trick] == []
 
 
 def test_a_link_to_the_solution_is_not_followed(tmp_path, key):
     (tmp_path / "vista.py").symlink_to(ROOT / "methods/vista.py")
     scores = grade("vista", tmp_path, key)
-    assert sum(s.points for s in scores) == 0 and "link" in scores[0].feedback
+    assert sum(t["score"] for t in scores) == 0 and "link" in scores[0]["output"]
 
 
 def test_one_item_that_hangs_costs_its_own_points_alone(earned):
     endless = '    if distance == "cosine":\n        while True:\n            pass\n'
     before = "    exact = torch"
-    items = [item for item in rubric("vista") if item.__name__ in ("distance", "cosine", "gradients")]
-    assert earned(CORRECT.replace(before, endless + before), items) == ["distance", "gradients"]
+    names = ["distance", "cosine", "gradients"]
+    assert earned([CORRECT.replace(before, endless + before)], names) == [["distance", "gradients"]]
 
 
 def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
     (tmp_path / "vista.py").write_text(CORRECT.replace("# 1..m", "- 1"))
-    lost = [s for s in grade("vista", tmp_path, key) if s.feedback]
-    assert [s.item for s in lost][:1] == ["weights"] and "counts from 1" in lost[0].feedback
-    assert not any("tensor(" in s.feedback or "\n" in s.feedback for s in lost)
+    lost = [t for t in grade("vista", tmp_path, key) if t["score"] == 0]
+    assert lost[0]["name"] == "weights" and "counts from 1" in lost[0]["output"]
+    assert not any("tensor(" in t["output"] or "\n" in t["output"] for t in lost)
 
 
 # ------------------------------------------------------------------------------------------------ a class
-def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path):
+def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path, capsys):
     texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}
     for student, text in texts.items():
         (tmp_path / "in" / student).mkdir(parents=True)
         (tmp_path / "in" / student / "vista.py").write_text(text)
     (tmp_path / "in" / "late").mkdir()
-    assert grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)[:3] == ["ada: 100", "bob: 70", "eve: 0"]
+    grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)
+    totals = ["ada: 100 of 100 points", "bob: 70 of 100 points", "eve: 0 of 100 points", "late: 0 of 100 points"]
+    assert capsys.readouterr().out.splitlines() == totals
     rows = (tmp_path / "grades.csv").read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("student,total,distance") and rows[1].startswith("ada,100,15")
-    assert "counts from 1" in (tmp_path / "grades" / "bob.txt").read_text()
+    assert "  0 of  20 weights: f(t) starts at 0: the paper counts from 1" in (
+        tmp_path / "grades" / "bob.txt").read_text().splitlines()
     assert "missing" in (tmp_path / "grades" / "late.txt").read_text()
     tests = json.loads((tmp_path / "grades" / "bob.json").read_text())["tests"]
     assert sum(t["score"] for t in tests) == 70 and sum(t["max_score"] for t in tests) == 100
@@ -237,8 +255,9 @@ def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
 
 
 def test_another_seed_asks_for_other_numbers(key):
-    other = Key("vista", 2, mistakes=False)
-    assert not any(agree(a, b, item) for a, b, item in zip(other.want, key.want, rubric("vista")) if not item.view)
+    [other] = execute([solution("vista")], key.items, 2)
+    for (results, _), want, item in zip(other, key.want, key.items):
+        assert item.view is not list or not agree(results, want, item), item.__name__
 
 
 def test_the_semester_is_one_command(tmp_path):
@@ -255,9 +274,16 @@ def test_the_semester_is_one_command(tmp_path):
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
                                   for n in ASSIGNMENTS])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
-    row = audit(name, seed=3)
-    assert row["wrong"] >= 30 and row["right"] >= 3
-    assert passes(row), row["missed"] + row["false_alarms"]
+    good, row, complaints = audit(name, seed=3)
+    assert row["wrong solutions"] >= 30 and row["right solutions"] >= 3
+    assert good, complaints
+
+
+@pytest.mark.parametrize("name", ASSIGNMENTS)
+def test_every_patch_of_a_mutant_applies_to_the_solution(name):
+    sources = solution(name)
+    for mistake, _, *patch in mutants(name).WRONG:
+        assert solution(name, *patch) != sources, mistake
 
 
 def test_the_instructors_page_has_the_audits_table():
@@ -265,7 +291,8 @@ def test_the_instructors_page_has_the_audits_table():
                       (ROOT / "docs/teaching.md").read_text(), re.M)
     assert [row[0] for row in rows] == list(ASSIGNMENTS)
     for name, items, all_wrong, caught, all_right, full in rows:
-        assert (int(items), int(all_wrong), int(all_right)) == (len(rubric(name)), len(wrong(name)), len(right(name)))
+        known = mutants(name)
+        assert (int(items), int(all_wrong), int(all_right)) == (len(rubric(name)), len(known.WRONG), len(known.RIGHT))
         assert int(caught) >= 0.95 * int(all_wrong) and full == all_right
         assert sum(item.points for item in rubric(name)) == (110 if name == "mir" else 100), "10 are a bonus"
 

@@ -155,6 +155,7 @@ def test_a_large_model_is_written_in_shards(run, exported, tmp_path, monkeypatch
 def test_parts_stored_in_different_dtypes_keep_their_values(run, tmp_path):
     folder = tmp_path / "ckpt"
     shutil.copytree(checkpoint_folder(run), folder)
+    (folder / "digests.json").unlink()                        # of the tensors as they were
     tensors = load_file(folder / "model.safetensors")
     halves = {torch.float16: "language_model.", torch.bfloat16: "vision_tower."}
     for some, stored in [(halves, "float32"), ({torch.float16: ""}, "float16")]:
@@ -202,7 +203,6 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     refuses(call("hub", "exprot", run, out), "say python -m hub inspect DIR")
     refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
     refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
-    refuses(call("hub", "export", exported, out), "is not a checkpoint of a run")
     refuses(call("hub", "export", "absent", out), "absent does not exist")
     moca = made(tmp_path / "moca", TOWER, dict(TEXT, moca=True), "v1")
     refuses(call("hub", "export", moca, out), "has MoCa", "no place for it")
@@ -214,7 +214,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
         ckpt = made(tmp_path / name, TOWER, text, template)
         refuses(call("hub", "export", ckpt, out), "built on Phi-3, or on no family")
     small = made(tmp_path / "small", TOWER, dict(TEXT, vocab_size=500), "v1")
-    refuses(call("hub", "export", small, out), "a tokenizer of 547 tokens for a vocabulary of 500")
+    refuses(call("hub", "export", small, out), "as 546, but the model embeds 500 tokens")
     assert not out.exists() and not list(tmp_path.glob(".*")), "something was written before it was refused"
     assert (tmp_path / "taken" / "x").read_text() == "mine"
     out.mkdir()
@@ -298,7 +298,7 @@ def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
     f = broken(configure(vocab_size=500))
     assert ".weight has shape (547, 96), but the config makes it (500, 96)" in f["problem"][0]
     f = broken(configure(num_attention_heads="four"))
-    assert re.search("load_llm stops with TypeError", f["problem"][0])
+    assert "num_attention_heads is 'four', which no model has" in f["problem"][0]
     f = broken(lambda d: (d / "tokenizer.json").write_text("{"))
     assert "is not a tokenizer" in f["problem"][0] and "language" in f
     f = broken(configure(template="phi"), checkpoint_folder(run))

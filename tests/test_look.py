@@ -4,6 +4,7 @@ import json
 import math
 import re
 import struct
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from PIL import Image
 from test_mir import definition
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from common.flags import UserError
 from common.text import is_word, show_token
 from data import ImageProcessor
 from evaluate import Assistant
+from hub.checkpoint import save_checkpoint
 from hub.configs import load_processor
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
@@ -192,6 +195,80 @@ def test_traces_add_up_to_what_the_objectives_compute(assistant, seen, reference
                 close(found, ordered[low] + (q * 23 - low) * (ordered[low + 1] - ordered[low]))
 
 
+def test_each_tokens_distance_is_to_the_last_patch_and_weighs_by_its_place(seen, reference):
+    inside, states, _ = reference
+    last = states[-1][inside.image][-1]
+    words = states[0][inside.answer:]
+    for t, word in enumerate(words):
+        distance = sum(float(a - b) ** 2 for a, b in zip(word, last)) / len(last)
+        assert seen["vista"]["d"][t] == pytest.approx(distance, rel=1e-4)
+        assert seen["vista"]["f(t) d"][t] == pytest.approx(distance * (t + 1) / len(words), rel=1e-4)
+
+
+def test_the_answer_is_the_most_likely_token_at_every_place(assistant, seen, reference):
+    inside, states, _ = reference
+    head = assistant.model.language_model.lm_head
+    for position in range(inside.answer, len(inside.ids)):
+        assert int(head(states[-1][position - 1]).argmax()) == int(inside.ids[position])
+    words = [assistant.tokenizer.id_to_token(i) for i in inside.ids[inside.answer:].tolist()]
+    assert len(words) in range(1, 6) and seen["answer"].split() == [w.strip("▁") for w in words if w not in (
+        "<unk>", "<s>", "</s>", None)]
+    assert seen["prompt_rows"] == len(inside.rows) - len(words) == int((inside.rows < inside.answer).sum())
+
+
+def test_the_picture_is_the_one_that_the_model_gets(assistant):
+    image = Image.effect_noise((24, 24), 80).convert("RGB")                 # of the model's size: nothing is scaled
+    shown = gather(assistant, "random", image, "What is this?", max_new=1)["picture"]
+    assert shown.tobytes() == image.tobytes()
+
+
+def test_single_heads_are_those_of_the_questions_last_token_first(assistant, picture, seen, monkeypatch):
+    every = seen["head_rows"]
+    assert every == list(range(len(seen["tokens"])))
+    monkeypatch.setattr("look.gather.HEAD_NUMBERS", 2 * 4 * 4 * 9)          # two tokens of 4 layers, 4 heads, 9 patches
+    few = gather(assistant, "random", picture, "What is this?", max_new=5)
+    last = seen["prompt_rows"] - 1
+    assert few["head_rows"] == [last, last + 1]
+    close(few["heads"][:, :, 0].tolist(), [[head[last] for head in layer] for layer in seen["heads"]])
+
+
+def test_tsne_is_scikit_learns_of_every_layers_tokens(assistant, picture, reference):
+    manifold = pytest.importorskip("sklearn.manifold")
+    inside, states, _ = reference
+    shown = gather(assistant, "random", picture, "What is this?", max_new=5, tsne=True)["tsne"]
+    n = int(inside.image.sum()) + len(inside.rows)
+    assert shown.shape == (len(states), n, 2) and shown.isfinite().all()
+    tokens = torch.cat([inside.states[2][inside.image], inside.states[2][inside.rows]])
+    wanted = manifold.TSNE(perplexity=(n - 1) / 3, random_state=0).fit_transform(tokens.numpy())
+    close(shown[2].tolist(), wanted)
+
+
+def test_without_scikit_learn_one_line_says_what_to_do(assistant, picture, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    with pytest.raises(UserError, match="--tsne needs scikit-learn: pip install scikit-learn"):
+        gather(assistant, "random", picture, "What is this?", max_new=1, tsne=True)
+
+
+def test_a_released_folder_shows_the_numbers_of_the_checkpoint_it_was_made_from(picture, tmp_path):
+    torch.manual_seed(0)
+    clip, llm = ROOT / "toy/clip", ROOT / "toy/llm"
+    model = Llava(load_vision(clip, torch.float32), Projector(96, 96), load_llm(llm, torch.float32))
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
+              "vision": str(clip), "llm": str(llm)}
+    ours, exported = tmp_path / "run/finetune-1", tmp_path / "llava-hf"
+    save_checkpoint(ours, model, {n for n, _ in model.named_parameters()}, config, {})
+    assert call("hub", "export", ours, exported).returncode == 0
+    picture.save(tmp_path / "a.png")
+    done = call("look", "--ckpt", ours, exported, "--image", tmp_path / "a.png", "--prompt", "What colour is it?",
+                "--out", tmp_path / "page.html", "--json", tmp_path / "numbers.json", "--png", tmp_path / "maps")
+    assert done.returncode == 0, done.stderr
+    one, other = json.loads((tmp_path / "numbers.json").read_text())
+    assert one.pop("name") == str(ours) and other.pop("name") == str(exported)
+    assert one == other and len(one["nearest"]) == 5
+    maps = [sorted(p.name for p in (tmp_path / "maps" / f).iterdir()) for f in ("1-finetune-1", "2-llava-hf")]
+    assert maps[0] == maps[1] and "attention-layer04.png" in maps[0] and "similarity-layer00.png" in maps[0]
+
+
 def test_the_second_answer_sees_words_in_the_images_place(assistant, seen, reference, monkeypatch):
     """Greedy, one token at a time, with the embeddings of the nearest words where the patches were, without MoCa."""
     inside, states, _ = reference
@@ -251,6 +328,21 @@ def test_seeds_make_a_band_and_a_running_run_is_read_as_far_as_it_is(tmp_path):
     assert group["finished"] == 0 and group["accuracy"] == {}
     long = overlay_curves([{s: float(s) for s in range(1, 1001)}])
     assert long["x"][:2] == [5, 10] and long["y"][:2] == [3, 8] and len(long["x"]) == 200
+
+
+def test_results_of_seeds_are_means_with_their_deviation(tmp_path):
+    for seed, right, layers in ((1, 60.0, [1.0, 2.0]), (2, 70.0, [3.0, 4.0]), (3, 80.0, [5.0, 9.0])):
+        run = tmp_path / f"ce-{seed}"
+        run.mkdir()
+        (run / "run.json").write_text(json.dumps({"seed": seed, "out": str(run), "loss": "ce", "moca": True}))
+        (run / "metrics.jsonl").write_text('{"stage": "finetune", "step": 1, "ce": 1.0}\n')
+        (run / "results.json").write_text(json.dumps({
+            "accuracy": {"test": {"colour": right}}, "shuffled": {"test": {"colour": right / 2}},
+            "stages": {"finetune": {"layers": layers}}}))
+    group, = group_runs([tmp_path / f"ce-{seed}" for seed in (1, 2, 3)])
+    assert group["name"] == "ce + MoCa" and group["finished"] == 3
+    assert group["accuracy"] == {"test": {"colour": [70.0, 10.0]}, "test, images shuffled": {"colour": [35.0, 5.0]}}
+    assert group["mir_layers"] == {"finetune": [3.0, 5.0]}
 
 
 def test_a_sample_is_shown_as_training_gets_it(small_world, tmp_path):
@@ -351,6 +443,38 @@ def test_a_console_error_or_a_request_is_noticed(tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+def test_the_page_reads_out_the_numbers_that_were_gathered(assistant, picture, seen, tmp_path):
+    write_page(tmp_path / "page.html", "one", [gather(assistant, "random", picture, "What is this?", max_new=5)])
+    row, layer, patch, browser = 2, 3, 4, Browser()
+    try:
+        fragment = f"#token=p{row}&layer={layer}&patch={patch}"
+        browser.open(tmp_path / "page.html", fragment)
+        said = browser.run("document.getElementById('reading').textContent")
+        share, there = (float(x) for x in re.findall(r"([\d.]+) %", said))
+        assert share == pytest.approx(100 * seen["to_image"][layer - 1][row], abs=0.51)
+        assert there == pytest.approx(100 * seen["attention"][layer - 1][row][patch], abs=0.51)
+        cells = browser.run("[...document.querySelectorAll('.card tr')].map("
+                            "row => [...row.cells].map(cell => cell.textContent))")
+        assert len(cells) == len(seen["nearest"])
+        for k, (name, *words) in enumerate(cells):
+            assert name == (f"layer {k}" if k else "projector")
+            for rank, text in enumerate(words):
+                word, cosine = seen["words"][seen["nearest"][k][patch][rank]], seen["cosine"][k][patch][rank]
+                assert text.startswith(word.strip()[:1]) and float(text.split()[-1]) == pytest.approx(cosine, abs=0.011)
+        frame = browser.run("document.querySelector('.frame').style.transform")
+        assert frame == "translate(100%, 100%)", "patch 4 of nine is in the middle"
+        browser.run("choose({map: 'similarity'})")
+        browser.settle()
+        said = browser.run("document.getElementById('reading').textContent")
+        there = float(re.search(r"column 2: (-?[\d.]+),", said)[1])
+        assert there == pytest.approx(seen["similarity"][layer][row][patch], abs=0.01)
+        assert browser.complaints == []
+    finally:
+        browser.close()
+
+
+@pytest.mark.slow
+@needs_browser
 def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
     assert pages["large"].stat().st_size < 5e6
     browser = Browser()
@@ -358,6 +482,8 @@ def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
         browser.open(pages["large"])
         times = browser.run("""(async () => {
             const times = [], canvas = document.querySelector('.pair canvas'), box = canvas.getBoundingClientRect();
+            const draw = drawHeat;
+            drawHeat = (...card) => { window.redrawn = true; draw(...card); };
             for (let i = 0; i < 40; i++) {
                 const begin = performance.now();
                 const place = {clientX: box.left + 10 + i * 5, clientY: box.top + 50};
@@ -368,6 +494,9 @@ def test_a_page_of_7b_size_is_small_and_follows_at_once(pages):
             return times.sort((a, b) => a - b);
         })()""")
         assert times[20] < 100, f"median {times[20]:.0f} ms from a move of the pointer to the next frame"
+        assert not browser.run("window.redrawn"), "only the marks move: the maps stay as they are"
+        browser.press("[")
+        assert browser.run("window.redrawn"), "another layer is another map"
         assert browser.complaints == []
     finally:
         browser.close()

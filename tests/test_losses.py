@@ -2,9 +2,11 @@
 import pytest
 import torch
 from test_model import N, batch_of, prompts, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import losses
 from common.flags import UserError
+from common.positions import true_positions
 from data import Batch
 from losses import LOSSES, Loss, Objective, Term, count_terms
 from methods import basic, ce, vdep, vista
@@ -59,8 +61,8 @@ def test_counts_are_those_of_the_methods_and_known_before_any_forward(loss, func
     """The registry's denominator of a term is the count that its function in methods/ returns."""
     returned = {}
     for name, function in functions.items():
-        def spy(*a, name=name, function=function):
-            total, returned[name] = function(*a)
+        def spy(*a, name=name, function=function, **k):
+            total, returned[name] = function(*a, **k)
             return total, returned[name]
         monkeypatch.setattr(losses, function.__name__, spy)
     for which in ([0, 1, 2, 3], [0], [2], [3], [2, 3]):
@@ -191,7 +193,7 @@ def test_basic_supervises_the_projector_by_its_first_layers(k, options):
     _, das, sds = Objective(model, cfg("basic", **options))(batch)
     seen = {}
     text = batch.text_after_image()
-    out = model(batch, lambda i, h, a: seen.update({i: (h, a)}), text)
+    out = model(batch, lambda i, h, a: seen.update({i: (h, a)}), true_positions(text))
     w = basic.layer_weights(k, options.get("basic_weights", "increasing"))
     v_hat, degree = torch.zeros_like(out.image_embeds), torch.zeros(4, N)
     for b in (0, 1):
@@ -209,7 +211,7 @@ def test_basic_scales_words_where_the_family_scales_them():
     batch, model = example(), tiny(embed_scale=24 ** 0.5)
     sds = Objective(model, cfg("basic"))(batch)[2]
     seen = []
-    out = model(batch, lambda i, h, a: seen.append((h, a)), batch.text_after_image(), 1)
+    out = model(batch, lambda i, h, a: seen.append((h, a)), true_positions(batch.text_after_image()), 1)
     h, attention = seen[0]
     v_hat, degree = torch.zeros_like(out.image_embeds), torch.zeros(4, N)
     for b in (0, 1):
@@ -276,9 +278,9 @@ def test_vista_moves_word_embeddings_in_stage_2_and_vdeps_target_stays():
 @pytest.mark.parametrize("loss", LOSSES)
 def test_activation_checkpointing_changes_no_term_and_no_gradient(loss):
     results = []
-    for on in (False, True):
+    for layers in (0, 3):
         model = frozen("finetune", moca=True)
-        model.language_model.gradient_checkpointing = on
+        model.language_model.recomputed = layers
         terms = Objective(model, cfg(loss, basic_k=2 if loss == "basic" else None))(example())
         sum(t.weight * t.total for t in terms).backward()
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -296,3 +298,43 @@ def test_under_autocast_every_term_is_float32_and_near_the_exact_one(loss):
         low = Objective(tiny(torch.float32), cfg(loss))(batch)
     for a, b in zip(exact, low):
         assert b.total.dtype == torch.float32 and abs(a.total - b.total) < 0.1 * a.total, a.name
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operations whose result's size, or a number in Python, depends on what a tensor holds."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        masks = name.startswith(("index", "_unsafe_index")) and any(
+            isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in arguments[1] or [])
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
+            self.count += 1
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_micro_batch_never_waits_for_the_device(loss, stage):
+    """Which positions are selected is found before the batch is moved. Each such operation would stop a GPU's queue."""
+    model = tiny(moca=True)
+    with Waits() as waits:
+        example().places
+    assert waits.count > 3, "this test sees nothing"
+    batch = example().to("cpu")
+    with Waits() as waits:
+        sum(term.total for term in Objective(model, cfg(loss, stage))(batch)).backward()
+    assert waits.count == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_the_same_bit_for_bit_whether_places_are_known_or_found(loss):
+    model = tiny(torch.float32)
+    for which in ([0, 1, 2, 3], [2], [3]):
+        batch = rows(example(), which)
+        totals, gradients = [], []
+        for known in (batch, batch.to("cpu")):
+            terms = Objective(model, cfg(loss))(known)
+            totals.append(torch.stack([term.total for term in terms]))
+            gradients.append(torch.autograd.grad(totals[-1].sum(), model.multi_modal_projector.parameters()))
+        assert torch.equal(*totals) and all(torch.equal(a, b) for a, b in zip(*gradients))

@@ -484,7 +484,7 @@ def lines_of(out, kind=None):
 
 def run_mir(checkpoint, *more, ranks=1):
     out = checkpoint.parent / "mir.json"
-    arguments = ["mir.py", "--ckpt", checkpoint, "--device", "cpu", "--out", out, *more]
+    arguments = ["mir.py", "--ckpt", checkpoint, "--device", "cpu", "--out", out, "--overwrite", *more]
     done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout

@@ -85,7 +85,7 @@ def test_with_activation_checkpointing_it_keeps_no_activations_and_changes_no_nu
     ids, masks, pixels = prompts([9, 12])
     batch, results = batch_of(ids, masks, pixels.float()), []
     for on in (False, True):
-        model.language_model.gradient_checkpointing = plain.language_model.gradient_checkpointing = on
+        model.language_model.recomputed = plain.language_model.recomputed = 3 * on
         model.zero_grad(), plain.zero_grad()
         extra = kept_bytes(model, batch) - kept_bytes(plain, batch)
         assert (extra == 0) == on, f"MoCa keeps {extra} bytes; checkpointing: {on}"

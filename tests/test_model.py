@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from common.positions import true_positions
 from evaluation.generate import generate
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate
 
@@ -113,7 +114,7 @@ def test_the_attention_map_is_the_softmax_over_all_visible_keys_averaged_over_he
     batch = batch_of(*prompts([9, 12, 7], without_image=[2]))
     rows = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
     seen = {}
-    model(batch, lambda i, h, attention: seen.update({i: (h, attention)}), attention_from=rows)
+    model(batch, lambda i, h, attention: seen.update({i: (h, attention)}), attention_from=true_positions(rows))
     assert sorted(seen) == [1, 2, 3]
     h = model.merge(model.language_model.model["embed_tokens"](batch.input_ids), model.embed_images(batch.pixel_values),
                     batch.image_mask)
@@ -142,18 +143,19 @@ def test_checkpointing_changes_no_value_and_no_gradient_and_watch_sees_each_laye
     model = tiny()
     batch = batch_of(*prompts([9, 12]))
     results = []
-    for checkpointing in (False, True):
-        model.language_model.gradient_checkpointing = checkpointing
+    for recomputed in (0, 2, 3):
+        model.language_model.recomputed = recomputed
         model.zero_grad()
         seen = []
-        out = model(batch, lambda i, h, attention, seen=seen: seen.append(i), attention_from=batch.attention_mask)
+        rows = true_positions(batch.attention_mask)
+        out = model(batch, lambda i, h, attention, seen=seen: seen.append(i), attention_from=rows)
         out.hidden_states.pow(2).sum().backward()
         assert seen == [1, 2, 3]
         gradients = [p.grad.clone() for p in model.language_model.parameters() if p.grad is not None]
         results.append([out.hidden_states, *gradients])
     assert len(results[0]) == len(results[1]) > 20
-    for a, b in zip(*results):
-        assert torch.equal(a, b)
+    for a, *others in zip(*results):
+        assert all(torch.equal(a, b) for b in others)
 
 
 def test_a_layer_computes_no_attention_map_unless_rows_are_given():

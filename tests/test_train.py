@@ -18,7 +18,7 @@ def test_stage_fills_in_llavas_recipe_and_keeps_what_is_given():
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
     assert cfg.adam_beta2 == torch.optim.AdamW([torch.zeros(1)]).defaults["betas"][1]      # LLaVA's is PyTorch's
     cfg = settings(TrainConfig(data="x.json", lr=5e-6, micro_batch=4), "finetune", ranks=4)
-    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, True)
+    assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.gradient_checkpointing) == (128, 4, 5e-6, None)
 
 
 def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
@@ -161,6 +161,15 @@ def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_pa
     last = f"finetune-{STEPS}"
     assert same(tensors_of(out / last), tensors_of(trained["finetune"] / last))
     assert [p.name for p in out.glob("finetune-*")] == [last], "older checkpoints of the stage were left"
+
+
+def test_checkpoints_come_by_the_clock_too_and_older_ones_keep_weights_alone(small_world, tmp_path):
+    """Ranks that save after different steps would wait for each other for ever."""
+    words = command(small_world, tmp_path / "run", steps=4, **{"save-minutes": 1e-6, "keep-last": 3, "micro-batch": 4})
+    done = launch(*words, ranks=2)
+    assert done.returncode == 0, done.stderr
+    saved = {p.name: (p / "optimizer.safetensors").exists() for p in (tmp_path / "run").glob("finetune-*")}
+    assert saved == {"finetune-2": False, "finetune-3": True, "finetune-4": True}
 
 
 def test_a_termination_signal_saves_and_leaves(small_world, trained, tmp_path):

@@ -6,10 +6,13 @@ import torch
 import evaluate
 import mir
 from common.files import read_jsonl, write_json
+from common.images import open_image
 from common.parallel import Ranks
+from evaluation.metrics import exact
 from evaluation.scores import own_row, table
 from hub.checkpoint import checkpoints, load_model
 from hub.pairs import pair_batches, read_pairs
+from look.gather import gather
 from look.runs import write_report
 
 
@@ -29,8 +32,10 @@ def report(out: Path, stages: list[str], device: torch.device, dtype: torch.dtyp
     results["checkpoint"] = str(folder)
     write_json(out / "results.json", results)
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
-    asked = "finetune" in stages                          # stage 1 learns captions: it cannot be asked
-    write_report(out, evaluate.Assistant.from_checkpoint(folder, device, dtype) if asked else None)
+    if "finetune" in stages:                              # stage 1 learns captions: it cannot be asked
+        write_report(out, *look_inside(out, folder, device, dtype))
+    else:
+        write_report(out)
     return results
 
 
@@ -61,3 +66,16 @@ def ask_questions(out: Path, folder: Path, results: dict, device: torch.device, 
     for r in answers[::len(answers) // 6 + 1]:
         verdict = "right" if r["score"] == 1 else r["answer"]
         print(f"{Path(r['image']).name}  {r['prompt']}  → {r['prediction']}  ({verdict})")
+
+
+def look_inside(out: Path, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[list[dict], list[dict]]:
+    """Gather what happens inside at a question of every category. Returns it for six answers, and for one more look."""
+    assistant = evaluate.Assistant.from_checkpoint(folder, device, dtype)
+    rows, answers, looks = read_jsonl(out / "data" / "test.jsonl"), [], []
+    for row in rows[::len(rows) // 6 + 1]:
+        image = open_image(out / "data" / "images" / row["image"])
+        look = gather(assistant, folder.name, image, row["text"], 16)
+        answers.append({**look, "wanted": row["answer"], "right": exact(look["answer"], row["answer"])})
+        if row["category"] == "colour":
+            looks = [look]
+    return answers, looks

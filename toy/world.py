@@ -18,6 +18,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from common.files import new_folder
+
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230), "yellow": (235, 205, 50)}
 ROWS = ("top", "middle", "bottom")
@@ -191,4 +193,7 @@ if __name__ == "__main__":
     parser.add_argument("--out", required=True)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    make(args.out, args.seed)
+    if Path(args.out).exists():
+        parser.error(f"--out {args.out} exists already and is not written over: give another name, or move it away")
+    with new_folder(Path(args.out)) as folder:
+        make(folder, args.seed)

@@ -1,25 +1,31 @@
 """A run's folder: run.json, metrics.jsonl, checkpoints, the optimizer's state.
 
-    out/run.json         the flags of the run, compared on --resume
+    out/run.json         the flags of the run and the fingerprints of what it reads, compared on --resume
     out/metrics.jsonl    a line a step
     out/pretrain-250     a checkpoint, see hub/checkpoint.py; out/finetune-1000 likewise
+    out/.lock            locked by the first rank while it runs
 """
 import json
 import os
-import pickle
+import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 
-from common.files import read_json, write_json, write_text
+from common.files import LOCK, parse_log_line, read_json, remove, write_json, write_text
 from common.flags import UserError
-from common.parallel import Ranks, placed, whole
+from common.parallel import Ranks, local, placed
 from data import Batch
-from hub.checkpoint import checkpoint_problem, checkpoints, save_checkpoint
+from hub.checkpoint import OPTIMIZER, checkpoint_problem, checkpoints, save_checkpoint
+from hub.tensors import is_finite, open_tensors
 from model import Llava
-from training.settings import FREE_TO_CHANGE, TrainConfig, flag, in_checkout, stores_all
+from training.settings import FREE_TO_CHANGE, START, TrainConfig, flag, in_checkout, stores_all
+
+# What a kill or a full disk leaves: temporary names of the files and folders above.
+LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html|results\.json|data|"
+                      r"(pretrain|finetune)-\d+)\.tmp")
 
 
 # ------------------------------------------------------------------------------------------------ start and resume
@@ -28,6 +34,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file: give a folder")
     holds = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    holds = [name for name in holds if name != LOCK and not LEFTOVER.fullmatch(name)]
     if not holds:
         return
     if cfg.overwrite:
@@ -42,7 +49,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
     elif "run.json" not in holds:
         raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
     else:
-        check_same_run(cfg, read_json(out / "run.json"), out)
+        check_same_run(cfg, read_json(out / "run.json", dict), out)
 
 
 def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
@@ -50,7 +57,7 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
-        if f.name in ("vision", "llm"):
+        if f.name in ("vision", "llm") and isinstance(old, str):
             old = in_checkout(old)
         if f.name not in FREE_TO_CHANGE and old != new:
             changed.append(f"{flag(f.name)} {old} (now {new})")
@@ -58,18 +65,32 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
         raise UserError(f"--resume: {place} was started with {', '.join(changed)}")
 
 
-def clear(out: Path) -> None:
-    """Delete a run that saved no checkpoint (--overwrite): its flags, its log, the toy's data."""
-    for name in ("metrics.jsonl", "bad_images.txt", "run.json"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "data", ignore_errors=True)
+def clear(cfg: TrainConfig, out: Path) -> None:
+    """Delete what killed runs left and, with --overwrite, a run that saved no checkpoint: its flags,
+    its log, the toy's data. Call with the folder locked."""
+    remove([p for p in out.iterdir() if LEFTOVER.fullmatch(p.name)])
+    if cfg.overwrite:
+        remove([p for p in out.iterdir() if p.name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
 
 
-def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks) -> None:
-    """Make the run's folder with run.json, and bad_images.txt if images are left out. Every rank must call."""
+def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files=None) -> None:
+    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files: fingerprints of what the
+    stage reads, from `fingerprints`. Raises UserError if a rank or the run's start had others."""
+    files = dict(files or {})
+    for rank, seen in enumerate(ranks.gather(files)):
+        for name in files:
+            if seen[name] != files[name]:
+                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
+                                f"{files[name]}): give every machine the same files")
+    files.pop(START, None)
+    started = read_json(out / "run.json").get("files", {}) if (out / "run.json").is_file() else {}
+    for name in files:
+        if started.get(name, files[name]) != files[name]:
+            raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "
+                            f"{files[name]}): put back what it was, or start a new run with another --out")
+    ranks.wait()                                          # every rank has read run.json
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "run.json", asdict(cfg))
+        write_json(out / "run.json", {**asdict(cfg), "files": {**started, **files}})
         if bad:
             write_text(out / "bad_images.txt", "".join(line + "\n" for line in bad))
     ranks.wait()
@@ -104,13 +125,16 @@ class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
         if path.exists():
-            kept = []
-            for line in path.read_text().splitlines(keepends=True):
-                if not line.endswith("\n"):
-                    continue                              # a stopped run may leave half a line
-                row = json.loads(line)
-                if row.get("stage") != stage or row.get("step", 0) <= step:
-                    kept.append(line)
+            kept, lost = [], 0
+            for line in path.read_text(errors="replace").splitlines(keepends=True):
+                try:
+                    row = parse_log_line(line)
+                    if row["stage"] != stage or row["step"] <= step:
+                        kept.append(line.rstrip("\n") + "\n")
+                except ValueError:
+                    lost += line.endswith("\n")           # a stopped run may leave half a line; a power cut, garbage
+            if lost:
+                print(f"{path}: {lost} unreadable lines are left out", flush=True)
             write_text(path, "".join(kept))
         self.file = open(path, "a")
 
@@ -131,46 +155,54 @@ def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------ checkpoints
 def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
-    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. The first rank writes; if
-    the model is sharded, every rank must call."""
+    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of those, the newest two
+    keep the optimizer's state: to resume, and to resume if the newest is damaged. The first rank writes; if the model
+    is sharded, every rank must call."""
+    broken = [n for n, p in model.named_parameters() if p.requires_grad and not is_finite(local(p.detach()))]
+    broken = [name for names in ranks.gather(broken[:1]) for name in names]
+    if broken:
+        raise UserError(f"step {step} of {cfg.stage}: {broken[0]} holds numbers that are not finite, so it is not "
+                        "saved: lower --lr. Earlier checkpoints are unchanged")
     if not ranks.first and ranks.mesh is None:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
     config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
-              "after_special": cfg.after_special, "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
+              "after_special": cfg.after_special, "plain_specials": cfg.plain_specials,
+              "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
               "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
-    state = {"optimizer": gather_optimizer(optimizer, ranks), "step": step}
-    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, state, write=ranks.first)
+    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, optimizer_tensors(optimizer), write=ranks.first)
     if ranks.first:
+        for older in checkpoints(out, cfg.stage)[:-2]:
+            (older / OPTIMIZER).unlink(missing_ok=True)
         for older in checkpoints(out, cfg.stage)[:-cfg.keep_last]:
             shutil.rmtree(older)
 
 
-def gather_optimizer(optimizer: torch.optim.Optimizer, ranks: Ranks) -> dict:
-    """Return the optimizer's whole state in the first rank's memory: 8 bytes a trained parameter. Every rank must
-    call."""
-    state = optimizer.state_dict()
-    out = {}
-    for i, moments in state["state"].items():
-        out[i] = {}
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return AdamW's state by name: 3.exp_avg is of parameter 3. Of a sharded parameter: this rank's rows."""
+    tensors = {}
+    for i, moments in optimizer.state_dict()["state"].items():
         for name, tensor in moments.items():
-            full = whole(tensor)
-            if ranks.first:
-                out[i][name] = full.cpu()
-    return {**state, "state": out}
+            tensors[f"{i}.{name}"] = tensor
+    return tensors
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
     """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
-    The file is mapped: no rank holds it whole."""
-    try:
-        state = torch.load(ckpt / "state.pt", map_location="cpu", mmap=True, weights_only=True)["optimizer"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as e:
-        raise UserError(f"{ckpt}/state.pt cannot be read ({str(e).splitlines()[0][:60]}): move {ckpt} away; --resume "
-                        "then continues from the checkpoint before it") from None
+    One tensor at a time is read whole. Raises UserError for the state of another model's optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, moments in state["state"].items():
-        for name, tensor in moments.items():
-            if tensor.dim():                              # the moments; the step count is a single number
-                moments[name] = placed(tensor, parameters[i], parameters[i].device, tensor.dtype)
-    optimizer.load_state_dict(state)
+    state = {}
+    try:
+        with open_tensors(ckpt / OPTIMIZER) as f:
+            for key in f.keys():
+                i, name = key.split(".")
+                tensor, p = f.get_tensor(key), parameters[int(i)]
+                if tensor.dim():                          # the moments; the step count is a single number
+                    if tensor.shape != p.shape:
+                        raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
+                    tensor = placed(tensor, p, p.device, tensor.dtype)
+                state.setdefault(int(i), {})[name] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    except (IndexError, KeyError, ValueError) as e:
+        raise UserError(f"{ckpt / OPTIMIZER} is not the state of this model's optimizer ({str(e)[:100]}): move {ckpt} "
+                        "away; --resume then continues from the checkpoint before it") from None

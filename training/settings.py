@@ -10,9 +10,12 @@ from typing import Literal
 from common.flags import UserError, option
 from common.text import RULES
 from data import TEMPLATES
+from hub.checkpoint import is_released
 from hub.configs import decoder_config
 from hub.connectors import read_connector
+from hub.tensors import weight_files
 from hub.tokenizer import family_template
+from hub.usage import read_usage
 from losses import LOSSES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,18 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 # What --stage fills in where no flag says otherwise: LLaVA-1.5's recipe, and the toy's where there is no --data. The
 # toy's runs are short. With AdamW's usual beta2 of 0.999 the large gradients of the first steps keep all later steps
 # small, and some seeds never learn to look up a place.
-LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, adam_beta2=0.999,
-                          gradient_checkpointing=True),
-         "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999,
-                          gradient_checkpointing=True)}
+LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, adam_beta2=0.999),
+         "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam_beta2=0.95,
-                        gradient_checkpointing=False),
+                        gradient_checkpointing=0),
        "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
-                        gradient_checkpointing=False)}
+                        gradient_checkpointing=0)}
 TOY_PROJECTOR_SCALE = 0.25
 TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
+START = "the start of a stage"                            # its projector or checkpoint, as a name of a fingerprint
 
 
 @dataclass
@@ -46,10 +48,12 @@ class TrainConfig:
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     max_steps: int | None = option(None, "steps of a stage; unset: as many as --epochs make")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
+    save_minutes: float | None = option(None, "minutes after which to save, if --save-every takes longer; unset: any")
     keep_last: int = option(1, "checkpoints of a stage to keep")
 
-    vision: str = option("toy/clip", "folder of the vision encoder", "model")
-    llm: str = option("toy/llm", "folder of the language model")
+    vision: str | None = option(None, "folder of the vision encoder; unset: the toy's, or that of a released LLaVA in "
+                                "--projector", "model")
+    llm: str | None = option(None, "folder of the language model; unset: likewise")
     projector: str | None = option(None, "where --stage finetune starts: a stage-1 checkpoint, a released LLaVA, or "
                                    "random. In stage 1 with --unlock-…, or a Q-Former for --connector qformer")
     connector: str | None = option(None, "linear, mlp2x, mlp4x, …: so many linear maps; qformer: 32 queries; "
@@ -59,7 +63,7 @@ class TrainConfig:
         None, "what to train of the language model; half: its lower layers; unset: all in stage 2, none in stage 1")
     unlock_vision: Literal["none", "half", "all"] = option("none", "what to train of the vision encoder; half: its "
                                                            "upper layers")
-    lora_rank: int = option(128, "rank of --unlock-llm lora")
+    lora_rank: int = option(128, "rank of --unlock-llm lora", most=2**14)
     lora_alpha: float = option(256.0, "scales the LoRA update by alpha / rank")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its start; unset: 1, the "
                                            f"toy {TOY_PROJECTOR_SCALE}")
@@ -70,12 +74,15 @@ class TrainConfig:
     skip_bad_images: bool = option(False, "leave out samples whose image cannot be read; bad_images.txt lists them")
     template: Literal[tuple(TEMPLATES)] | None = option(
         None, "how conversations are written in stage 2; unset: as the language model's family does")
-    after_special: Literal[RULES] = option("4.31", "spaces after </s>: as this version of transformers has them")
+    after_special: Literal[RULES] | None = option(None, "spaces after </s>: as this version of transformers has them; "
+                                                  "unset: 4.31, or as a released LLaVA in --projector was trained")
+    plain_specials: bool = option(False, "read <s>, </s> and their like in the data as text; unset: as control tokens, "
+                                  "as LLaVA-1.5 does")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU")
+    workers: int | None = option(None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU", most=256)
 
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in "
-                                      "stage 1, 128 in stage 2", "optimisation")
+                                      "stage 1, 128 in stage 2", "optimisation", most=2**20)
     micro_batch: int | None = option(None, "samples on a rank at a time, the one memory knob; unset: the largest that "
                                      "divides a rank's share, up to 32 in stage 1, 16 in stage 2")
     epochs: int | None = option(None, "passes over the data; unset: 1")
@@ -88,11 +95,16 @@ class TrainConfig:
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one", "machine")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
-    parallel: Literal["auto", "ddp", "fsdp"] = option(
-        "auto", "ddp: every rank holds the model; fsdp: a part of it; auto: fsdp if more than the projector is trained")
-    gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them; unset: yes")
+    parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
+        "auto", "ddp: every rank holds the model; fsdp: a part of it; hsdp: a part of its node's; auto: fsdp if more "
+        "than the projector is trained")
+    gradient_checkpointing: int | None = option(None, "decoder layers whose activations are recomputed, not kept; unset: "
+                                                "as few as the GPU's memory allows, all on a CPU, the toy none")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+    plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")
+    card: Literal["a100-40", "a100-80", "h100", "h200"] | None = option(None, "with --plan: the GPU, if it is not here")
+    cards: int | None = option(None, "with --plan: how many of them; unset: as many as ranks were started")
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
@@ -119,8 +131,9 @@ class TrainConfig:
 
 
 # Flags that may change on --resume: they change no number, or only where the run goes from here.
-FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "keep_last", "mir_every",
-                  "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout")
+FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "save_minutes", "keep_last",
+                  "mir_every", "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout", "plan",
+                  "card", "cards")
 
 
 def flag(name: str) -> str:
@@ -137,6 +150,31 @@ def in_checkout(path: str) -> str:
 def starts_qformer(cfg: TrainConfig) -> bool:
     """True if --projector holds a Q-Former to begin stage 1 with."""
     return cfg.stage != "finetune" and cfg.projector is not None and (cfg.connector or "").startswith("qformer")
+
+
+def fill_parts(cfg: TrainConfig) -> TrainConfig:
+    """Return cfg with --vision, --llm and --after-special. What is unset is that of a whole released LLaVA in
+    --projector, else the toy's. Raises UserError if that LLaVA holds no vision encoder and --vision names none."""
+    vision, llm, rule = "toy/clip", "toy/llm", "4.31"
+    if cfg.projector not in (None, RANDOM) and is_released(cfg.projector):
+        folder = Path(cfg.projector)
+        if weight_files(folder)[0].name != "mm_projector.bin":
+            vision = llm = cfg.projector
+            rule = read_usage(folder, cfg.vision).after_special
+    return replace(cfg, vision=in_checkout(cfg.vision or vision), llm=in_checkout(cfg.llm or llm),
+                   after_special=cfg.after_special or rule)
+
+
+def is_sharded(cfg: TrainConfig, ranks: int) -> bool:
+    """True if the ranks share one model (FSDP)."""
+    return ranks > 1 and (cfg.parallel in ("fsdp", "hsdp") or (cfg.parallel == "auto" and stores_all(cfg)))
+
+
+def second_samples(cfg: TrainConfig, samples: int) -> int:
+    """Return how many samples VDEP's stage 1 shows a second time, in VDEP mode."""
+    if cfg.loss == "vdep" and cfg.stage == "pretrain" and cfg.vdep_alpha > 0 and not cfg.vdep_joint:
+        return round(cfg.vdep_ratio * samples)
+    return 0
 
 
 def stores_all(cfg: TrainConfig) -> bool:
@@ -159,6 +197,8 @@ def check_start(cfg: TrainConfig) -> None:
         read_connector(cfg.connector)
     if cfg.projector not in (None, RANDOM) and not stores_all(cfg) and not starts_qformer(cfg):
         raise UserError(f"--projector is the start of --stage finetune; --stage {cfg.stage} does not use it")
+    if (cfg.card or cfg.cards) and not cfg.plan:
+        raise UserError("--card and --cards belong to --plan")
     if cfg.resume and cfg.overwrite:
         raise UserError("--resume continues a run, --overwrite replaces it: give one of the two")
     for name, kind in [("data", "file"), ("mir_data", "file"), ("images", "folder")]:
@@ -171,8 +211,9 @@ def check_start(cfg: TrainConfig) -> None:
 
 def check_numbers(cfg: TrainConfig) -> None:
     """Raise UserError for numbers out of range, and for flags of an objective that is not trained."""
-    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "keep_last",
-                 "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha", "mir_every"):
+    for name in ("global_batch", "micro_batch", "lr", "epochs", "max_steps", "max_length", "save_every", "save_minutes",
+                 "keep_last", "timeout", "basic_k", "projector_lr", "vision_lr", "lora_rank", "lora_alpha",
+                 "mir_every"):
         value = getattr(cfg, name)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} must be more than 0, not {value}")
@@ -196,7 +237,7 @@ def check_numbers(cfg: TrainConfig) -> None:
 # ------------------------------------------------------------------------------------------------ recipes
 def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
     """Return cfg for one stage, with what is unset filled in. Raises UserError for settings that cannot be."""
-    toy = cfg.data is None
+    toy, cfg = cfg.data is None, fill_parts(cfg)
     recipe = dict((TOY if toy else LLAVA)[stage])
     largest_micro = recipe.pop("micro_batch")
     if cfg.unlock_llm == "lora" and cfg.lr is None and not toy:
@@ -212,9 +253,15 @@ def settings(cfg: TrainConfig, stage: str, ranks: int) -> TrainConfig:
         cfg = replace(cfg, template="plain")
     elif cfg.template is None:
         decoder_config(cfg.llm)                               # raises if that is no language model
-        cfg = replace(cfg, template=family_template(cfg.llm))
+        family = family_template(cfg.llm)
+        cfg = replace(cfg, template="v1" if family == "plain" else family)
     check_numbers(cfg)
     return cut_batch(cfg, ranks, largest_micro)
+
+
+def micro_batches(share: int, largest: int) -> list[int]:
+    """Return the micro-batches that divide a rank's share of the global batch, the largest first."""
+    return [m for m in range(min(share, largest), 0, -1) if share % m == 0]
 
 
 def cut_batch(cfg: TrainConfig, ranks: int, largest: int) -> TrainConfig:
@@ -223,8 +270,7 @@ def cut_batch(cfg: TrainConfig, ranks: int, largest: int) -> TrainConfig:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by the {ranks} ranks")
     share = cfg.global_batch // ranks
     if cfg.micro_batch is None:
-        micro_batch = max(m for m in range(1, min(share, largest) + 1) if share % m == 0)
-        return replace(cfg, micro_batch=micro_batch)
+        return replace(cfg, micro_batch=micro_batches(share, largest)[0])
     if share % cfg.micro_batch:
         raise UserError(f"--global-batch {cfg.global_batch} is not divisible by {ranks} ranks × --micro-batch "
                         f"{cfg.micro_batch}: a rank's share is {share}")

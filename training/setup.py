@@ -8,22 +8,23 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.files import read_json
+from common.files import files_digest
 from common.flags import UserError
 from common.parallel import Ranks, shard
-from data import IGNORE, Batch, Format, Samples, eos_id
+from data import IGNORE, Batch, Format, Samples, encode, eos_id
 from hub.check import image_problems
-from hub.checkpoint import checkpoint_folder, is_released, is_whole
-from hub.configs import decoder_config, load_processor, vision_config
+from hub.checkpoint import checkpoint_folder, is_released, is_whole, released_tower
+from hub.configs import decoder_config, load_processor, read_config, vision_config
 from hub.connectors import make_connector, name_of, read_connector
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
+from hub.usage import read_usage
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, TrainConfig, starts_qformer, stores_all
+from training.settings import RANDOM, START, TrainConfig, flag, starts_qformer, stores_all
 
 
 # ------------------------------------------------------------------------------------------------ before the run
@@ -53,7 +54,7 @@ def start_folder(cfg: TrainConfig) -> Path:
     if is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
-    stage = read_json(path / "config.json")["stage"]
+    stage = read_config(path, "stage")["stage"]
     if stage != "pretrain":
         raise UserError(f"{path} is a {stage} checkpoint; --projector takes a pretrain checkpoint")
     return path
@@ -103,7 +104,11 @@ def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int)
 
 
 def tower_config(cfg: TrainConfig) -> VisionConfig:
-    return replace(vision_config(cfg.vision), drop_first_patch=cfg.drop_first_patch)
+    if is_released(cfg.vision):
+        tower, _ = released_tower(Path(cfg.vision), None)
+    else:
+        tower = vision_config(cfg.vision)
+    return replace(tower, drop_first_patch=cfg.drop_first_patch or tower.drop_first_patch)
 
 
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
@@ -139,18 +144,20 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
                          partial(prepare, "vision_tower"))
     llm = load_llm(llm_folder, partial(dtype, "language_model"), ranks.device, t, partial(prepare, "language_model"),
                    new)
-    projector = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
+    projector, layer = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
     if cfg.moca and not llm.config.moca:
         llm.add_moca()
     if cfg.moca:
         llm.moca.to(ranks.device, torch.float32).requires_grad_(True)
-    llm.gradient_checkpointing = cfg.gradient_checkpointing
-    return Llava(vision, projector, llm)
+    llm.recomputed = cfg.gradient_checkpointing
+    return Llava(vision, projector, llm, layer)
 
 
-def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int, ranks: Ranks) -> nn.Module:
-    """Return the connector of the checkpoint to resume or of --projector, else a random one. MoCa that was trained
-    beside a stored projector is put into `llm`. Raises UserError if --connector asks for another one."""
+def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int,
+               ranks: Ranks) -> tuple[nn.Module, int]:
+    """Return the connector of the checkpoint to resume or of --projector, else a random one, and the layer of the
+    vision encoder that it reads. MoCa that was trained beside a stored projector is put into `llm`. Raises UserError
+    if --connector asks for another one."""
     source = ckpt
     if source is None and cfg.projector not in (None, RANDOM) and not starts_qformer(cfg):
         source = start_folder(cfg)
@@ -162,13 +169,15 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
             new = start_qformer(projector, cfg.projector)
             if ranks.first:
                 print(f"the Q-Former of {cfg.projector}, but for {len(new)} tensors of other shapes, which are new")
-        return projector.to(ranks.device)
+        return projector.to(ranks.device), -2
     if not (source == ckpt and stores_all(cfg)):
         load_moca(source, llm, torch.float32, ranks.device)
+    known = (source / "config.json").is_file()            # not beside mm_projector.bin alone
+    layer = read_usage(source, cfg.vision).layer if known else -2
     projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
     if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
         raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: leave the flag out")
-    return projector
+    return projector, layer
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
@@ -196,7 +205,8 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: add --images with the folder they are in")
 
-    tokenizer, processor, vision = load_tokenizer(cfg.llm), load_processor(cfg.vision), tower_config(cfg)
+    tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
+    processor, vision = load_processor(cfg.vision), tower_config(cfg)
     eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
@@ -215,9 +225,36 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     samples.keep(~spoiled)
     if not len(data):
         raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} no usable image)")
+    check_targets(data)
     if ranks.first:
         report_data(cfg, path, len(data), unanswered, int(spoiled.sum()), len(bad))
     return data, bad
+
+
+def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
+    """Return what the files that a stage reads are like: a change of one, or another one on a rank,
+    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them.
+    The projector or checkpoint to start from is compared between ranks alone: a run makes new ones."""
+    folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
+    if ckpt or cfg.projector not in (None, RANDOM):
+        folders[START] = ckpt or start_folder(cfg)
+    found = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
+    for name, folder in folders.items():
+        found[name] = files_digest(p for p in sorted(Path(folder).iterdir()) if p.name == "merges.txt"
+                                   or p.suffix in (".safetensors", ".bin", ".json", ".model"))
+    return found
+
+
+def check_targets(data: Samples) -> None:
+    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has an answer."""
+    f = data.format
+    for i in range(len(data)):
+        labels = encode(data.samples[i]["conversations"], data.tokenizer, f.template, f.image_tokens, f.max_length,
+                        f.after_special)[1]
+        if (labels != IGNORE).any():
+            return
+    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an image takes "
+                    f"{f.image_tokens} positions")
 
 
 def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoiled: int, bad: int) -> None:

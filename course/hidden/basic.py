@@ -1,9 +1,9 @@
 """BASIC, eq. (4) to (7)."""
 import torch
+import torch._dynamo  # noqa: F401  for torch.utils.checkpoint: a locked process loads nothing
 
-from course.hidden import equal_all, grads, item, normal, size
-
-IMPORTS = ["torch._dynamo"]             # torch.utils.checkpoint needs it
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
@@ -22,7 +22,7 @@ def one_patch(g):
 
 def by_patch(loss, g):
     """The count and total of a batch, and its total put together from patches one at a time."""
-    v, v_hat, a, E = (t.detach() for t in example(g))
+    v, v_hat, a, E = detached(*example(g))
     total, count = loss(v, v_hat, a, E)
     one = torch.ones(1, 1, dtype=torch.float64)
     parts = [a[b, i] * loss(v[b:b + 1, i:i + 1], v_hat[b:b + 1, i:i + 1], one, E)[0]
@@ -49,14 +49,17 @@ def other_weights(f, g):
 
 @item(10)
 def degree(f, g):
-    """a_i is the attention that image token i gets from the text rows, as a share: Σ_i a_i = 1 in every sample."""
-    attention = torch.rand(size(g, 2, 4), size(g, 3, 6), size(g, 4, 7), generator=g, dtype=torch.float64)
+    """a_i is the attention that image token i gets from the text rows, as a share: Σ_i a_i = 1 in
+    every sample."""
+    shape = size(g, 2, 4), size(g, 3, 6), size(g, 4, 7)
+    attention = torch.rand(shape, generator=g, dtype=torch.float64)
     return f.supervision_degree(attention, torch.ones(attention.shape[:2]).bool())
 
 
 @item(10, view=lambda r: [r[0] - r[1], r[2]])
 def degree_of_text_rows(f, g):
-    """Rows that are padding do not count; a sample without text rows has degree 0 everywhere, not NaN."""
+    """Rows that are padding do not count; a sample without text rows has degree 0 everywhere, not
+    NaN."""
     attention = torch.rand(3, 6, size(g, 4, 7), generator=g, dtype=torch.float64)
     rows = torch.arange(6) < torch.tensor([[6], [4], [0]])
     rows[0, 2] = False
@@ -79,20 +82,23 @@ def direction_total(f, g):
 
 @item(15)
 def divergence(f, g):
-    """KL(softmax(v̂ Eᵀ) ‖ softmax(v Eᵀ)) in nats: Σ p log(p / q) over the vocabulary, p of the target v̂."""
+    """KL(softmax(v̂ Eᵀ) ‖ softmax(v Eᵀ)) in nats: Σ p log(p / q) over the vocabulary, p of the
+    target v̂."""
     v, v_hat, a, E = one_patch(g)
     return f.semantic_loss(v, v_hat, a, E)[0], f.semantic_loss(v / 3, v_hat, a, E)[0]
 
 
 @item(5, view=lambda r: [r[0], r[1] / r[2]])
 def divergence_total(f, g):
-    """The total is Σ a_i KL_i over patches and samples; the count is that of samples that have a degree."""
+    """The total is Σ a_i KL_i over patches and samples; the count is that of samples that have a
+    degree."""
     return by_patch(f.semantic_loss, g)
 
 
-@item(10, view=lambda r: [r[0] / r[0].norm(), r[1] / r[1].norm(), r[0].norm() / r[2].norm(), r[1].norm() / r[3].norm()])
+@item(10, view=lambda r: [*tools.directions(r[:2]), r[0].norm() / r[2].norm(), r[1].norm() / r[3].norm()])
 def gradients(f, g):
-    """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what arrives in backward."""
+    """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what arrives
+    in backward."""
     v, v_hat, a, E = example(g)
     losses = [lambda: f.direction_loss(v, v_hat, a)[0], lambda: f.semantic_loss(v, v_hat, a, E)[0]]
     return [grads(loss(), v)[0] for loss in losses], [grads(loss() / 3, v)[0] for loss in losses]
@@ -106,24 +112,16 @@ def constants(f, g):
     return grads(direction, v, v_hat, a), grads(semantic, v, v_hat, a, E), direction, semantic
 
 
-@item(5, view=equal_all)
+@item(5, view=tools.equal_all)
 def chunks(f, g):
     """The size of a chunk changes nothing, in value and gradient."""
-    v, v_hat, a, E = example(g)
-    totals = [f.semantic_loss(v, v_hat, a, E, chunk=c)[0] for c in (1000, 1, 2, 5)]
-    return [torch.cat([t.view(1), grads(t, v)[0].flatten()]) for t in totals]
+    v, *args = example(g)
+    return tools.with_chunks(lambda c: f.semantic_loss(v, *args, chunk=c), v)
 
 
-@item(5, tolerance=1e-3, memory=220, view=lambda r: [r[0] / sum(r[1:9]), r[9].norm() / torch.cat(r[10:]).norm()])
+@item(5, tolerance=1e-3, memory=220, view=tools.whole)
 def memory(f, g):
     """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of patches."""
     v, v_hat = (torch.randn(8, 50, 8, generator=g, requires_grad=True) for _ in range(2))
     E, a = torch.randn(50000, 8, generator=g), torch.rand(8, 50, generator=g)
-    parts, slices = [], []
-    for i in range(8):
-        part = f.semantic_loss(v[i:i + 1], v_hat[i:i + 1], a[i:i + 1], E, chunk=8)[0]
-        slices.append(grads(part, v)[0][i].flatten())
-        parts.append(part.detach())
-    del part
-    total = f.semantic_loss(v, v_hat, a, E, chunk=8)[0]
-    return total, parts, grads(total, v), slices
+    return tools.in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8), v)

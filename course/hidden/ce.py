@@ -1,9 +1,9 @@
 """Next-token cross-entropy, eq. (1) and (2) of the handout."""
 import torch
+import torch._dynamo  # noqa: F401  for torch.utils.checkpoint: a locked process loads nothing
 
-from course.hidden import equal_all, grads, item, normal, size, untouched
-
-IMPORTS = ["torch._dynamo"]             # torch.utils.checkpoint needs it
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, ignored=0.4, low=2, dtype=torch.float64):
@@ -28,14 +28,14 @@ def one_token(f, g):
     return one_word(f, g)[0]
 
 
-@item(5, view=lambda r: [r[0] / r[1]])
+@item(5, view=tools.ratio)
 def without_a_bias(f, g):
     """head_bias=None is a head without a bias, which is one whose bias is 0."""
-    h, labels, weight, b = example(g)
-    return f.next_token_loss(h, labels, weight)[0], f.next_token_loss(h, labels, weight, 0 * b)[0]
+    *args, b = example(g)
+    return f.next_token_loss(*args)[0], f.next_token_loss(*args, 0 * b)[0]
 
 
-@item(5, view=lambda r: [r[0] / r[1]])
+@item(5, view=tools.ratio)
 def large_logits(f, g):
     """Logits of some hundred must not overflow: subtract the largest, or use logsumexp."""
     state = g.get_state()
@@ -45,64 +45,60 @@ def large_logits(f, g):
 
 @item(15, view=lambda r: [r[0].abs().sum(-1) > 0])
 def shift(f, g):
-    """Position t − 1 predicts label t: the last position predicts nothing, and the first label has no prediction."""
-    h, labels, weight, b = example(g)
-    return grads(f.next_token_loss(h, labels, weight, b)[0], h)
+    """Position t − 1 predicts label t: the last position predicts nothing, and the first label has
+    no prediction."""
+    h, *args = example(g)
+    return grads(f.next_token_loss(h, *args)[0], h)
 
 
 @item(10, view=lambda r: [r[0] - r[1], r[2], r[3]])
 def ignored_labels(f, g):
     """Labels of -100 are in neither total nor count, whatever the hidden states that predict them."""
-    h, labels, weight, b = (t.detach() for t in example(g))
-    other = h.clone()
+    h, labels, *head = detached(*example(g))
+    other, none = h.clone(), torch.full_like(labels, -100)
     other[:, :-1][labels[:, 1:] == -100] += 3
-    total, count = f.next_token_loss(h, labels, weight, b)
-    return total, f.next_token_loss(other, labels, weight, b)[0], count, f.next_token_loss(
-        h, torch.full_like(labels, -100), weight, b)[1]
+    total, count = f.next_token_loss(h, labels, *head)
+    return total, f.next_token_loss(other, labels, *head)[0], count, f.next_token_loss(h, none, *head)[1]
 
 
-@item(10, view=lambda r: [r[0] / sum(r[1:])])
+@item(10, view=tools.share)
 def sums(f, g):
-    """The total is the sum over all supervised tokens of all samples; training divides by the count."""
-    h, labels, weight, b = example(g)
-    return f.next_token_loss(h, labels, weight, b)[0], [
-        f.next_token_loss(h[i:i + 1], labels[i:i + 1], weight, b)[0] for i in range(len(h))]
+    """The total is the sum over all supervised tokens of all samples; training divides by the
+    count."""
+    h, labels, *head = example(g)
+    return f.next_token_loss(h, labels, *head)[0], [
+        f.next_token_loss(h[[i]], labels[[i]], *head)[0] for i in range(len(h))]
 
 
 @item(15, view=lambda r: [*(x / r[0].norm() for x in r[:3]), r[0].norm() / r[3].norm()])
 def gradients(f, g):
-    """Gradients of hidden states, weight and bias: (softmax − one-hot), times what arrives in backward."""
+    """Gradients of hidden states, weight and bias: (softmax − one-hot), times what arrives in
+    backward."""
     h, labels, weight, b = example(g)
     total = f.next_token_loss(h, labels, weight, b)[0]
     return grads(total, h, weight, b), grads(f.next_token_loss(h, labels, weight, b)[0] / 3, h)
 
 
-@item(5, view=equal_all)
+@item(5, view=tools.equal_all)
 def chunks(f, g):
     """The size of a chunk changes nothing, also where it does not divide the number of tokens."""
-    h, labels, weight, b = example(g)
-    totals = [f.next_token_loss(h, labels, weight, b, chunk=c)[0] for c in (1000, 1, 2, 5)]
-    return [torch.cat([t.view(1), grads(t, h)[0].flatten()]) for t in totals]
+    h, *args = example(g)
+    return tools.with_chunks(lambda c: f.next_token_loss(h, *args, chunk=c), h)
 
 
-@item(10, tolerance=1e-3, memory=140, view=lambda r: [r[0] / sum(r[1:9]), r[9].norm() / torch.cat(r[10:]).norm()])
+@item(10, tolerance=1e-3, memory=140, view=tools.whole)
 def memory(f, g):
-    """The (B,T,V) logits must never exist, in forward or for backward: compute value and gradient by chunks."""
-    h, weight = torch.randn(8, 51, 8, generator=g, requires_grad=True), torch.randn(60000, 8, generator=g)
-    labels = torch.randint(0, 60000, (8, 51), generator=g)
-    parts, slices = [], []
-    for i in range(8):
-        part = f.next_token_loss(h[i:i + 1], labels[i:i + 1], weight, chunk=8)[0]
-        slices.append(grads(part, h)[0][i].flatten())
-        parts.append(part.detach())
-    del part
-    total = f.next_token_loss(h, labels, weight, chunk=8)[0]
-    return total, parts, grads(total, h), slices
+    """The (B,T,V) logits must never exist, in forward or for backward: compute value and gradient
+    by chunks."""
+    h, V = torch.randn(8, 51, 8, generator=g, requires_grad=True), 60000
+    weight, labels = torch.randn(V, 8, generator=g), torch.randint(0, V, (8, 51), generator=g)
+    return tools.in_parts(lambda rows: f.next_token_loss(h[rows], labels[rows], weight, chunk=8), h)
 
 
 @item(5, view=lambda r: r[:5])
 def nothing_to_predict(f, g):
-    """Without a supervised token total and count are 0, not NaN; the total stays in the graph of h and the head."""
+    """Without a supervised token total and count are 0, not NaN; the total stays in the graph of h
+    and the head."""
     h, labels, weight, b = example(g)
     total, count = f.next_token_loss(h, torch.full_like(labels, -100), weight, b)
     return total, count, grads(total, h, weight, b), f.next_token_loss(h, labels, weight, b)[0]
@@ -110,16 +106,16 @@ def nothing_to_predict(f, g):
 
 @item(5, tolerance=2e-5, view=lambda r: [r[0] / r[1] / r[2]])
 def half_precision(f, g):
-    """The sum over a bfloat16 batch's tokens is made in float32: in bfloat16 it stops growing after 256 equal terms."""
+    """The sum over a bfloat16 batch's tokens is made in float32: in bfloat16 it stops growing after
+    256 equal terms."""
     T, V = size(g, 3001, 4000), size(g, 8, 16)
-    h, weight = torch.zeros(1, T, 4, dtype=torch.bfloat16), torch.zeros(V, 4, dtype=torch.bfloat16)
-    total, count = f.next_token_loss(h, torch.zeros(1, T, dtype=torch.int64), weight)
-    return total, T - 1, f.next_token_loss(h[:, :2], torch.zeros(1, 2, dtype=torch.int64), weight)[0], V
+    h, weight = torch.zeros(1, T, 4).bfloat16(), torch.zeros(V, 4).bfloat16()
+    labels = torch.zeros(1, T, dtype=torch.int64)
+    total = f.next_token_loss(h, labels, weight)[0]
+    return total, T - 1, f.next_token_loss(h[:, :2], labels[:, :2], weight)[0], V
 
 
-@item(5, view=untouched)
+@item(5, view=tools.untouched)
 def inputs_unchanged(f, g):
     """Inputs stay as they are: the labels too."""
-    before = [t.detach() for t in example(g)]
-    after = [t.clone() for t in before]
-    return f.next_token_loss(*after)[0], f.next_token_loss(*after)[0], before, after
+    return tools.twice(f.next_token_loss, detached(*example(g)))

@@ -1,13 +1,15 @@
 """From a conversation to ids, labels and masks."""
+from itertools import groupby
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
-from course.hidden import item, size
+from course.hidden import item
+from course.hidden.tools import size
 
 TOKENIZER = Tokenizer.from_file(str(Path(__file__).resolve().parents[2] / "toy/llm/tokenizer.json"))
-WORDS = ["red", "circle", "two", "row", "Yes", "No", "What", "colour", "is", "the", "square", "middle", "objects"]
+WORDS = "red circle two row Yes No What colour is the square middle objects".split()
 
 
 def text(g, low=1, high=4):
@@ -22,21 +24,20 @@ def turns(g, *who, image=None):
     return said
 
 
-def written(f, *arguments, **options):
+def joined(pieces):
+    return "".join(text for text, _ in pieces)
+
+
+def written(f, said, template):
     """Pieces as a list of (text, 0 or 1), neighbours of one kind joined."""
-    joined = []
-    for piece, answer in f.pieces(*arguments, **options):
-        if joined and joined[-1][1] == bool(answer):
-            joined[-1] = (joined[-1][0] + piece, bool(answer))
-        else:
-            joined.append((piece, bool(answer)))
-    return [x for x in joined if x[0]]
+    kinds = groupby((p for p in f.pieces(said, template) if p[0]), lambda piece: bool(piece[1]))
+    return [(joined(pieces), answer) for answer, pieces in kinds]
 
 
-def encoded(f, g, script=None, **options):
+def encoded(f, g, **options):
     """encode() of fixed pieces, whatever the submission's pieces() does."""
-    script = script or [(text(g) + "<image>" + text(g), False), (" " + text(g) + "</s>", True), (text(g), False),
-                        (" " + text(g) + "</s>", True)]
+    script = [(text(g) + "<image>" + text(g), False), (" " + text(g) + "</s>", True),
+              (text(g), False), (" " + text(g) + "</s>", True)]
     f.encode.__globals__["pieces"] = lambda *a, **k: script
     return f.encode([], TOKENIZER, "v1", size(g, 2, 5), **options)
 
@@ -46,9 +47,19 @@ def answers(r):
     return [a for a, flag in zip(r[::2], r[1::2]) if flag]
 
 
-@item(15, view=lambda r: [torch.cat([a for a in r[::2]])])
+def all_text(r):
+    """View of pieces: all their texts, wherever one ends and the next begins."""
+    return [torch.cat(r[::2])]
+
+
+def lengths(r):
+    return [torch.tensor([float(len(x)) for x in r])]
+
+
+@item(15, view=all_text)
 def vicuna_text(f, g):
-    """v1: SYSTEM USER: question ASSISTANT: answer</s>USER: …; the system prompt comes once, in the first turn."""
+    """v1: SYSTEM USER: question ASSISTANT: answer</s>USER: …; the system prompt comes once, in the
+    first turn."""
     return written(f, turns(g, *"hghg"), "v1")
 
 
@@ -60,26 +71,29 @@ def vicuna_answers(f, g):
 
 @item(10)
 def plain(f, g):
-    """plain: the image and the caption with its newline; the request is dropped, the caption is supervised."""
+    """plain: the image and the caption with its newline; the request is dropped, the caption is
+    supervised."""
     return written(f, turns(g, *"hg", image=0), "plain"), written(f, turns(g, *"hg"), "plain")
 
 
 @item(10, view=lambda r: [x[-60:] for x in r])
 def image_first(f, g):
-    """<image> moves to the front of its turn, before a newline; image_first=False leaves it where it is."""
+    """<image> moves to the front of its turn, before a newline; image_first=False leaves it where
+    it is."""
     said = turns(g, *"hgh", image=2)
-    return "".join(p for p, _ in f.pieces(said, "v1")), "".join(p for p, _ in f.pieces(said, "v1", image_first=False))
+    return joined(f.pieces(said, "v1")), joined(f.pieces(said, "v1", image_first=False))
 
 
 @item(10, view=lambda r: [len(r[0]) - r[1], r[2]])
 def order_of_turns(f, g):
-    """A conversation that begins with an answer loses it; one that ends with a question stays open for its answer."""
+    """A conversation that begins with an answer loses it; one that ends with a question stays open
+    for its answer."""
     said = turns(g, *"hg")
-    whole, cut = ("".join(p for p, _ in f.pieces(t, "phi3")) for t in (said, turns(g, "g") + said))
-    return whole, len(cut), [p for p, _ in f.pieces(turns(g, "h"), "phi3")][-1]
+    whole, cut = (joined(f.pieces(t, "phi3")) for t in (said, turns(g, "g") + said))
+    return whole, len(cut), f.pieces(turns(g, "h"), "phi3")[-1][0]
 
 
-@item(5, view=lambda r: [torch.cat([a for a in r[::2]])])
+@item(5, view=all_text)
 def later_turns(f, g):
     """What a template writes in front of every question but the first (`later`) is written there."""
     return written(f, turns(g, *"hghg"), "phi3"), written(f, turns(g, *"hghg"), "llama_2")
@@ -87,13 +101,15 @@ def later_turns(f, g):
 
 @item(10)
 def ids(f, g):
-    """Ids: BOS, then each chunk of text around <image> encoded by itself, PLACEHOLDER at each image position."""
+    """Ids: BOS, then each chunk of text around <image> encoded by itself, PLACEHOLDER at each image
+    position."""
     return encoded(f, g)[0]
 
 
 @item(10, view=lambda r: [r[0][r[0] != -100], (r[0] != -100).double()])
 def labels(f, g):
-    """A label is the id of its own position where the assistant wrote the token's first character, else -100."""
+    """A label is the id of its own position where the assistant wrote the token's first character,
+    else -100."""
     return encoded(f, g)[1]
 
 
@@ -104,24 +120,25 @@ def image_mask(f, g):
     return result[2], result[0]
 
 
-@item(5, view=lambda r: [torch.tensor([float(len(x)) for x in r])])
+@item(5, view=lengths)
 def length(f, g):
-    """max_length cuts ids, labels and mask at the end; an image that does not fit whole goes, with all that follows."""
+    """max_length cuts ids, labels and mask at the end; an image that does not fit whole goes, with
+    all that follows."""
     state = g.get_state()
     at = encoded(f, g)[2].nonzero()[0].item()
-    out = []
-    for limit in (at - 1, at, at + 1, at + 7, 2):
-        out.append(encoded(f, g.set_state(state), max_length=limit))
-    return out, encoded(f, g.set_state(state))
+    limits = at - 1, at, at + 1, at + 7, 2, None
+    return [encoded(f, g.set_state(state), max_length=limit) for limit in limits]
 
 
 @item(5)
 def tokens_that_see_the_image(f, g):
-    """text_after_image and answer_tokens: no padding, no image position, no token before the image."""
+    """text_after_image and answer_tokens: no padding, no image position, no token before the
+    image."""
     B, T = 4, size(g, 8, 12)
     ends, start = torch.tensor([[T], [T - 2], [5], [T]]), torch.tensor([[1], [2], [3], [T]])
     at = torch.arange(T)
     image, there = (at >= start) & (at < start + 2), at < ends
     label = torch.randint(-1, 2, (B, T), generator=g).clamp(min=0) * 105 - 100
-    batch = f.Batch(at.expand(B, T), label, image & there, there, torch.zeros(B), start[:, 0] < T, there[:, 0])
+    batch = f.Batch(at.expand(B, T), label, image & there, there, torch.zeros(B), start[:, 0] < T,
+                    there[:, 0])
     return batch.text_after_image(), batch.answer_tokens()

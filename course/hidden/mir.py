@@ -1,13 +1,13 @@
 """MIR, eq. (1) to (4)."""
 import torch
 
-from course.hidden import item, size
+from course.hidden import item
+from course.hidden.tools import randn, size
 
 
 def tokens(g, n, D, even=False):
     """(n,D) correlated tokens around a mean; even: of norms 1 to 1.1, so that none is an outlier."""
-    x = torch.randn(n, D, generator=g, dtype=torch.float64) @ torch.randn(D, D, generator=g, dtype=torch.float64)
-    x = x + torch.randn(D, generator=g, dtype=torch.float64)
+    x = randn(g, n, D) @ randn(g, D, D) + randn(g, D)
     if even:
         x = x / x.norm(dim=1, keepdim=True) * (1 + torch.rand(n, 1, generator=g, dtype=torch.float64) / 10)
     return x
@@ -24,38 +24,42 @@ def mean_and_covariance(f, g):
 def shifted_sets(f, g):
     """A set and the same set moved by s are at distance |s|²: squared, and nothing from the covariances."""
     x = tokens(g, size(g, 30, 50), 5)
-    return f.frechet_distance(x, x + torch.randn(5, generator=g, dtype=torch.float64))
+    return f.frechet_distance(x, x + randn(g, 5))
 
 
 @item(20, tolerance=1e-6, view=lambda r: [r[0] - r[1]])
 def root(f, g):
-    """Tr (Σ_v + Σ_t − 2 (Σ_v Σ_t)^{1/2}): the trace of the matrix root, not a root of the trace nor of each entry."""
+    """Tr (Σ_v + Σ_t − 2 (Σ_v Σ_t)^{1/2}): the trace of the matrix root, not a root of the trace nor
+    of each entry."""
     x, y = tokens(g, size(g, 30, 50), 5), tokens(g, size(g, 30, 50), 5)
     return f.frechet_distance(x, y), (x.mean(0) - y.mean(0)).pow(2).sum()
 
 
 @item(5, tolerance=1e-5)
 def few_tokens(f, g):
-    """Fewer tokens than dimensions: Σ is singular, and the distance is finite and exact all the same, never below 0."""
+    """Fewer tokens than dimensions: Σ is singular, and the distance is finite and exact all the
+    same, never below 0."""
     x, y = tokens(g, 4, size(g, 8, 12)), tokens(g, 30, 5)
-    return f.frechet_distance(x, 2 * x + 1), f.frechet_distance(x - x.mean(0), torch.cat([x, x]) - x.mean(0)), \
-        f.frechet_distance(y, y.clone()).__abs__() < 1e-8
+    pairs = (x, 2 * x + 1), (x - x.mean(0), torch.cat([x, x]) - x.mean(0))
+    return [f.frechet_distance(*pair) for pair in pairs], abs(f.frechet_distance(y, y.clone())) < 1e-8
 
 
 @item(15, tolerance=1e-6, view=lambda r: [r[0] / r[1], r[2] / r[0], r[3] / r[4]])
 def scale_of_text(f, g):
-    """α = 1 / mean ‖t‖ over the text tokens scales both sets of a layer; normalise=False leaves it out."""
+    """α = 1 / mean ‖t‖ over the text tokens scales both sets of a layer; normalise=False leaves it
+    out."""
     n, D = size(g, 30, 50), size(g, 4, 6)
     v, t = 3 * tokens(g, n, D, even=True), 2 * tokens(g, n + 7, D, even=True)
     alpha = 1 / t.norm(dim=1).mean()
-    each = [f.modality_integration_rate([(s * v, s * t)], normalise=on)[1][0]
-            for s, on in ((1, True), (7, True), (1, False))]
-    return each[0], f.frechet_distance(alpha * v, alpha * t), each[1], each[2], f.frechet_distance(v, t)
+    scaled, larger, plain = [f.modality_integration_rate([(s * v, s * t)], normalise=on)[1][0]
+                             for s, on in ((1, True), (7, True), (1, False))]
+    return scaled, f.frechet_distance(alpha * v, alpha * t), larger, plain, f.frechet_distance(v, t)
 
 
 @item(10, view=lambda r: [r[0] - r[1], r[2], r[3]])
 def outliers_become_the_median(f, g):
-    """An outlier's place takes the median of each dimension over all tokens; other tokens stay as they are."""
+    """An outlier's place takes the median of each dimension over all tokens; other tokens stay as
+    they are."""
     x = tokens(g, size(g, 50, 70), 5, even=True)
     x[3], x[8] = 40 * x[3], 30 * x[8]
     kept = torch.ones(len(x)).bool()
@@ -76,11 +80,11 @@ def outliers_are_dropped(f, g):
 def threshold(f, g):
     """Far is |norm − median| > 3 std, on both sides, in ℓ2 norms, with the std of all norms."""
     n, out = size(g, 60, 80), []
-    for low, high in ((0.0, 0.0), (0.31, 0.0), (0.45, 0.0), (0.0, 0.31), (0.0, 0.5), (0.25, 0.25)):
+    for low, high in ((0, 0), (0.31, 0), (0.45, 0), (0, 0.31), (0, 0.5), (0.25, 0.25)):
         norms = 1 + 0.1 * torch.where(torch.arange(n) % 2 == 0, 1.0, -1.0).double()
         norms[0], norms[1], norms[2:4] = 1 - low, 1 + high, 1.0
-        direction = torch.randn(n, 3, generator=g, dtype=torch.float64)
-        out.append(f.replace_outliers(direction / direction.norm(dim=1, keepdim=True) * norms[:, None], "drop"))
+        unit = torch.nn.functional.normalize(randn(g, n, 3))
+        out.append(f.replace_outliers(unit * norms[:, None], "drop"))
     return out
 
 
@@ -94,7 +98,7 @@ def logarithm(f, g):
 @item(5, tolerance=1e-5, view=lambda r: [r[0] / r[1], *(a - b for a, b in zip(r[2:4], r[4:]))])
 def precision(f, g):
     """Inputs of any dtype are computed in float64, and stay as they are."""
-    x, y = 100 + tokens(g, 40, 5, even=True).float(), 100 + tokens(g, 40, 5, even=True).float()
+    x, y = ((100 + tokens(g, 40, 5, even=True)).float() for _ in range(2))
     kept = x.clone(), y.clone()
     exact = f.modality_integration_rate([(x.double(), y.double())])[1][0]
     return f.modality_integration_rate([(x, y)])[1][0], exact, x, y, kept

@@ -2,11 +2,13 @@
 import torch
 from torch import nn
 
-from course.hidden import grads, item, normal, size
+from course.hidden import item, tools
+from course.hidden.tools import grads, normal, randn, size
 
 
 class CausalMean(nn.Module):
-    """Stands where attention does: each position reads the mean of what it sees. Queries and keys are the input."""
+    """Stands where attention does: each position reads the mean of what it sees. Queries and keys
+    are the input."""
     window = None
 
     def forward(self, x, rope, mask=None, cache=None):
@@ -24,7 +26,7 @@ def example(g, dtype=torch.float64):
 def trained(f, g, D):
     """A map that is not the identity."""
     moca = f.MoCa(D).double()
-    moca.load_state_dict({n: 1 + torch.randn(D, generator=g, dtype=torch.float64) for n in ("u", "v")})
+    moca.load_state_dict({name: 1 + randn(g, D) for name in ("u", "v")})
     return moca
 
 
@@ -33,7 +35,7 @@ def layer_of(f, g, D, **options):
     layer = f.DecoderLayer(c).double()
     layer.self_attn = CausalMean()
     for _, p in sorted(layer.named_parameters()):
-        p.data = 0.5 * torch.randn(p.shape, generator=g, dtype=torch.float64)
+        p.data = 0.5 * randn(g, *p.shape)
     return layer
 
 
@@ -60,13 +62,13 @@ def text_unchanged(f, g):
     return moca(h.detach(), mask), kept, mask, moca.float()(low, mask), low
 
 
-@item(10, view=lambda r: [x / x.norm() for x in r])
+@item(10, view=tools.directions)
 def gradients(f, g):
     """u, v and the hidden states get their gradients; text passes its own on as it is."""
     h, mask = example(g)
     moca = trained(f, g, h.shape[-1])
     out = moca(h, mask)
-    return grads((out * torch.randn(out.shape, generator=g, dtype=out.dtype)).sum(), moca.u, moca.v, h)
+    return grads((out * randn(g, *out.shape)).sum(), moca.u, moca.v, h)
 
 
 @item(10, tolerance=1e-3, view=lambda r: [r[1], (r[0] - r[2]).abs().max() < 0.3])
@@ -89,7 +91,8 @@ def layer(f, g):
 
 @item(15, view=lambda r: [r[0] - r[1], (r[0] - r[2]).abs().amax(-1) > 1e-9])
 def place(f, g):
-    """The map comes last, after attention, MLP and both residual sums, on image positions, and only if there is one."""
+    """The map comes last, after attention, MLP and both residual sums, on image positions, and only
+    if there is one."""
     h, mask = example(g)
     block, moca = layer_of(f, g, h.shape[-1]), trained(f, g, h.shape[-1])
     plain = block(h, None)[0]
@@ -105,7 +108,8 @@ def parallel(f, g):
 
 @item(5)
 def attention_maps(f, g):
-    """The second result is None, or, if `attend` asks, attention_to_image of this layer's queries and keys."""
+    """The second result is None, or, if `attend` asks, attention_to_image of this layer's queries
+    and keys."""
     h, mask = example(g)
     block = layer_of(f, g, h.shape[-1])
     rows, columns = torch.tensor([[4, 5]] * len(h)), torch.tensor([[1, 2]] * len(h))

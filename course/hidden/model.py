@@ -1,7 +1,8 @@
 """Projector, merge and rotary attention."""
 import torch
 
-from course.hidden import grads, item, normal, size
+from course.hidden import item
+from course.hidden.tools import grads, normal, randn, size
 
 THETA = 10000.0
 
@@ -11,7 +12,7 @@ def attention(f, g, heads, groups):
     d = 2 * size(g, 2, 4)
     layer = f.Attention(f.DecoderConfig(11, heads * d, 8, 1, heads, groups, d)).double()
     for _, p in sorted(layer.named_parameters()):
-        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64) / p.shape[1] ** 0.5
+        p.data = randn(g, *p.shape) / p.shape[1] ** 0.5
     x = 2 * normal(g, 2, size(g, 5, 7), heads * d)
     return layer, x, lambda n: (torch.ones(n, d).double(), torch.zeros(n, d).double()), d
 
@@ -35,7 +36,7 @@ def projector(f, g):
     """Two linear maps with GELU between them, the exact one and not its tanh approximation."""
     p = f.Projector(size(g, 3, 5), size(g, 6, 8)).double()
     for _, w in sorted(p.named_parameters()):
-        w.data = torch.randn(w.shape, generator=g, dtype=torch.float64)
+        w.data = randn(g, *w.shape)
     return p(normal(g, 2, 3, p.linear_1.in_features))
 
 

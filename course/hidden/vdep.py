@@ -1,6 +1,6 @@
 """VDEP, eq. (11): L_i."""
-
-from course.hidden import equal_all, grads, item, normal, size
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
@@ -22,7 +22,8 @@ def distance(f, g):
 
 @item(20, view=lambda r: [r[0].abs().sum(-1) > 0, *(x.abs() > 1e-9 for x in r[1:])])
 def next_token(f, g):
-    """Position i predicts token i + 1: the last position predicts nothing, the first token is nobody's target."""
+    """Position i predicts token i + 1: the last position predicts nothing, the first token is
+    nobody's target."""
     h, x = (t[:1] for t in example(g))
     moved = []
     for i in range(x.shape[1]):
@@ -41,12 +42,12 @@ def same_token(f, g):
     return grads(d, h), d, [f.reconstruction_loss(h[:, [i, i]], x[:, [i, i]])[0] for i in range(h.shape[1])]
 
 
-@item(10, view=lambda r: [r[0] / r[1]])
+@item(10, view=tools.ratio)
 def positions(f, g):
     """A sample's L_i is the mean over its predicted positions, N − 1 of them."""
     h, x = alike(g, 2)
     n = size(g, 5, 9)
-    many = f.reconstruction_loss(h[:, :1].expand(1, n, -1), x[:, :1].expand(1, n, -1))[0]
+    many = f.reconstruction_loss(h[:, [0] * n], x[:, [0] * n])[0]
     return many, f.reconstruction_loss(h, x)[0]
 
 
@@ -55,17 +56,18 @@ def samples(f, g):
     """The total is the sum over samples, and the count their number."""
     h, x = example(g, B=size(g, 3, 5))
     total, count = f.reconstruction_loss(h, x)
-    return total, count, [f.reconstruction_loss(h[b:b + 1], x[b:b + 1])[0] for b in range(len(h))]
+    return total, count, [f.reconstruction_loss(h[[b]], x[[b]])[0] for b in range(len(h))]
 
 
 @item(15, view=lambda r: [r[0] / r[0].norm(), r[1].norm() == 0])
 def target(f, g):
-    """A target is not trained: no gradient reaches image_embeds, and the hidden states keep theirs."""
+    """A target is not trained: no gradient reaches image_embeds, and the hidden states keep
+    theirs."""
     h, x = example(g)
     return grads(f.reconstruction_loss(h, x)[0], h, x)
 
 
-@item(5, view=lambda r: [r[0] / r[1]])
+@item(5, view=tools.ratio)
 def inverse(f, g):
     """distance="inverse" is d / (1 + d) of each position, which grows with d: 1/d would push h away."""
     h, x = alike(g, 2)
@@ -73,24 +75,26 @@ def inverse(f, g):
     return f.reconstruction_loss(h, x, distance="inverse")[0], d / (1 + d)
 
 
-@item(5, view=lambda r: [r[0] / r[1]])
+@item(5, view=tools.ratio)
 def sigmoid(f, g):
     """distance="sigmoid" is 2 σ(d) − 1 of each position: 0 at d = 0."""
     h, x = alike(g, 2)
-    return f.reconstruction_loss(h, x, distance="sigmoid")[0], 2 * f.reconstruction_loss(h, x)[0].sigmoid() - 1
+    d = f.reconstruction_loss(h, x)[0]
+    return f.reconstruction_loss(h, x, distance="sigmoid")[0], 2 * d.sigmoid() - 1
 
 
 @item(5, view=lambda r: [r[0] / r[1], r[2] / r[3]])
 def literal_sum(f, g):
-    """reduce="sum" is the sum over the width, D times the mean; it comes before a saturating distance."""
-    h, x = alike(g, 2)
-    h, x = h / 3, x / 3
+    """reduce="sum" is the sum over the width, D times the mean; it comes before a saturating
+    distance."""
+    h, x = (t / 3 for t in alike(g, 2))
     mean, literal = f.reconstruction_loss(h, x)[0], f.reconstruction_loss(h, x, reduce="sum")[0]
-    return literal, mean, f.reconstruction_loss(h, x, reduce="sum", distance="inverse")[0], literal / (1 + literal)
+    inverse = f.reconstruction_loss(h, x, reduce="sum", distance="inverse")[0]
+    return literal, mean, inverse, literal / (1 + literal)
 
 
-@item(5, tolerance=2e-5, view=equal_all)
+@item(5, tolerance=2e-5, view=tools.equal_all)
 def half_precision(f, g):
     """bfloat16 inputs are subtracted, squared and summed in float32 or better."""
-    h, x = (t.detach().bfloat16() for t in example(g))
+    h, x = (t.bfloat16() for t in detached(*example(g)))
     return f.reconstruction_loss(h.double(), x.double())[0], f.reconstruction_loss(h, x)[0]

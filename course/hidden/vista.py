@@ -1,7 +1,8 @@
 """VISTA, eq. (9) and (10)."""
 import torch
 
-from course.hidden import equal_all, grads, item, normal, size, untouched
+from course.hidden import item, tools
+from course.hidden.tools import detached, grads, normal, randn, size
 
 
 def example(g, B=4, ragged=True):
@@ -18,11 +19,11 @@ def costs(f, g, *weightings):
     """For each weighting, what each of m tokens at the same distance from S adds, (m,), with gaps between them."""
     D, m = size(g, 3, 6), size(g, 3, 5)
     text = torch.arange(2 * m + 1) % 2 == 1
-    S, away = torch.randn(2, 1, D, generator=g, dtype=torch.float64)
+    S, away = randn(g, 2, 1, D)
     found = []
     for weighting in weightings:
         for t in text.nonzero().flatten():
-            x = torch.randn(1, 2 * m + 1, D, generator=g, dtype=torch.float64)
+            x = randn(g, 1, 2 * m + 1, D)
             x[0, text] = S
             x[0, t] = S + away
             found.append(f.alignment_loss(x, text[None], S.clone(), weighting=weighting)[0])
@@ -32,13 +33,14 @@ def costs(f, g, *weightings):
 @item(15)
 def distance(f, g):
     """‖x − S‖² is the mean over the width of the squared differences."""
-    D = size(g, 4, 7)
-    return f.alignment_loss(normal(g, 1, 1, D), torch.ones(1, 1).bool(), normal(g, 1, D), weighting="1")[0]
+    D, text = size(g, 4, 7), torch.ones(1, 1).bool()
+    return f.alignment_loss(normal(g, 1, 1, D), text, normal(g, 1, D), weighting="1")[0]
 
 
 @item(20, view=lambda r: [r[0][0] / r[0][1]])
 def weights(f, g):
-    """f(t) = t/m: t counts from 1 over the text tokens alone, wherever they stand, so that the last token weighs 1."""
+    """f(t) = t/m: t counts from 1 over the text tokens alone, wherever they stand, so that the last
+    token weighs 1."""
     return costs(f, g, "t/m", "1")
 
 
@@ -48,7 +50,7 @@ def weightings(f, g):
     return costs(f, g, "1", "t")
 
 
-@item(10, view=lambda r: [r[0] / r[1]])
+@item(10, view=tools.ratio)
 def average(f, g):
     """The sum over a sample's text tokens is divided by m, the number of that sample's text tokens."""
     x, _, S = example(g)
@@ -58,24 +60,26 @@ def average(f, g):
     return f.alignment_loss(same, every, S[:1], weighting="1")[0], one
 
 
-@item(10, view=lambda r: [r[0] / sum(r[1:])])
+@item(10, view=tools.share)
 def samples(f, g):
     """The total is the sum over samples: each has its own m, its own t and its own S_n."""
     x, mask, S = example(g, ragged=False)
-    return f.alignment_loss(x, mask, S)[0], [f.alignment_loss(x[[b]], mask[[b]], S[[b]])[0] for b in range(4)]
+    rows = [f.alignment_loss(x[[b]], mask[[b]], S[[b]])[0] for b in range(4)]
+    return f.alignment_loss(x, mask, S)[0], rows
 
 
 @item(10, view=lambda r: [*r[:4], r[4] / r[5]])
 def nothing_to_align(f, g):
-    """A sample without text adds 0 to total and count; a batch without text is 0, in the graph, and not NaN."""
+    """A sample without text adds 0 to total and count; a batch without text is 0, in the graph, and
+    not NaN."""
     x, mask, S = example(g)
     some, count = f.alignment_loss(x, mask, S)
     none, zero = f.alignment_loss(x, torch.zeros_like(mask), S)
-    rest = torch.tensor([0, 1, 3])
+    rest = [0, 1, 3]
     return count, zero, none, grads(none, S), some, f.alignment_loss(x[rest], mask[rest], S[rest])[0]
 
 
-@item(10, view=lambda r: [x / x.norm() for x in r])
+@item(10, view=tools.directions)
 def gradients(f, g):
     """The gradient reaches x_t and S_n; neither is detached."""
     x, mask, S = example(g)
@@ -87,21 +91,19 @@ def cosine(f, g):
     """distance="cosine" is 1 − cos(x_t, S_n)."""
     D, text = size(g, 4, 7), torch.ones(1, 1).bool()
     x, S = normal(g, 1, 1, D), normal(g, 1, D)
-    return [f.alignment_loss(s * x, text, S, weighting="1", distance="cosine")[0] for s in (1, -1)]
+    return [f.alignment_loss(y, text, S, weighting="1", distance="cosine")[0] for y in (x, -x)]
 
 
-@item(5, tolerance=2e-4, view=equal_all)
+@item(5, tolerance=2e-4, view=tools.equal_all)
 def half_precision(f, g):
     """bfloat16 inputs are compared and summed in float32 or better."""
-    x, mask, S = (t.detach() for t in example(g))
+    x, mask, S = detached(*example(g))
     x, S = 10 * x.bfloat16(), 10 * S.bfloat16()
     exact = f.alignment_loss(x.double(), mask, S.double())[0]
     return exact, f.alignment_loss(x, mask, S)[0]
 
 
-@item(5, view=untouched)
+@item(5, view=tools.untouched)
 def inputs_unchanged(f, g):
     """Inputs stay as they are: others read them after you."""
-    before = [t.detach() for t in example(g)]
-    after = [t.clone() for t in before]
-    return f.alignment_loss(*after)[0], f.alignment_loss(*after)[0], before, after
+    return tools.twice(f.alignment_loss, detached(*example(g)))

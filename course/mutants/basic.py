@@ -31,9 +31,8 @@ GRAD = (
     "(chunk,D)")
 BACK = "        return None if grad is None else grad * grad_total.to(grad.dtype), None, None, None, None"
 LOOP = "        for start in range(0, len(v), chunk):"
-SEEN = "    seen = degree.detach() > 0                                                                  # (B,N)"
-APPLY = "        total = _ChunkedDivergence.apply(v[seen], v_hat.detach()[seen], a, embedding.detach().to(low), chunk)"
-COUNT = "    return total, seen.any(1).sum()"
+APPLY = "        total = _ChunkedDivergence.apply(*patches, a, embedding.detach().to(low), chunk)"
+COUNT = "    return total, (degree > 0).any(1).sum()"
 
 
 def autograd(target: str = ".detach()", table: str = ".detach()", weight: str = ".detach()") -> str:
@@ -107,13 +106,11 @@ WRONG = [
     ("logits divided by √D, as attention does", "divergence", LOG,
      "            z_hat, z = z_hat / v.shape[1] ** 0.5, z / v.shape[1] ** 0.5\n" + LOG),
     ("unit vectors before the softmax: eq. (7) takes v as it is", "divergence", APPLY,
-     APPLY.replace(
-         "v[seen], v_hat.detach()[seen]",
-         "F.normalize(v[seen], dim=-1), F.normalize(v_hat.detach()[seen], dim=-1)")),
+     APPLY.replace("*patches", "*(F.normalize(p, dim=-1) for p in patches)")),
     ("the degree is left out of the divergence", "divergence_total", ADD, ADD.replace("a[part] @ kl", "kl.sum()")),
-    ("the divergence counts all samples", "divergence_total", COUNT, "    return total, torch.tensor(len(seen))"),
+    ("the divergence counts all samples", "divergence_total", COUNT, "    return total, torch.tensor(len(degree))"),
     ("the mean over patches of the divergence", "divergence_total", COUNT,
-     "    return total / max(1, len(a)), seen.any(1).sum()"),
+     "    return total / max(1, len(a)), (degree > 0).any(1).sum()"),
     ("the gradient lacks − softmax(v̂ Eᵀ)", "gradients", GRAD,
      GRAD.replace("difference.to(low)", "(difference + p).to(low)")),
     ("the gradient has the wrong sign", "gradients", GRAD, GRAD.replace("difference.to(low)", "-difference.to(low)")),
@@ -128,7 +125,8 @@ WRONG = [
     ("all probabilities at once", "memory", APPLY, autograd()),
     ("the last chunk is dropped", "chunks", LOOP,
      LOOP.replace("len(v), chunk", "max(1, len(v) - len(v) % chunk), chunk")),
-    ("the mean over chunks", "chunks", COUNT, "    return total / max(1, -(-len(a) // chunk)), seen.any(1).sum()"),
+    ("the mean over chunks", "chunks", COUNT,
+     "    return total / max(1, -(-len(a) // chunk)), (degree > 0).any(1).sum()"),
     ("the gradient of the first chunk alone", "chunks", GRAD,
      GRAD.replace("a[part, None]", "a[part, None] * (start == 0)")),
     ("float16 probabilities, which underflow", "divergence", LOG,

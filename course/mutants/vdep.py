@@ -10,7 +10,7 @@ SIG = "        d = 2 * d.sigmoid() - 1"
 TOTAL = (
     "    total = d.mean(-1).sum()                                                                        # eq. "
     "(11), L_i")
-RETURN = "    return total, torch.tensor(len(d), device=d.device)"
+RETURN = "    return total, torch.full((), len(d), device=d.device)"
 EXACT = "    exact = torch.promote_types(hidden_states.dtype, torch.float32)"
 
 WRONG = [
