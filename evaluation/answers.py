@@ -43,7 +43,7 @@ def read_predictions(out: Path, settings: dict) -> tuple[dict[str, str], list[in
             elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
             else:
-                raise UserError(f"{path}: {str(line)[:60]} is no answer: --overwrite, or another --out")
+                raise UserError(f"{path}: {str(line)[:50]} is no answer: --overwrite, or another --out")
     if (out / "results.json").exists():
         headers.append((out / "results.json", read_json(out / "results.json", dict).get("settings")))
     for path, old in headers:
