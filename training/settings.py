@@ -83,8 +83,8 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of computing; auto: bfloat16 where the GPU has it")
     parallel: Literal["auto", "ddp", "fsdp"] = option(
         "auto", "ddp: every rank holds the model; fsdp: a part of it; auto: fsdp if more than the projector is trained")
-    gradient_checkpointing: int | None = option(None, "decoder layers whose activations are recomputed, not kept; unset: "
-                                                "as few as the GPU's memory allows, all on a CPU, the toy none")
+    gradient_checkpointing: int | None = option(None, "decoder layers that are recomputed in the backward pass; "
+                                                "unset: as few as fit the GPU; on a CPU all, of the toy none")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")
@@ -117,7 +117,8 @@ class TrainConfig:
 
 # Flags that may change on --resume: they change no number, or only where the run goes from here.
 FREE_TO_CHANGE = ("resume", "overwrite", "out", "micro_batch", "workers", "save_every", "keep_last", "mir_every",
-                  "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout", "plan", "card", "cards")
+                  "mir_data", "device", "gradient_checkpointing", "compile", "parallel", "timeout", "plan", "card",
+                  "cards")
 
 
 def flag(name: str) -> str:
