@@ -22,7 +22,7 @@ from hub.configs import load_processor, vision_config
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, picture_of
-from look.page import TEMPLATE, convert, write_page, write_pictures
+from look.page import convert, write_page, write_pictures
 from look.runs import group_runs
 
 
@@ -105,10 +105,9 @@ def main() -> None:
         raise UserError("say what to look at: --ckpt DIR …, --run DIR …, or --data FILE")
     if cfg.watch is not None and (cfg.run is None or cfg.watch < 1):
         raise UserError("--watch N goes with --run; N is in seconds, 1 at least")
-    refuse_existing(cfg.out, ours=TEMPLATE.read_text(encoding="utf-8")[:200])
+    refuse_existing(cfg.out, ours="<!doctype html>\n<!-- The page of `python -m look`")
     refuse_existing(cfg.json, "--json")
-    for ckpt in cfg.ckpt or []:
-        refuse_existing(cfg.png and Path(cfg.png) / Path(ckpt).name, "--png")
+    refuse_existing(cfg.png, "--png")
     if cfg.ckpt:
         look_at_checkpoints(cfg)
     elif cfg.data:
