@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.images import open_image
@@ -66,7 +64,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
             write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json), convert(looks, Tensor.tolist, lambda picture: list(picture.size)), indent=None)
+        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: list(picture.size)), indent=None)
 
 
 def look_at_samples(cfg: LookConfig) -> None:

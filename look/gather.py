@@ -1,6 +1,4 @@
-"""What happens inside a checkpoint while it answers one question about one picture, as plain numbers.
-
-    picture, prompt ─ answer ─→ Inside: states and attention of every layer ─ gather ─→ a dict
+"""What happens inside a checkpoint while it answers one question about one picture, as plain numbers: see `gather`.
 
 Layer 0 is what enters the language model: the projector's output and word embeddings. Layer L is taken after the final
 norm, the others as they leave the layer (as in mir.py). Attention is that of the text after the image.
@@ -150,7 +148,6 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     plane, shares = zip(*[principal(p) for p in points])
     to_image, mean = inside.attention[..., inside.image], inside.attention.mean(1)  # (L,H,M,N), (L,M,T)
     tokens = [show_token(a.tokenizer, i) for i in inside.ids.tolist()]
-
     # Single heads of the question's last token, and of as many others as there is room for.
     asked = int((inside.rows < inside.answer).sum())
     order = [*range(max(asked - 1, 0), len(inside.rows)), *range(max(asked - 1, 0))]

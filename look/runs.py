@@ -6,7 +6,6 @@ from common.files import read_json, read_log
 from common.flags import UserError
 from look.page import write_page
 
-POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
 NOT_CURVES = ("stage", "step", "kind", "supervised", "tokens_per_s", "peak_gib")
 NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout", "files")
 
@@ -29,7 +28,7 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
     """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width` steps, then of runs."""
-    width = -(-max(max(curve) for curve in curves) // POINTS)
+    width = -(-max(max(curve) for curve in curves) // 200)                  # a curve has 200 points at most
     points = {}
     for curve in curves:
         bins = {}
