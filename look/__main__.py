@@ -64,7 +64,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
             write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: list(picture.size)), indent=None)
+        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: picture.size), indent=None)
 
 
 def look_at_samples(cfg: LookConfig) -> None:
