@@ -45,7 +45,7 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^(language_model\..*)\.mlp\.fc2\.", r"\1.mlp.down_proj."),
     (r"^language_model\.model\.final_layernorm\.", "language_model.model.norm."),
 ]]
-BETWEEN = re.compile(r"bert\.encoder\.layer\.\d+\.crossattention\.self\.(key|value)\.weight|projector\.")
+BETWEEN = re.compile(r"multi_modal_projector\.(bert\..*\.crossattention\.self\.(key|value)\.weight|projector\.)")
 OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "gpt_neox.")   # Meta's, old Phi-2's, …
 
 
@@ -214,28 +214,20 @@ def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
         return torch.full(shape, float(name.endswith("weight")))
 
 
-@torch.no_grad()
 def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
-    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the names of tensors
-    that stay new: maps from another vision encoder and to another language model. What reads text there is left out.
-    Raises UserError for any other difference."""
-    prefix, wanted, filled = "multi_modal_projector.", dict(qformer.named_parameters()), set()
-    found = {name: place for name, place in find_tensors(folder).items() if name.removeprefix(prefix) in wanted}
-    for name, tensor in read_tensors(found):
-        name = name.removeprefix(prefix)
-        own = wanted[name]
-        if own.shape == tensor.shape:
-            own.copy_(tensor)
-            filled.add(name)
-        elif not BETWEEN.match(name):
-            raise UserError(f"--projector {folder}: {name} has shape {tuple(tensor.shape)}, --connector makes it "
-                            f"{tuple(own.shape)}")
-    new = [name for name in wanted if name not in filled and unit_norm(name, wanted[name].shape) is None]
-    absent = [name for name in new if not BETWEEN.match(name)]
-    if absent:
-        raise UserError(f"--projector {folder} has no whole Q-Former: {len(absent)} tensors are missing ({absent[0]} "
-                        "is one)")
-    return new
+    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the maps from
+    another vision encoder or to another language model, which stay new. What reads text there is left out. Raises
+    UserError for any other difference."""
+    prefix, own = "multi_modal_projector.", dict(qformer.named_parameters())
+    found = {name: place for name, place in find_tensors(folder).items() if name.removeprefix(prefix) in own}
+    shapes = {name: tensor.shape for name, tensor in read_tensors(found)}
+    for name, shape in shapes.items():
+        if BETWEEN.match(name) and shape != own[name.removeprefix(prefix)].shape:
+            del found[name]
+    left = [name for name in own if BETWEEN.match(prefix + name) and prefix + name not in found]
+    fill(qformer, "multi_modal_projector", found, folder,
+         new=lambda name, shape: own[name].data if name in left else unit_norm(name, shape))
+    return left
 
 
 def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu", found=None) -> None:

@@ -41,7 +41,7 @@ class Attention(nn.Module):
     """Attention from z (B,Q,C) to x (B,S,source), with BERT's norm behind it."""
     def __init__(self, width: int, source: int):
         super().__init__()
-        self.heads = max(1, width // 64)
+        self.heads = width // 64 if width % 64 == 0 else 1
         sizes = {"query": width, "key": source, "value": source}
         self.self = nn.ModuleDict({name: nn.Linear(size, width) for name, size in sizes.items()})
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm(width)})
