@@ -4,12 +4,12 @@ H = "    h = hidden_states[sample, t]                                           
 Y = "    y = labels[sample, t + 1]                                                   # (m,)"
 APPLY = "    total = _ChunkedCrossEntropy.apply(h, y, weight, head_bias, chunk)"
 RETURN = "    return total, supervised.sum()"
-LOGZ = "            log_z = logits.logsumexp(-1, keepdim=True)                          # (chunk,1)"
-TOTAL = "            total += (log_z - logits.gather(1, target)).sum()                   # eq. (1), (2)"
-EXP = (
-    "                grad = logits.sub_(log_z).exp_()                                # softmax − onehot, in the "
-    "logits' place")
-SCATTER = "                grad.scatter_add_(1, target, -torch.ones_like(log_z))"
+MAX = (
+    "            logits -= logits.amax(-1, keepdim=True)                             # the largest is 0: "
+    "exp cannot overflow")
+Z = "            z = grad.sum(-1, keepdim=True)                                      # (chunk,1)"
+TOTAL = "            total += (z.log() - at_target).sum()                                # eq. (1), (2)"
+SCATTER = "                grad.scatter_add_(1, target, -torch.ones_like(z))"
 PARTS = "        for part in (slice(i, i + chunk) for i in range(0, len(y), chunk)):"
 GRAD_H = "                    grad_h[part] = grad @ weight                                # (chunk,D)"
 GRAD_W = (
@@ -43,15 +43,14 @@ WRONG = [
     ("the first sample alone", "sums", APPLY,
      "    total = _ChunkedCrossEntropy.apply(h[:supervised[0].sum()], "
      "y[:supervised[0].sum()], weight, head_bias, chunk)"),
-    ("the maximum for logsumexp", "one_token", LOGZ, "            log_z = logits.amax(-1, keepdim=True)"),
+    ("the maximum for logsumexp", "one_token", Z, "            z = torch.ones_like(at_target)"),
     ("base 2 for nats", "one_token", TOTAL, TOTAL.replace(".sum()", ".sum() / 0.6931471805599453")),
-    ("softmax over the tokens instead of the words", "one_token", LOGZ,
-     "            log_z = logits.logsumexp(0, keepdim=True).mean(1, keepdim=True).expand(len(logits), 1)"),
-    ("exp without subtracting the largest overflows", "large_logits", LOGZ,
-     "            log_z = logits.exp().sum(-1, keepdim=True).log()"),
+    ("softmax over the tokens instead of the words", "one_token", Z,
+     "            z = grad.sum(0, keepdim=True).mean(1, keepdim=True).expand(len(grad), 1)"),
+    ("exp without subtracting the largest overflows", "large_logits", MAX, "            pass"),
     ("probabilities clipped at 1e-8, which caps the loss", "large_logits", TOTAL,
      TOTAL.replace(".sum()", ".clamp(max=18.4207).sum()")),
-    ("logits capped at ±50", "large_logits", LOGZ, "            logits = logits.clamp(-50, 50)\n" + LOGZ),
+    ("logits capped at ±50", "large_logits", MAX, "            logits = logits.clamp(-50, 50)\n" + MAX),
     ("the bias is left out", "one_token", BIAS, "                pass"),
     ("the bias is taken off", "one_token", BIAS, "                logits -= bias"),
     ("a bias is expected: None is a head without one", "without_a_bias", "            if bias is not None:\n",
