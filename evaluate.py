@@ -300,14 +300,14 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
     with explain_lost_ranks(ranks):
-        if not (cfg.prompt or cfg.image):
+        if cfg.prompt is None and cfg.image is None:
             reports = evaluate(cfg, ranks)
             if reports:
                 print(summary(reports))
         elif ranks.first:
             folder, image = model_folder(cfg.ckpt), Path(cfg.image) if cfg.image else None
             assistant = open_assistant(cfg, folder, checkpoint_settings(cfg, folder, ranks), ranks)
-            if cfg.prompt:
+            if cfg.prompt is not None:
                 print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
             else:
                 talk(assistant, image, cfg.max_new_tokens or 512)

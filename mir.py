@@ -323,8 +323,8 @@ def main() -> None:
         except ValueError as e:
             raise UserError(f"{folder}: {e}") from None
     if ranks.first:
-        template = batches.samples.format.template
-        notes = [f"{folder}: {len(samples)} image-text pairs", template, cfg.mode, f"outliers {cfg.outliers}"]
+        cfg.template = batches.samples.format.template
+        notes = [f"{folder}: {len(samples)} image-text pairs", cfg.template, cfg.mode, f"outliers {cfg.outliers}"]
         if cfg.no_normalise:
             notes.append("without normalisation")
         if cfg.as_released:

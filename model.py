@@ -189,10 +189,9 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.plus_one:
-            return (y * (1 + self.weight.float())).to(x.dtype)
+            return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * (1 + self.weight.float())).to(x.dtype)
+        y = F.rms_norm(x, x.shape[-1:], eps=self.eps)          # in float32, rounded once: one kernel on a GPU
         return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
 
 
@@ -280,6 +279,11 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, rope, mask=None, cache=None, attend=None, moca: MoCa | None = None,
                 image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B,T,D) → (B,T,D), and the attention from rows to image columns if attend = (rows, columns), else None."""
+        x, q, k = self.compute(x, rope, mask, cache, moca, image_mask)
+        return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
+
+    def compute(self, x: Tensor, rope, mask, cache, moca, image_mask) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,T,D) → (B,T,D), rotated queries and keys. The map is apart: it is neither compiled nor recomputed."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -289,8 +293,7 @@ class DecoderLayer(nn.Module):
             x = x + self.mlp(self.post_attention_layernorm(x))
         if moca is not None:
             x = moca(x, image_mask)
-        # Keep last: it needs no gradient, so recomputation stops before it.
-        return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
+        return x, q, k
 
 
 
@@ -415,9 +418,8 @@ class Llava(nn.Module):
         patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
         image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = lm.embed(batch.input_ids)                                             # (B,T,D)
-        attend = None
-        if attention_from is not None:
-            attend = attention_from, true_positions(batch.image_mask, image_embeds.shape[1])
+        columns = None if attention_from is None else true_positions(batch.image_mask, image_embeds.shape[1])
+        attend = None if columns is None else (attention_from, columns)
         inputs_embeds = self.merge(text_embeds, image_embeds, batch.image_mask)
         h = lm.run_layers(inputs_embeds, watch, watch_layers, attend, batch.image_mask)
         return Output(lm.model["norm"](h), image_embeds, text_embeds, h, patches)
@@ -427,13 +429,13 @@ class Llava(nn.Module):
                  eos_token_id: int | None = None) -> list[int]:
         """Answer one prompt greedily. Returns ids without the end token. evaluation/generate.py: many prompts at once.
         input_ids (T,); image_mask (T,) bool, the image positions; pixel_values (1,3,H,W) or None."""
-        lm, device = self.language_model, input_ids.device
-        h, mask = lm.embed(input_ids[None]), image_mask[None]                               # (1,T,D), (1,T)
+        lm, mask = self.language_model, image_mask[None]                                    # (1,T)
+        h = lm.embed(input_ids[None])                                                       # (1,T,D)
         if image_mask.any():
             h = self.merge(h, self.embed_images(pixel_values), mask)
 
         # The first pass reads the prompt; each later one reads one token. Both leave keys and values in the cache.
-        cache = KVCache(lm.config, 1, len(input_ids) + max_new_tokens, h.dtype, device)
+        cache = KVCache(lm.config, 1, len(input_ids) + max_new_tokens, h.dtype, h.device)
         h = lm(h, cache=cache, image_mask=mask)
         answer = []
         for position in range(len(input_ids), len(input_ids) + max_new_tokens):
@@ -441,7 +443,7 @@ class Llava(nn.Module):
             if token.item() == eos_token_id:
                 break
             answer.append(token.item())
-            at = torch.tensor([[position]], device=device)
+            at = token.new_full((1, 1), position)
             h = lm(lm.embed(token[:, None]), cache=cache, positions=at, end=position + 1)   # (1,1,D)
         return answer
 

@@ -31,7 +31,7 @@ from losses import LOSSES, Objective
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from training.folder import save
 from training.settings import TrainConfig, settings
-from training.setup import is_trained
+from training.setup import compile_block, is_trained
 
 CLIP_L = VisionConfig(1024, 4096, 24, 16, 336, 14)
 SHAPES = {
@@ -114,7 +114,7 @@ def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
         p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
     for block in [*model.vision_tower.encoder["layers"], *model.language_model.model["layers"]]:
         if b.compile:
-            block.compile()
+            compile_block(block)
         if ranks.mesh is not None:
             shard(block, ranks)
     model.to_empty(device=ranks.device)

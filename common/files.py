@@ -13,6 +13,8 @@ from pathlib import Path
 
 from common.flags import UserError
 
+KINDS = {dict: "a JSON object", list: "a list", str: "a text", int: "a whole number",
+         float: "a number", bool: "true or false", type(None): "null"}
 LOCK = ".lock"                      # the file in a folder that says who writes there
 
 
@@ -33,13 +35,16 @@ def check_download(path: Path, what: str = "the weights", least: int = 8) -> Non
     if size < least:
         raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
-KINDS = {dict: "a JSON object", list: "a list", str: "a text", int: "a whole number", float: "a number",
-         bool: "true or false", type(None): "null"}
+
+def refuse_device(path: str | Path) -> None:
+    """Raise UserError for a FIFO or a device, which may be read for ever."""
+    if Path(path).exists() and not (Path(path).is_file() or Path(path).is_dir()):
+        raise UserError(f"{path} is not a file")
 
 
 def parse_json(text: str | bytes):
-    """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the reason: also for half a
-    character, which can be written to no file, and for nesting deeper than Python's stack."""
+    """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the reason:
+    also for half a character, which no file can hold, and for nesting deeper than Python's stack."""
     try:
         if isinstance(text, bytes):
             text = text.decode()
@@ -54,12 +59,12 @@ def parse_json(text: str | bytes):
 
 
 def read_json(path: str | Path, kind: type | None = None):
-    """Return the value in a JSON file. kind: the type that it must have; None: any. Raises UserError if there is none;
-    then it names what the folder holds."""
+    """Return the value in a JSON file. kind: the type that it must have; None: any.
+
+    Raises UserError if there is none; then it names what the folder holds."""
     path = Path(path)
+    refuse_device(path)
     try:
-        if path.exists() and not path.is_file():                # a FIFO or a device may be read for ever
-            raise UserError(f"{path} is not a file")
         value = parse_json(path.read_bytes())
     except FileNotFoundError:
         if not path.parent.is_dir():
@@ -79,8 +84,9 @@ def read_json(path: str | Path, kind: type | None = None):
 def read_jsonl(path: str | Path) -> list:
     """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid line."""
     rows = []
-    if not Path(path).is_file():
-        raise UserError(f"{path} is not a file" if Path(path).exists() else f"{path} does not exist")
+    refuse_device(path)
+    if not Path(path).exists():
+        raise UserError(f"{path} does not exist")
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -101,8 +107,7 @@ def read_lines(path: Path) -> tuple[list[dict], dict | None]:
             return None
         return value if isinstance(value, dict) else None
 
-    if not path.is_file():
-        raise UserError(f"{path} is not a file")
+    refuse_device(path)
     rows = []
     *lines, end = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
@@ -114,9 +119,9 @@ def read_lines(path: Path) -> tuple[list[dict], dict | None]:
 
 
 def parse_log_line(line: str) -> dict:
-    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises ValueError for any other."""
+    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises ValueError."""
     row = parse_json(line)
-    if not isinstance(row, dict) or not isinstance(row.get("stage"), str) or type(row.get("step")) is not int:
+    if not isinstance(row, dict) or type(row.get("stage")) is not str or type(row.get("step")) is not int:
         raise ValueError("it has no stage and step")
     for name, value in row.items():
         if row["stage"] in ("pretrain", "finetune") and name not in ("stage", "kind", "layers"):

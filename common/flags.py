@@ -79,18 +79,20 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
 
 
 def explain(e: BaseException) -> str | None:
-    """Return one line on an error of the machine or its files that no other place has explained; None for a bug."""
+    """Return one line on an error of the user, the machine or its files; None for a bug."""
     text = " ".join(str(e).split())
     if isinstance(e, UserError):
         return text[:2000]
     if isinstance(e, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return f"not enough memory ({text[:100]}): lower --micro-batch or --batch-size, or shorten the input"
+        advice = "lower --micro-batch or --batch-size, or shorten the input"
+        return f"not enough memory ({text[:100]}): {advice}"
     if isinstance(e, RecursionError):
         return "a file is nested too deeply to be read"
     if isinstance(e, OSError):
         where = f"{e.filename}: " if e.filename else ""
-        return f"{where}{e.strerror or text[:200]}: look at this path, its permissions and the room on its disk"
-    if type(e).__name__ == "PanicException":                    # of the tokenizers library, which names no other class
+        advice = "look at this path, its permissions and the room on its disk"
+        return f"{where}{e.strerror or text[:200]}: {advice}"
+    if type(e).__name__ == "PanicException":                    # of the tokenizers library
         return f"the tokenizer cannot read a text ({text[:200]}): download its files again"
     if isinstance(e, SafetensorError):
         return f"a safetensors file cannot be used ({text[:200]}): download it again"
@@ -98,8 +100,8 @@ def explain(e: BaseException) -> str | None:
 
 
 def run(main) -> None:
-    """Call main(), the one end of every command. What a user can mend ends it with one line and exit code 2, without
-    a traceback; a closed pipe (`| head`) ends it silently, with the exit code of its signal."""
+    """Call main(), the one end of every command. What a user can mend ends it with one line and exit
+    code 2, without a traceback; a closed pipe (`| head`) silently, with the code of its signal."""
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "

@@ -1,4 +1,4 @@
-"""The one place where pictures are opened: of files and of bytes, of named formats, of bounded sizes."""
+"""The one place where pictures are opened: files or bytes, of named formats and bounded sizes."""
 import io
 import stat
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")   # no other decoder is tried: PostScript's starts ghostscript
-MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 89_478_485, 12_000, 200      # Pillow's bound; a square of 12,000² takes 576 MB
+# No other decoder is tried: PostScript's starts ghostscript.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
+# Pillow's own bound; the longer side, as a square of 12,000² takes 576 MB; longer to shorter side.
+MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 89_478_485, 12_000, 200
 
 
 def read_header(source: Path | bytes) -> Image.Image:
@@ -17,7 +19,7 @@ def read_header(source: Path | bytes) -> Image.Image:
     try:
         if isinstance(source, Path):
             status = source.stat()
-            if not stat.S_ISREG(status.st_mode):                # a FIFO or a device would be read for ever
+            if not stat.S_ISREG(status.st_mode):                # a FIFO may be read for ever
                 raise ValueError("not a file")
             if status.st_size == 0:
                 raise ValueError("empty file")
@@ -26,12 +28,12 @@ def read_header(source: Path | bytes) -> Image.Image:
         raise ValueError("missing") from None
     except Image.UnidentifiedImageError:
         raise ValueError("not an image") from None
-    except Exception as e:                                      # a decoder of a spoiled file raises anything
+    except Exception as e:                                      # decoders raise anything
         raise ValueError(str(e) or type(e).__name__) from None
     w, h = image.size
     if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE or max(w, h) > MAX_ASPECT * min(w, h):
-        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in all and an aspect of "
-                         f"{MAX_ASPECT} are read")
+        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in all and an "
+                         f"aspect of {MAX_ASPECT} are read")
     return image
 
 

@@ -5,7 +5,7 @@ import re
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
-HIDDEN = "\ufdd0"                                         # no character: stands for the first one of a control token
+HIDDEN = "\ufdd0"                                         # stands for the first character of a control token
 RULES = ("4.31", "4.37", "legacy")                        # versions of transformers, see encode_text
 
 
@@ -18,8 +18,8 @@ def bos_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def hide_specials(tokenizer: Tokenizer, text: str, keep: str) -> str:
-    """Return a text of the same length in which no control token is found: `encode_text` then encodes them as text.
-    keep: the mark of the image, which some tokenizers have as a control token."""
+    """Return a text of the same length in which no control token is found: `encode_text` then encodes
+    them as text. keep: the mark of the image, which some tokenizers have as a control token."""
     for token in special_tokens(tokenizer):
         if token != keep:
             text = text.replace(token, HIDDEN + token[1:])
@@ -33,7 +33,7 @@ def restore(text: str, plain: bool) -> Tokenizer:
 
 
 # The library's own copy for another process (a spawned worker) forgets the second.
-copyreg.pickle(Tokenizer, lambda tokenizer: (restore, (tokenizer.to_str(), tokenizer.encode_special_tokens)))
+copyreg.pickle(Tokenizer, lambda t: (restore, (t.to_str(), t.encode_special_tokens)))
 
 
 def special_tokens(tokenizer: Tokenizer) -> dict[str, AddedToken]:
@@ -43,10 +43,13 @@ def special_tokens(tokenizer: Tokenizer) -> dict[str, AddedToken]:
 
 
 def encode_plain(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple], list[str]]:
-    """Return ids, (start, end) characters and pieces of a text of which `hide_specials` has been called on some parts.
-    The control tokens in the other parts, the template's, split it; hidden ones are encoded as text."""
+    """Return ids, (start, end) characters and pieces of a text. Control tokens split it; those that
+    `hide_specials` has hidden in parts of it are encoded as text."""
     specials, ids, offsets, pieces = special_tokens(tokenizer), [], [], []
-    forms = [r"\s*" * t.lstrip + re.escape(content) + r"\s*" * t.rstrip for content, t in specials.items()]
+    forms = []
+    for content, token in specials.items():
+        before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
+        forms.append(before + re.escape(content) + after)
     start = 0
     for part in re.split(f"({'|'.join(forms)})", text):
         if part.strip() in specials:

@@ -58,7 +58,7 @@ def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str],
             elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
             else:
-                raise UserError(f"{path}: {str(line)[:60]} is no answer: --overwrite, or another --out")
+                raise UserError(f"{path}: {str(line)[:50]} is no answer: --overwrite, or another --out")
     results = out / "results.json"
     if results.exists():
         found = read_json(results, dict)

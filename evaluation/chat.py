@@ -1,7 +1,7 @@
 """A conversation in the terminal: several turns about one image, answered token by token.
 
-The model reads the whole conversation before each answer, written as its template writes it. What the cache still
-holds of it is not computed again: all but the last question, as a rule.
+Before each answer the model reads all that was said, written as its template writes it. What the cache holds of it
+is not computed again.
 """
 import sys
 from collections.abc import Iterator
@@ -39,8 +39,7 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said, keep the image."""
         self.turns = []                         # as LLaVA writes them: {from, value}
-        self.cache = None                       # keys and values of `ids`
-        self.ids = self.mask = None             # (T,) each: tokens so far, and which of them are the image
+        self.past = None                        # the cache, and ids and image mask (T,) of the tokens in it
 
     def ask(self, question: str) -> Iterator[str]:
         """Yield the answer piece by piece. Raises UserError if the conversation is too long for the model."""
@@ -50,34 +49,33 @@ class Chat:
         turns = [*self.turns, {"from": "human", "value": text}]
         ids, _, mask = encode(turns, a.tokenizer, a.template, a.model.image_tokens,
                               after_special=a.after_special, image_first=False)
-        answer, shown = [], ""
+        answer, said, shown = [], "", ""
         for token in self.tokens(ids.to(self.pixels.device), mask.to(self.pixels.device)):
             answer.append(token)
             said = a.tokenizer.decode(answer).strip()
             if not said.endswith("\ufffd"):     # else a character of several tokens, not complete yet
                 yield said[len(shown):]
                 shown = said
-        said = a.tokenizer.decode(answer).strip()
         yield said[len(shown):]
         self.turns = [*turns, {"from": "gpt", "value": said.replace(IMAGE, "")}]
 
     @torch.inference_mode()
     def tokens(self, ids: Tensor, mask: Tensor) -> Iterator[int]:
-        """Yield the ids of a greedy answer to a prompt (T,), as `Llava.generate` finds them, one by one."""
+        """Yield the ids of the greedy answer to a prompt, as `Llava.generate` finds them. ids, mask (image): (T,)."""
         model, lm = self.assistant.model, self.assistant.model.language_model
-        room = min(self.longest, lm.config.max_position_embeddings - len(ids))
+        most = lm.config.max_position_embeddings
+        room = min(self.longest, most - len(ids))
         if room < 1:
-            raise UserError(f"the conversation has {len(ids)} tokens, the model room for "
-                            f"{lm.config.max_position_embeddings}: /reset starts again")
+            raise UserError(f"the conversation has {len(ids)} tokens, the model room for {most}: /reset starts again")
 
         # A cache with room for this answer, filled with what the last one holds of this prompt.
-        known = 0
-        h = lm.embed(ids[None])                                                             # (1,T,D)
+        known, h = 0, lm.embed(ids[None])                                                   # (1,T,D)
         cache = KVCache(lm.config, 1, len(ids) + room, h.dtype, ids.device)
-        if self.cache is not None:
-            known = shared_prefix([ids, self.ids], [mask, self.mask])
-            for new, old in [(cache.keys, self.cache.keys), (cache.values, self.cache.values)]:
-                new[..., :known, :] = old[..., :known, :]                                   # (L,1,K,S,d)
+        if self.past is not None:
+            old, old_ids, old_mask = self.past
+            known = shared_prefix([ids, old_ids], [mask, old_mask])
+            cache.keys[..., :known, :] = old.keys[..., :known, :]                           # (L,1,K,S,d)
+            cache.values[..., :known, :] = old.values[..., :known, :]
         if mask[known:].any():
             h = model.merge(h, model.embed_images(self.pixels), mask[None])
         at = torch.arange(known, len(ids), device=ids.device)[None]
@@ -92,17 +90,16 @@ class Chat:
             at = torch.tensor([[position]], device=ids.device)
             h = lm(lm.embed(token[:, None]), cache=cache, positions=at, end=position + 1)   # (1,1,D)
             ids, mask = torch.cat([ids, token]), F.pad(mask, (0, 1))
-        self.cache, self.ids, self.mask = cache, ids, mask
+        self.past = cache, ids, mask
 
 
 def talk(assistant, image: Path, longest: int) -> None:
-    """Read questions from the terminal, or from a pipe, and print the answers as they come, until the input ends."""
+    """Read questions from the terminal or a pipe until the input ends, and print the answers as they come."""
     chat = Chat(assistant, image, longest)
     print(HELP, flush=True)
-    prompt = "> " if sys.stdin.isatty() else ""
     try:
         while True:
-            line = input(prompt).strip()
+            line = input("> " if sys.stdin.isatty() else "").strip()
             try:
                 if line == "/reset":
                     chat.reset()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.files import parse_json, read_jsonl, write_text
+from common.files import parse_json, read_jsonl, refuse_device, write_text
 from common.flags import UserError
 from common.images import open_image
 
@@ -98,8 +98,7 @@ def outline(record: dict, kind: str) -> tuple | None:
 # ------------------------------------------------------------------------------------------------ files → rows
 def read_rows(path: Path) -> list[dict]:
     """Read a file by its suffix, or MME's folder. Adds to each row _file, the file's stem."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
+    refuse_device(path)
     readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv, ".parquet": read_parquet}
     if path.is_dir():
         rows = read_mme(path)
@@ -146,7 +145,7 @@ def missing(value) -> bool:
 
 
 def literal(value):
-    """Read a list that is kept as Python text, as MMMU's and MMBench's are; anything else is returned as it is."""
+    """Read a list that is kept as Python text, as MMMU's and MMBench's are; else return the value."""
     if isinstance(value, str) and value.startswith("["):
         try:
             return ast.literal_eval(value)
@@ -178,8 +177,8 @@ def read_tsv(path: Path) -> list[dict]:
             cell = cells[cell]
         row["image"] = first.setdefault(cell, cell)
         if cell.startswith("["):
-            row["image"] = literal(cell)
-            if not isinstance(row["image"], list) or not all(isinstance(v, str) for v in row["image"]):
+            images = row["image"] = literal(cell)
+            if not isinstance(images, list) or not all(isinstance(v, str) for v in images):
                 raise UserError(f"{path}: row {n} has no image, nor a list of images: {cell[:60]}")
     return rows
 

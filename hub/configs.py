@@ -37,10 +37,11 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
 RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 # Fields of config.json whose type is checked wherever they stand; null means unset.
-FIELDS = {"model_type": str, "hidden_act": str, "hidden_activation": str, "rope_scaling": dict, "rope_parameters": dict,
-          "vision_config": dict, "text_config": dict, "max_length": int, "stage": str, "step": int, "steps": int,
-          "template": str, "after_special": str, "pad": bool, "vision": str, "llm": str, "vision_layer": int,
-          "settings": dict, "plain_specials": bool, "connector": str}
+FIELDS = {
+    **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), str),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"), dict),
+    **dict.fromkeys(("stage", "template", "after_special", "vision", "llm", "connector"), str),
+    **dict.fromkeys(("step", "steps", "max_length", "vision_layer"), int), "pad": bool, "plain_specials": bool}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
@@ -64,10 +65,10 @@ def read_config(folder: str | Path, *needed: str) -> dict:
         for name, kind in FIELDS.items():
             value = part.get(name) if isinstance(part, dict) else None
             if value is not None and type(value) is not kind:
-                raise UserError(f"{path}: {name} is {str(value)[:60]!r}, not {KINDS[kind]}: download it again")
+                raise UserError(f"{path}: {name} is {str(value)[:60]!r}, not {KINDS[kind]}")
     for name in needed:
         if c.get(name) is None:
-            raise UserError(f"{path} has no {name}: it was not written whole, or is of another kind of model")
+            raise UserError(f"{path} has no {name}: it was cut, or is of another kind of model")
     kind, aspect, version = c.get("model_type") or "", str(c.get("image_aspect_ratio")), c.get("code_version", 0)
     if kind.startswith(("llava_next", "llava_onevision")) or aspect.startswith("anyres"):
         raise UserError(f"{path} is of LLaVA-NeXT or OneVision (model_type {kind}): any-resolution tiles are not "
@@ -76,8 +77,9 @@ def read_config(folder: str | Path, *needed: str) -> dict:
         if type(version) is not int or not 0 <= version <= CODE_VERSION:
             raise UserError(f"{path} has code_version {version!r}, this nanoalign knows {CODE_VERSION} and older: use "
                             "the version that wrote it")
-        check_supported(path, [("template", c.get("template"), c.get("template") in [None, *TEMPLATES]),
-                               ("after_special", c.get("after_special"), c.get("after_special") in [None, *RULES])])
+        template, rule = c.get("template"), c.get("after_special")
+        check_supported(path, [("template", template, template in [None, *TEMPLATES]),
+                               ("after_special", rule, rule in [None, *RULES])])
     return c
 
 
@@ -105,7 +107,7 @@ def from_fields(path: Path, cls, defaults: dict, c: dict, fixed=()):
 
 
 def check_value(path: Path, name: str, value, kind) -> None:
-    """Raise UserError for a value of another type, or a number that no model has: layers are built from it."""
+    """Raise UserError for a value of another type, or a number that no model has."""
     kinds = get_args(kind) or (kind,)
     if type(value) is int and float in kinds:
         value = float(value) if abs(value) < 1e15 else math.inf
@@ -115,7 +117,7 @@ def check_value(path: Path, name: str, value, kind) -> None:
     elif good and type(value) is float:
         good = 0 <= value < 1e15 and (value > 0 or name != "rope_theta")
     if not good:
-        raise UserError(f"{path}: {name} is {str(value)[:60]!r}, which no model has: download it again")
+        raise UserError(f"{path}: {name} is {str(value)[:60]!r}, which no model has")
 
 
 def shape_problem(c: VisionConfig | DecoderConfig) -> str | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from common.files import file_crc, lock, read_jsonl
+from common.files import file_crc, lock, read_jsonl, refuse_device
 from common.flags import UserError
 from data import IMAGE
 
@@ -260,8 +260,7 @@ class SampleFile:
     A copy in another process (a spawned worker) maps the same index again."""
     def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
         self.path = Path(path)
-        if self.path.exists() and not (self.path.is_file() or self.path.is_dir()):
-            raise UserError(f"{path} is not a file")            # a FIFO or a device would be read for ever
+        refuse_device(path)
         try:
             self.file = open(self.path, "rb", buffering=0)
         except OSError as e:

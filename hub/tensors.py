@@ -20,8 +20,8 @@ from common.parallel import whole
 CODE_VERSION = 1                    # of our checkpoints
 DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of a tensor → its digest
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-ITEM_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-              "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8, "C64": 8}
+ITEM_BYTES = {**dict.fromkeys("BOOL U8 I8 F8_E4M3 F8_E5M2".split(), 1), **dict.fromkeys("I16 U16 F16 BF16".split(), 2),
+              **dict.fromkeys("I32 U32 F32".split(), 4), **dict.fromkeys("I64 U64 F64 C64".split(), 8)}
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -44,9 +44,8 @@ def check_safetensors(path: Path) -> None:
 
 
 def header_problem(header, size: int, start: int) -> str | None:
-    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after it, from `start`.
-
-    Tensors must fill those bytes one after the other: none may overlap another, or be larger than its bytes."""
+    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after it, from
+    `start`. Tensors must fill those bytes one after the other, each with as many as its shape says."""
     spans = []
     for name, t in header.items() if isinstance(header, dict) else [("", None)]:
         if name == "__metadata__":
@@ -92,8 +91,8 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
 
 
 def unpickle(path: Path):
-    """Return what torch.save wrote, mapped into memory where its format allows; no code in the file is run. Raises
-    UserError for any other file, and for a packed one: it could unpack to more than the memory holds."""
+    """Return what torch.save wrote, mapped into memory where its format allows; no code in it is run.
+    Raises UserError for any other file, and for a packed one, which could fill the memory."""
     check_download(path)
     zipped = is_mapped(path)
     try:
@@ -103,8 +102,7 @@ def unpickle(path: Path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > path.stat().st_size:
-                raise UserError(f"{path} unpacks to {unpacked:,} bytes: torch.save packs nothing, so it is not a file "
-                                "of weights")
+                raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save packs nothing")
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except UserError:
         raise

@@ -56,7 +56,9 @@ def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits:
                         "merges.txt: copy it there from where the weights came from")
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None                          # random merges: the same text would get other ids
-    tokenizer.encode_special_tokens = bool(c.get("plain_specials")) if plain_specials is None else plain_specials
+    if plain_specials is None:
+        plain_specials = bool(c.get("plain_specials"))
+    tokenizer.encode_special_tokens = plain_specials
     rows, vocabulary = c.get("vocab_size"), tokenizer.get_vocab()
     last = max(vocabulary, key=vocabulary.get, default="")
     if fits and isinstance(rows, int) and vocabulary and vocabulary[last] >= rows:
@@ -94,13 +96,13 @@ def family_template(folder: str | Path) -> str:
 
 
 def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise UserError if a text is split by a regular expression that repeats a group, such as (a+)+: the time that one
-    takes can double with every character."""
+    """Raise UserError if a text is split by a regular expression that repeats a group, such as (a+)+:
+    the time that one takes can double with every character."""
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
         for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"', part.__getstate__().decode() if part else ""):
             if re.search(r"(?<!\\)\)[*+{]", json.loads(f'"{regex}"')):
-                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a group and may take for ever: it "
-                                "belongs to none of the supported families")
+                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a group and may "
+                                "take for ever: it belongs to none of the supported families")
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:

@@ -38,12 +38,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             logits = (h[part] @ weight.T).to(exact)                             # (chunk,V)
             if bias is not None:
                 logits += bias
-            log_z = logits.logsumexp(-1, keepdim=True)                          # (chunk,1)
+            logits -= logits.amax(-1, keepdim=True)                             # the largest is 0: exp cannot overflow
             target = y[part, None]                                              # (chunk,1)
-            total += (log_z - logits.gather(1, target)).sum()                   # eq. (1), (2)
+            at_target = logits.gather(1, target)                                # (chunk,1)
+            grad = logits.exp_()                                                # in the logits' place
+            z = grad.sum(-1, keepdim=True)                                      # (chunk,1)
+            total += (z.log() - at_target).sum()                                # eq. (1), (2)
             if need_h or need_weight or need_bias:
-                grad = logits.sub_(log_z).exp_()                                # softmax − onehot, in the logits' place
-                grad.scatter_add_(1, target, -torch.ones_like(log_z))
+                grad /= z                                                       # softmax − onehot
+                grad.scatter_add_(1, target, -torch.ones_like(z))
                 if need_bias:
                     grad_bias += grad.sum(0)
                 grad = grad.to(h.dtype)

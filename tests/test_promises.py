@@ -25,6 +25,7 @@ from hub.checkpoint import load_model
 from hub.samples import SampleFile, make_index, write_index
 from hub.tensors import DIGESTS, digest, is_finite
 from hub.tokenizer import load_tokenizer
+from training import setup
 from training.folder import make_folder
 from training.settings import START, TrainConfig
 
@@ -263,6 +264,18 @@ def test_ranks_that_read_other_files_are_refused(tmp_path):
     for name in "ab":                                           # of each checkpoint another one: between ranks alone
         make_folder(TrainConfig(), tmp_path, [], Ranks(0, 1, None, None), {"--llm": "a", START: name})
     assert json.loads((tmp_path / "run.json").read_text())["files"] == {"--llm": "a"}
+
+
+def read_another_model_on_rank_1():
+    if os.environ["RANK"] == "1":
+        digest_of = setup.folder_digest
+        setup.folder_digest = lambda folder, *kinds: digest_of(folder, *kinds)[::-1]
+
+
+def test_a_run_of_ranks_that_read_other_files_ends_before_the_first_step(small_world, tmp_path):
+    done = launch(*command(small_world, tmp_path / "run"), ranks=2, set_up=read_another_model_on_rank_1)
+    assert done.returncode == 2 and "reads another --vision than rank" in done.stderr, done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_an_index_of_another_state_of_the_data_is_not_used(tmp_path):

@@ -224,7 +224,7 @@ def test_mir_look_inspect_and_export_take_it_as_they_take_the_checkpoint(pair, s
         look = printed("look", "--ckpt", source, *more, *one, "--out", tmp_path / f"{name}.html")
         (tmp_path / f"{name}.txt").write_text(look.splitlines()[0].removeprefix(str(source)))
     ours, theirs = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("ours", "theirs"))
-    assert theirs["layers"] == pytest.approx(ours["layers"], rel=1e-6)
+    assert theirs["layers"] == pytest.approx(ours["layers"], rel=1e-6) and theirs["settings"]["template"] == "v1"
     if "--pad" not in flags:                                # look has no such flag
         assert (tmp_path / "ours.txt").read_text() == (tmp_path / "theirs.txt").read_text()
     assert "problems   none" in printed("hub", "inspect", folder, *parts(flags))

@@ -132,7 +132,7 @@ class Log:
                     if row["stage"] != stage or row["step"] <= step:
                         kept.append(line.rstrip("\n") + "\n")
                 except ValueError:
-                    lost += line.endswith("\n")           # a stopped run may leave half a line; a power cut, garbage
+                    lost += line.endswith("\n")           # a stopped run may leave half a line
             if lost:
                 print(f"{path}: {lost} unreadable lines are left out", flush=True)
             write_text(path, "".join(kept))

@@ -128,9 +128,9 @@ def choose(cfg: TrainConfig, typed: TrainConfig, model: Llava, ranks: int, T: in
                     best = trial
                 break
     if best is None and peak > room:
-        raise UserError(f"{cfg.stage} needs {peak:.0f} GiB on each of {ranks} GPUs with micro-batch {micro} and {again} of "
-                        f"{layers} layers recomputed; they have {room:.0f}: use more GPUs, --parallel fsdp, a smaller "
-                        "--micro-batch or --max-length, or --unlock-llm lora")
+        raise UserError(f"{cfg.stage} needs {peak:.0f} GiB on each of {ranks} GPUs with micro-batch {micro} and "
+                        f"{again} of {layers} layers recomputed; they have {room:.0f}: use more GPUs, --parallel fsdp, "
+                        "a smaller --micro-batch or --max-length, or --unlock-llm lora")
     return best or trial
 
 

@@ -98,8 +98,8 @@ class TrainConfig:
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
         "auto", "ddp: every rank holds the model; fsdp: a part of it; hsdp: a part of its node's; auto: fsdp if more "
         "than the projector is trained")
-    gradient_checkpointing: int | None = option(None, "decoder layers whose activations are recomputed, not kept; unset: "
-                                                "as few as the GPU's memory allows, all on a CPU, the toy none")
+    gradient_checkpointing: int | None = option(None, "decoder layers that are recomputed in the backward pass; "
+                                                "unset: as few as fit the GPU; on a CPU all, of the toy none")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
     timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
     plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")

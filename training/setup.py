@@ -23,7 +23,7 @@ from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from losses import LOSSES, Objective
 from methods.lora import lora_start
-from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
+from model import Decoder, DecoderConfig, DecoderLayer, Llava, Projector, VisionConfig, ViT
 from training.settings import RANDOM, START, TrainConfig, flag, starts_qformer, stores_all
 
 
@@ -111,6 +111,12 @@ def tower_config(cfg: TrainConfig) -> VisionConfig:
     return replace(tower, drop_first_patch=cfg.drop_first_patch or tower.drop_first_patch)
 
 
+def compile_block(block: nn.Module, **options) -> None:
+    """Compile a layer, once for all lengths. FSDP's hooks and attention maps stay outside of the graph."""
+    name = "compute" if isinstance(block, DecoderLayer) else "forward"
+    setattr(block, name, torch.compile(getattr(block, name), dynamic=name == "compute", **options))
+
+
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     """Build the model of a stage from released folders, or from the checkpoint to resume.
 
@@ -133,7 +139,7 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
             p.requires_grad_(trained(part, name))
         for block in (module.encoder if part == "vision_tower" else module.model)["layers"]:
             if cfg.compile:
-                block.compile()
+                compile_block(block)
             if ranks.mesh is not None:
                 shard(block, ranks)
 
