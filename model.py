@@ -296,7 +296,6 @@ class DecoderLayer(nn.Module):
         return x, q, k
 
 
-
 class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
@@ -357,7 +356,6 @@ class Decoder(nn.Module):
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
         if rows is None:
             rows = torch.arange(len(h), device=h.device)
-
         for i, layer in enumerate(self.model["layers"]):
             # MoCa runs inside the layer: with activation checkpointing its activations are recomputed, not kept.
             moca = self.moca[i] if c.moca and image_mask is not None else None

@@ -130,6 +130,20 @@ def parse_log_line(line: str) -> dict:
     return row
 
 
+def read_log(path: Path) -> list[dict]:
+    """Return the lines of metrics.jsonl so far, without the half line of a run that goes on. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"{path.parent} has no {path.name}: give the --out folder of a run")
+    rows = []
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+        try:
+            if line.endswith("\n"):
+                rows.append(parse_log_line(line))
+        except ValueError as e:
+            raise UserError(f"{path} line {number} cannot be read ({e}): remove it") from None
+    return rows
+
+
 def write_json(path: Path, value, indent: int | None = 1) -> None:
     """Write a JSON file whole or not at all: under a temporary name, then renamed."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from torch import Tensor
-
 from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.images import open_image
@@ -22,7 +20,7 @@ from hub.configs import load_processor, vision_config
 from hub.samples import read_samples
 from hub.tokenizer import load_tokenizer
 from look.gather import gather, picture_of
-from look.page import TEMPLATE, convert, write_page, write_pictures
+from look.page import convert, write_page, write_pictures
 from look.runs import group_runs
 
 
@@ -66,7 +64,7 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
             write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json), convert(looks, Tensor.tolist, lambda picture: list(picture.size)), indent=None)
+        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: picture.size), indent=None)
 
 
 def look_at_samples(cfg: LookConfig) -> None:
@@ -105,10 +103,9 @@ def main() -> None:
         raise UserError("say what to look at: --ckpt DIR …, --run DIR …, or --data FILE")
     if cfg.watch is not None and (cfg.run is None or cfg.watch < 1):
         raise UserError("--watch N goes with --run; N is in seconds, 1 at least")
-    refuse_existing(cfg.out, ours=TEMPLATE.read_text(encoding="utf-8")[:200])
+    refuse_existing(cfg.out, ours="<!doctype html>\n<!-- The page of `python -m look`")
     refuse_existing(cfg.json, "--json")
-    for ckpt in cfg.ckpt or []:
-        refuse_existing(cfg.png and Path(cfg.png) / Path(ckpt).name, "--png")
+    refuse_existing(cfg.png, "--png")
     if cfg.ckpt:
         look_at_checkpoints(cfg)
     elif cfg.data:

@@ -1,6 +1,4 @@
-"""What happens inside a checkpoint while it answers one question about one picture, as plain numbers.
-
-    picture, prompt ─ answer ─→ Inside: states and attention of every layer ─ gather ─→ a dict
+"""What happens inside a checkpoint while it answers one question about one picture, as plain numbers: see `gather`.
 
 Layer 0 is what enters the language model: the projector's output and word embeddings. Layer L is taken after the final
 norm, the others as they leave the layer (as in mir.py). Attention is that of the text after the image.
@@ -25,7 +23,6 @@ from methods.basic import supervision_degree
 HEAD_NUMBERS = 600_000      # of single heads: 32 layers of 32 heads and 576 patches are 590,000 numbers a token
 
 
-# ------------------------------------------------------------------------------------------------ one answer
 @dataclass
 class Inside:
     """One prompt, its answer, and what every layer made of them."""
@@ -62,7 +59,6 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
     return Inside(ids, mask, rows, len(asked), states, torch.stack(attention))
 
 
-# ------------------------------------------------------------------------------------------------ what it means
 def words_of_patches(a: Assistant, inside: Inside, image_states: list[Tensor]) -> dict:
     """The 3 nearest words by cosine of every patch and layer, of those that the tokenizer knows (released matrices are
     padded, and released tokenizers have <image> and <pad> besides); the cosine of every text token's own word; and the
@@ -142,10 +138,9 @@ def picture_of(processor: ImageProcessor, pixels: Tensor) -> Image.Image:
 def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: int = 32, tsne: bool = False) -> dict:
     """Every number of the page for one checkpoint and one question, as tensors, lists and text."""
     inside, c = answer(a, image, prompt, max_new), a.model.vision_tower.config
-    side, first = int(c.num_patches ** 0.5), c.num_patches - c.image_tokens
     queries = getattr(a.model.multi_modal_projector, "queries", 0)
-    if queries:                                                                 # drawn as a square all the same
-        side, first = math.ceil(queries ** 0.5), 0
+    grid = queries or c.num_patches                                             # queries too are drawn as a square
+    if queries:
         name = f"{name} (its {queries} image tokens are queries: a cell is no place in the picture)"
     image_states = [h[inside.image] for h in inside.states]                     # (N,D) a layer
     text_states = [h[inside.rows] for h in inside.states]                       # (M,D) a layer
@@ -153,7 +148,6 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     plane, shares = zip(*[principal(p) for p in points])
     to_image, mean = inside.attention[..., inside.image], inside.attention.mean(1)  # (L,H,M,N), (L,M,T)
     tokens = [show_token(a.tokenizer, i) for i in inside.ids.tolist()]
-
     # Single heads of the question's last token, and of as many others as there is room for.
     asked = int((inside.rows < inside.answer).sum())
     order = [*range(max(asked - 1, 0), len(inside.rows)), *range(max(asked - 1, 0))]
@@ -161,7 +155,7 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     return {
         "name": name, "prompt": prompt, "template": a.template,
         "picture": picture_of(a.processor, a.processor(image, a.pad)), "prompt_rows": asked,
-        "side": side, "first": first, "layers": len(inside.attention),
+        "side": math.ceil(grid ** 0.5), "first": grid - a.model.image_tokens, "layers": len(inside.attention),
         "before": tokens[:int(inside.image.nonzero()[0])], "tokens": [tokens[i] for i in inside.rows.tolist()],
         "answer": a.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip(),
         "heads": to_image[:, :, head_rows], "head_rows": head_rows, "attention": to_image.mean(1),

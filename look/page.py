@@ -6,13 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from common.files import write_text
-
-TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def text_of(array: np.ndarray) -> str:
@@ -54,7 +51,7 @@ def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: 
     """Write one self-contained page of the parts that are given. refresh: seconds until a browser reads it again."""
     data = {"title": title, "looks": looks, "run": run, "samples": samples}
     text = json.dumps(convert(data, pack, data_uri), ensure_ascii=False, separators=(",", ":"))
-    page = TEMPLATE.read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     if refresh:
         page = page.replace("<!--REFRESH-->", f'<meta http-equiv="refresh" content="{refresh}">')
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,12 +59,11 @@ def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: 
 
 
 def overlay(picture: Image.Image, values: Tensor, side: int, first: int = 0, size: int = 336) -> Image.Image:
-    """The picture, darker where a map (N,) is small. first: cells of the grid (side,side) that are no token; there may
-    be more at its end."""
-    grid = torch.cat([torch.zeros(first), values.cpu().float().clamp(min=0)])
-    grid = F.pad(grid, (0, side * side - len(grid))).view(side, side)
+    """The picture, darker where a map (N,) is small. The grid's `first` cells, and any after N more, are no token."""
+    grid = torch.zeros(side * side)
+    grid[first:first + len(values)] = values.cpu().float().clamp(min=0)
     light = (grid / grid.max().clamp(min=1e-12) * 0.82 + 0.18) * 255
-    veil = Image.fromarray(light.byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
+    veil = Image.fromarray(light.view(side, side).byte().numpy()).resize((size, size), Image.Resampling.NEAREST)
     sharp = Image.Resampling.NEAREST if picture.width <= 128 else Image.Resampling.BICUBIC
     return Image.composite(picture.resize((size, size), sharp), Image.new("RGB", (size, size)), veil)
 

@@ -2,11 +2,10 @@
 import statistics
 from pathlib import Path
 
-from common.files import parse_log_line, read_json
+from common.files import read_json, read_log
 from common.flags import UserError
 from look.page import write_page
 
-POINTS = 200                        # of a curve: longer ones are averaged over neighbouring steps
 NOT_CURVES = ("stage", "step", "kind", "supervised", "tokens_per_s", "peak_gib")
 NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeout", "files")
 
@@ -18,16 +17,8 @@ def write_report(out: Path, answers=(), looks=()) -> None:
 
 def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
     """Stage → name → {step: value} of what a run has logged so far."""
-    if not (run / "metrics.jsonl").is_file():
-        raise UserError(f"{run} has no metrics.jsonl: give the --out folder of a run")
     stages = {"pretrain": {}, "finetune": {}}
-    for number, text in enumerate((run / "metrics.jsonl").read_text(errors="replace").splitlines(keepends=True), 1):
-        if not text.endswith("\n"):
-            continue                                        # a run that goes on, or was stopped
-        try:
-            line = parse_log_line(text)
-        except ValueError as e:
-            raise UserError(f"{run}/metrics.jsonl line {number} cannot be read ({e}): remove it") from None
+    for line in read_log(run / "metrics.jsonl"):
         names = ["mir"] if line.get("kind") == "mir" else [k for k in line if k not in NOT_CURVES]
         curves = stages.get(line["stage"], {})                  # {}: of neither stage
         for name in names:
@@ -37,7 +28,7 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
     """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width` steps, then of runs."""
-    width = -(-max(max(curve) for curve in curves) // POINTS)
+    width = -(-max(max(curve) for curve in curves) // 200)                  # a curve has 200 points at most
     points = {}
     for curve in curves:
         bins = {}
