@@ -30,7 +30,7 @@ def main() -> None:
     out = Path(flags.out or "")
     if words[:1] != ["audit"] and flags.out is None:
         raise UserError("--out is missing: python -m course --help shows every command")
-    refuse_existing(out if flags.out else None)
+    refuse_existing(flags.out)
     match words:
         case ["make"] if flags.all:
             make_all(out)

@@ -1,6 +1,4 @@
-"""Grade submissions: run them in locked processes, compare what they return with the reference's.
-
-Results that equal those of a known wrong solution get that mistake's name as feedback."""
+"""Grade submissions: run them in locked processes, compare their results with the reference's."""
 import csv
 import importlib
 import io

@@ -45,6 +45,11 @@ def lines_of_code(text: str) -> set[str]:
     return {" ".join(re.sub(r"\s#.*", "", line).split()) for line in text.splitlines()}
 
 
+def test_the_machinery_is_at_most_500_lines():
+    files = [*(ROOT / "course").glob("*.py"), ROOT / "course/hidden/__init__.py"]
+    assert sum(len(path.read_text().splitlines()) for path in files) <= 500, "move content out of the code, or simplify"
+
+
 def test_a_folder_fails_kindly_and_passes_with_the_solution(folder, tmp_path):
     result = subprocess.run(PYTEST, cwd=folder, capture_output=True, text=True)
     failed, passed = (int((re.findall(rf"(\d+) {word}", result.stdout) or [0])[0]) for word in ("failed", "passed"))
