@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import parse_log_line, read_json, write_json, write_text
+from common.files import parse_log_line, read_json, refuse_device, write_json, write_text
 from common.flags import UserError
 from common.parallel import Ranks, placed, whole
 from data import Batch
@@ -103,6 +103,7 @@ def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
 class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
+        refuse_device(path)
         if path.exists():
             kept, lost = [], 0
             for line in path.read_text(errors="replace").splitlines(keepends=True):
