@@ -165,8 +165,8 @@ def decode() -> None:
                     times.append((time.process_time() - began) / len(rows))
                 rate = 1 / min(times)
                 needed = math.ceil(EATEN[stage] / rate)
-                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a core an image, {rate:.0f} "
-                      f"images/s; {EATEN[stage]} images/s of 8 cards: --workers "
+                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a core an image, "
+                      f"{rate:.0f} images/s; {EATEN[stage]} images/s of 8 cards: --workers "
                       f"{math.ceil(needed / 8)} a GPU at least (unset: 4), {needed} in all", flush=True)
 
 

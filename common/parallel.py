@@ -194,6 +194,8 @@ def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
     unit is gathered as stored and kept until the backward pass ends. Gradients are reduced in float32."""
     policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not root, mp_policy=policy)
+    for part in module.modules():           # else --compile makes a graph for every layer
+        part._is_fsdp_managed_module = False
 
 
 def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:

@@ -222,6 +222,7 @@ def read_mme(folder: Path) -> list[dict]:
     is a question, a tab, and Yes or No."""
     rows = []
     for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/questions_answers_YN/*.txt")]):
+        refuse_device(path)
         category = folder / path.relative_to(folder).parts[0]
         image = category / f"{path.stem}.jpg"   # unless another file is there
         for place in (category / "images", category):

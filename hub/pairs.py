@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from common.files import read_json, read_jsonl
+from common.files import read_json, read_jsonl, refuse_device
 from common.flags import UserError
 from data import IMAGE, Batch, Format, Samples, collate
 from hub.configs import load_processor
@@ -175,6 +175,7 @@ def find_texts(path: Path) -> list[Path | str]:
 def read_text(source: Path | str) -> str:
     if isinstance(source, str):
         return source
+    refuse_device(source)
     text = source.read_text(encoding="utf-8", errors="replace")
     return text.split("@highlight")[0] if source.suffix == ".story" else text
 

@@ -257,10 +257,9 @@ def test_every_objective_trains_every_connector(name, loss, stage, moca):
         assert (p.grad != 0).any() or n.endswith("key.bias"), n     # a constant in all scores: softmax does not see it
 
 
-def images_of(h, batch):
-    """(B,T,D) → (rows, N, D) of the samples with an image, one position after the other."""
-    return torch.stack([torch.stack([h[b, t] for t in batch.image_mask[b].nonzero()[:, 0]])
-                        for b in range(len(h)) if batch.has_image[b]])
+def images_of(h, batch, rows):
+    """(B,T,D) → (len(rows),N,D) at the image positions of these samples, one after the other."""
+    return torch.stack([torch.stack([h[b, t] for t in batch.image_mask[b].nonzero()[:, 0]]) for b in rows])
 
 
 def test_vdep_predicts_queries_and_basic_refines_them():
@@ -268,17 +267,17 @@ def test_vdep_predicts_queries_and_basic_refines_them():
     batch = batch_for(model)
     with torch.no_grad():
         layers, maps = [], []
-        out = model(batch, lambda i, h, a: (layers.append(h), maps.append(a)), batch.text_after_image(), 2)
+        out = model(batch, lambda i, h, a: (layers.append(h), maps.append(a)), batch.places.text, 2)
         assert out.image_embeds.shape == (5, 3, 24) and model.vision_tower.config.image_tokens == 4
         terms = {t.name: t.total for t in Objective(model, TrainConfig(loss="vdep", stage="pretrain"))(batch)}
-        h = images_of(out.hidden_states, batch)[3:]                                 # the sample in VDEP mode
+        h = images_of(out.hidden_states, batch, [4])                                # the sample in VDEP mode
         torch.testing.assert_close(terms["vdep"], reconstruction_loss(h, out.image_embeds[4:])[0])
         terms = {t.name: t.total for t in Objective(model, TrainConfig(loss="basic", basic_k=2))(batch)}
         w = layer_weights(2)
-        v_hat = sum(w[i] * images_of(layers[i], batch) for i in range(2))
-        seen = batch.has_image
+        seen = [0, 1, 2]                                                            # text follows their images
+        v_hat = sum(w[i] * images_of(layers[i], batch, seen) for i in range(2))
         assert maps[0].shape[2] == 3
-        rows = (batch.text_after_image().cumsum(1).amax(1)[:, None] > torch.arange(maps[0].shape[1]))[seen]
+        rows = (batch.text_after_image().sum(1)[:, None] > torch.arange(maps[0].shape[1]))[seen]
         degree = supervision_degree((maps[0] + maps[1])[seen], rows)
         v = out.image_embeds[seen]
         torch.testing.assert_close(terms["das"], direction_loss(v, v_hat, degree)[0])

@@ -35,11 +35,12 @@ from evaluation.questions import Sample
 from evaluation.scores import compare, score
 from hub.check import CheckFlags, image_problem
 from hub.configs import decoder_config, load_processor, read_config, vision_config
-from hub.pairs import read_pairs
+from hub.pairs import read_pairs, read_text
 from hub.samples import SampleFile, read_questions, read_samples, sample_problem
 from hub.tensors import check_safetensors, read_bin, unpickle
 from hub.tokenizer import load_tokenizer, read_model
 from look.__main__ import LookConfig
+from training.folder import Log
 from training.settings import TrainConfig
 
 LLM, CLIP = ROOT / "toy" / "llm", ROOT / "toy" / "clip"
@@ -91,7 +92,8 @@ def test_a_byte_order_mark_is_read_over_in_json_jsonl_and_config(tmp_path):
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")], ids=["fifo", "device"])
 @pytest.mark.parametrize("read", [read_json, read_jsonl, read_rows, SampleFile, lambda p: read_questions(p, None),
-                                  lambda p: read_pairs(p, None, 2)])
+                                  lambda p: read_pairs(p, None, 2), read_text,
+                                  lambda p: Log(p, "pretrain", 0)])
 def test_what_is_not_a_regular_file_is_refused_and_does_not_hang(read, make, tmp_path):
     make(tmp_path / "a.jsonl")
     with pytest.raises(UserError, match="is not a file"):

@@ -119,12 +119,31 @@ def test_a_second_run_into_a_folder_is_refused_and_the_first_is_whole(small_worl
     assert losses_of(tmp_path / "run", "finetune") == losses_of(trained["finetune"], "finetune")
 
 
-def test_death_releases_a_run_also_from_the_processes_that_prepare_batches(small_world, tmp_path):
-    words = command(small_world, tmp_path / "run", steps=4, **{"workers": 2, "save-every": 1})
-    run = start(*words).until(lambda: (tmp_path / "run" / "finetune-1").exists())
-    run.send(signal.SIGKILL).wait()
-    done = call(*words, "--resume")
-    assert done.returncode == 0, done.stderr
+HOLD = """import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from common.files import lock
+file = open(sys.argv[2], "a")
+assert lock(file)
+child = os.fork()                               # as a process that prepares batches: it has the open file too
+if child:
+    print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def test_death_releases_a_lock_also_from_processes_that_outlive_it(tmp_path):
+    path = tmp_path / LOCK
+    hold = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, path], stdout=subprocess.PIPE, text=True)
+    child = int(hold.stdout.readline())
+    try:
+        with open(path, "a") as file:
+            assert not lock(file), "two processes have one lock"
+            hold.kill()
+            hold.wait()
+            assert lock(file), "a child keeps the lock of a dead process"
+    finally:
+        hold.kill()
+        os.kill(child, signal.SIGKILL)
 
 
 def test_two_starts_of_a_new_run_at_once_leave_one_whole_run(small_world, tmp_path):
@@ -185,19 +204,14 @@ def test_an_index_removes_what_killed_ones_left_but_not_one_being_written(tmp_pa
     path.write_text('{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n')
     dead, alive = (tmp_path / f".d.jsonl.index.{name}.tmp" for name in ("dead", "alive"))
     dead.write_text("half")
-    hold = subprocess.Popen([sys.executable, "-c", "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-                             "from common.files import lock\nf = open(sys.argv[2], 'a')\nassert lock(f)\n"
-                             "print('locked', flush=True)\ntime.sleep(60)", str(ROOT), str(alive)],
-                            stdout=subprocess.PIPE, text=True)
+    hold = subprocess.Popen([sys.executable, "-c", HOLD, ROOT, alive], stdout=subprocess.PIPE, text=True)
+    child = int(hold.stdout.readline())
     try:
-        assert hold.stdout.readline() == "locked\n"
         write_index(path, place, make_index(path))
         assert not dead.exists() and alive.exists() and place.exists()
     finally:
         hold.kill()
-        hold.wait()
-    with open(alive, "a") as f:
-        assert lock(f), "death did not release the lock"
+        os.kill(child, signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------------------------ the same data

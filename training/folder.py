@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import LOCK, parse_log_line, read_json, remove, write_json, write_text
+from common.files import LOCK, parse_log_line, read_json, refuse_device, remove, write_json, write_text
 from common.flags import UserError
 from common.parallel import Ranks, local, placed
 from data import Batch
@@ -124,6 +124,7 @@ def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
 class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
+        refuse_device(path)
         if path.exists():
             kept, lost = [], 0
             for line in path.read_text(errors="replace").splitlines(keepends=True):

@@ -51,7 +51,7 @@ def is_foreign(folder: Path) -> bool:
 
 def start_folder(cfg: TrainConfig) -> Path:
     """Return the folder that --projector means: a stage-1 checkpoint, the newest of a run, or a released LLaVA."""
-    if is_foreign(Path(cfg.projector)):
+    if starts_qformer(cfg) or is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
     stage = read_config(path, "stage")["stage"]
