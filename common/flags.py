@@ -86,6 +86,8 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         advice = "lower --micro-batch or --batch-size, or shorten the input"
         return f"not enough memory ({text[:100]}): {advice}"
+    if isinstance(e, UnicodeError):
+        return f"a file is not UTF-8 text ({text[:200]}): download it again"
     if isinstance(e, RecursionError):
         return "a file is nested too deeply to be read"
     if isinstance(e, OSError):
