@@ -13,6 +13,7 @@ import sys
 import time
 import zipfile
 from dataclasses import fields, replace
+from typing import get_args
 
 import pytest
 import torch
@@ -508,7 +509,9 @@ def test_the_state_of_another_model_is_named(small_world, tmp_path):
 @pytest.mark.parametrize("value", ["-1", str(2**70), "1e15", "inf", "nan", "-inf", "-0.5"])
 def test_no_number_flag_takes_what_no_number_can_be(cls, value):
     for f in fields(cls):
-        if type(f.default) in (int, float) or f.type in (int | None, float | None, "int | None"):
+        if value in ("1e15", str(2**70)) and float in (f.type, *get_args(f.type)) and f.name != "timeout":
+            continue                                        # a weight or a rate may be as large
+        if type(f.default) in (int, float) or f.type in (int | None, float | None):
             with pytest.raises(UserError, match=f"--?{f.name.replace('_', '-')}"):
                 parse(cls, [f"--{f.name.replace('_', '-')}={value}"])
 

@@ -89,7 +89,7 @@ class TrainConfig:
         "auto", "ddp: every rank holds the model; fsdp: a part of it; auto: fsdp if more than the projector is trained")
     gradient_checkpointing: bool | None = option(None, "recompute activations instead of keeping them; unset: yes")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
-    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends", most=10**6)
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
