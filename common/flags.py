@@ -2,7 +2,6 @@
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import signal
 import sys
@@ -16,7 +15,7 @@ class UserError(Exception):
     """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
 
 
-def option(default, help: str, group: str | None = None, most: int = 2**31 - 1):
+def option(default, help: str, group: str | None = None, most: float | None = None):
     """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most: of a number.
 
     group: the heading in --help under which this flag and those after it stand. Where None is the default, the text
@@ -72,7 +71,8 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
     parser.error = fail
     values = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
-        value, most = values[field.name], field.metadata.get("most", math.inf)
+        value = values[field.name]
+        most = field.metadata.get("most") or (2**31 - 1 if type(value) is int else sys.float_info.max)
         if type(value) in (int, float) and not 0 <= value <= most:
             raise UserError(f"--{field.name.replace('_', '-')} must be from 0 to {most}, not {value}")
     return cls(**values)
@@ -86,6 +86,8 @@ def explain(e: BaseException) -> str | None:
     if isinstance(e, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         advice = "lower --micro-batch or --batch-size, or shorten the input"
         return f"not enough memory ({text[:100]}): {advice}"
+    if isinstance(e, UnicodeError):
+        return f"a file is not UTF-8 text ({text[:200]}): download it again"
     if isinstance(e, RecursionError):
         return "a file is nested too deeply to be read"
     if isinstance(e, OSError):

@@ -158,8 +158,11 @@ def read_tsv(path: Path) -> list[dict]:
     """Read a table with a base64 image a row. A short image cell is the index of the row that has the image
     (VLMEvalKit's convention)."""
     csv.field_size_limit(sys.maxsize)           # images are far longer than csv's default of 131072
-    with open(path, encoding="utf-8-sig", newline="") as f:
-        rows = list(csv.DictReader(f, delimiter="\t"))
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            rows = list(csv.DictReader(f, delimiter="\t"))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} is not a table in UTF-8 ({e}): download it again") from None
     for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
             count = "more" if None in row else "fewer"

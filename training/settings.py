@@ -101,7 +101,7 @@ class TrainConfig:
     gradient_checkpointing: int | None = option(None, "decoder layers that are recomputed in the backward pass; "
                                                 "unset: as few as fit the GPU; on a CPU all, of the toy none")
     compile: bool = option(False, "compile the layers: minutes at the start, then faster steps on a GPU")
-    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends")
+    timeout: float = option(60.0, "minutes that a rank waits for another before the run ends", most=10**6)
     plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")
     card: Literal["a100-40", "a100-80", "h100", "h200"] | None = option(None, "with --plan: the GPU, if it is not here")
     cards: int | None = option(None, "with --plan: how many of them; unset: as many as ranks were started")
