@@ -1,6 +1,7 @@
 """Memory and time of one rank: estimated by arithmetic, or measured on one device that plays rank 0 of 8.
 
     python -m bench.memory                                         the estimate: GiB a rank, for docs/training.md
+    python -m bench.memory --track --shape 13b --moca              PyTorch's tracker on fake tensors, against the estimate
     python -m bench.memory --measure --shape small                 runs anywhere: plays 8 ranks on a CPU
     python -m bench.memory --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
     python -m bench.memory --measure --shape 7b --stage finetune --limit 40
@@ -18,11 +19,17 @@ import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
+import losses
 from bench.common import SPAWN, memory, random_batch, reset_peak, sampled_peak, step_loss
 from common.flags import option, parse, run
 from common.parallel import Ranks, choose_device, clip_gradients, local, over, shard, start, wrap
@@ -30,6 +37,8 @@ from data import Batch
 from losses import LOSSES, Objective
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 from training.folder import save
+from training.plan import memory as plan_memory
+from training.plan import outline
 from training.settings import TrainConfig, settings
 from training.setup import compile_block, is_trained
 
@@ -47,6 +56,8 @@ class Bench:
     """Estimate the GiB a rank needs in stage 1 and stage 2; with --measure, make steps and measure."""
     measure: bool = option(False, "make steps, instead of the estimate alone")
     save: bool = option(False, "write a checkpoint of stage 2 from two gloo ranks, of --shape small or 3b")
+    track: bool = option(False, "count the peak with PyTorch's trackers on fake tensors: no memory, no GPU, minutes")
+    recomputed: int | None = option(None, "with --track: decoder layers that are recomputed; unset: all")
     shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
     stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
@@ -59,67 +70,110 @@ class Bench:
     compile: bool = option(False, "compile the layers")
 
 
-def on_meta(shape: str) -> Llava:
+def new_model(shape: str, moca: bool = False) -> Llava:
     v, t = SHAPES[shape]
+    model = Llava(ViT(v), Projector(v.hidden_size, t.hidden_size), Decoder(replace(t)))
+    if moca:
+        model.language_model.add_moca()
+    return model
+
+
+def on_meta(shape: str, moca: bool = False) -> Llava:
     with torch.device("meta"):
-        return Llava(ViT(v), Projector(v.hidden_size, t.hidden_size), Decoder(t))
+        return new_model(shape, moca)
 
 
 # ------------------------------------------------------------------------------------------------ arithmetic
-def estimate(shape: str, stage: str, ranks: int, micro: int, text: int) -> dict[str, float]:
-    """Return GiB by purpose, for bfloat16 computing, float32 training and activation checkpointing."""
-    model, (v, t) = on_meta(shape), SHAPES[shape]
-    cfg = settings(TrainConfig(data="-", template="v1"), stage, 1)
-    size = {True: 0, False: 0}
-    for name, p in model.named_parameters():
-        size[is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)] += p.numel()
-    cut = ranks if stage == "finetune" else 1
-    tokens = micro * (v.image_tokens + text)
-    block = sum(p.numel() for p in model.language_model.model["layers"][0].parameters())
-    ends = sum(p.numel() for p in model.language_model.parameters()) - t.num_hidden_layers * block
-    inner = t.intermediate_size * (3 if t.gated else 2)
-    parts = {
-        "weights": (4 * size[True] + 2 * size[False]) / cut, "moments": 8 * size[True] / cut,
-        "gradients": 4 * size[True] / cut,
-        # The root unit and its gradient in float32; two gathered blocks; a block's gradient, and its copy in transit.
-        "gathered": 0 if cut == 1 else 8 * ends + 2 * 2 * block + (2 + 4) * block,
-        # Each block's input; one block's activations and a chunk of the head's.
-        "kept": 2 * tokens * t.hidden_size * t.num_hidden_layers,
-        "working": 2 * tokens * (10 * t.hidden_size + 2 * inner) + 10 * 1024 * t.vocab_size}
-    return {k: b / 2**30 for k, b in parts.items()}
+def estimate(b: Bench, stage: str, ranks: int, micro: int, text: int, layers: int | None = None) -> float:
+    """Return the GiB of a rank that training/plan.py estimates, for bfloat16 and no accumulation. layers: that are
+    recomputed; None: all."""
+    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), stage, 1)
+    model = outline(cfg, on_meta(b.shape, b.moca))
+    if layers is None:
+        layers = model.language_model.config.num_hidden_layers
+    cfg = replace(cfg, micro_batch=micro, global_batch=micro * ranks, gradient_checkpointing=layers)
+    return plan_memory(cfg, model, ranks, model.vision_tower.config.image_tokens + text, 2, None)["peak"]
 
 
-def table() -> None:
-    print("estimated GiB a rank (bf16, activation checkpointing; stage 1: 32 text tokens, stage 2: 256)")
+def table(b: Bench) -> None:
+    print("estimated GiB a rank (bf16, every layer recomputed; stage 1: 32 text tokens, stage 2: 256)")
     for shape in ("3b", "7b", "13b"):
         for stage, text, micros, ranks in (("pretrain", 32, (32, 8), (1,)),
                                            ("finetune", 256, (16, 4, 1), (1, 2, 4, 8, 16))):
             for micro in micros:
                 line = f"{shape:4} {stage:9} micro-batch {micro:2}"
                 for r in ranks:
-                    gib = sum(estimate(shape, stage, r, micro, text).values())
+                    gib = estimate(replace(b, shape=shape), stage, r, micro, text)
                     line += f"   any rank {gib:6.1f}" if stage == "pretrain" else f"   {r} ranks {gib:6.1f}"
                 print(line)
 
 
+# ------------------------------------------------------------------------------------------------ tracked
+class AnyTracker(MemTracker):
+    """PyTorch's tracker, without its hooks on gradients: they fail on frozen parameters."""
+    def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
+        return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
+
+
+def track(b: Bench) -> None:
+    """Print the peak that PyTorch's memory trackers count in two steps on fake tensors, beside the estimate."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
+    ranks = Ranks(0, 1, torch.device("cpu"), torch.bfloat16)
+    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
+    micro, text = b.micro_batch or 32, b.text or 32
+    if b.stage == "finetune":
+        ranks = over(replace(ranks, count=b.ranks), sharded=True)
+        micro, text = b.micro_batch or 16, b.text or 256
+    batch, fake = make_batch(b, micro, text), FakeTensorMode()
+    batch.places                                          # made of numbers, which fake tensors lack; so are the weights
+    weights = losses.layer_weights(max(1, SHAPES[b.shape][1].num_hidden_layers // 2)).tolist()
+    losses.layer_weights = lambda k, scheme: SimpleNamespace(tolist=lambda: weights)
+    batch = batch.moved(fake.from_tensor)
+    with fake:
+        objective = make(b, cfg, ranks, meta=False)
+        if b.recomputed is not None:
+            objective.model.language_model.recomputed = b.recomputed
+        trained = [p for p in objective.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5)
+        if b.stage == "finetune":
+            tracker = FSDPMemTracker(objective, optimizer)
+        else:
+            tracker = AnyTracker()
+            tracker.track_external(objective, optimizer)
+        for step in range(2):
+            with tracker:
+                with torch.autocast("cpu", torch.bfloat16):
+                    terms = objective(batch)
+                step_loss(b.loss, terms, batch).backward()
+                del terms
+                clip_gradients(trained, ranks, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if step == 0:
+                tracker.reset_mod_stats()
+    gib = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 2**30
+    guess = estimate(b, b.stage, b.ranks if b.stage == "finetune" else 1, micro, text, b.recomputed)
+    print(f"{b.shape} {b.stage} {b.loss}{' + MoCa' if b.moca else ''}, rank 0 of {b.ranks}, micro-batch {micro} × "
+          f"{batch.input_ids.shape[1]}: tracked {gib:.2f} GiB, estimated {guess:.2f} ({guess / gib - 1:+.1%})")
+
+
 # ------------------------------------------------------------------------------------------------ measured
-def make(b: Bench, cfg: TrainConfig, ranks: Ranks) -> torch.nn.Module:
-    """The objective as training wraps it, with random weights: sharded on the meta device, then given memory."""
-    model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
-    if b.moca:
-        with torch.device("meta"):
-            model.language_model.add_moca()
+def make(b: Bench, cfg: TrainConfig, ranks: Ranks, meta: bool = True) -> torch.nn.Module:
+    """The objective as training wraps it, with random weights: sharded on the meta device, then given memory. Without
+    `meta`: made where it stays. (Nothing calls the vision encoder's last layer, and the tracker fails on such a unit.)"""
+    model, (v, t) = on_meta(b.shape, b.moca) if meta else new_model(b.shape, b.moca), SHAPES[b.shape]
     for name, p in model.named_parameters():
         trained = is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
         p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
-    for block in [*model.vision_tower.encoder["layers"], *model.language_model.model["layers"]]:
+    for block in [*model.vision_tower.encoder["layers"][:None if meta else -1], *model.language_model.model["layers"]]:
         if b.compile:
             compile_block(block)
         if ranks.mesh is not None:
             shard(block, ranks)
-    model.to_empty(device=ranks.device)
-    for p in model.parameters():
-        local(p.data).normal_(0, 0.02)
+    if meta:
+        model.to_empty(device=ranks.device)
+        for p in model.parameters():
+            local(p.data).normal_(0, 0.02)
     model.language_model.recomputed = SHAPES[b.shape][1].num_hidden_layers
     return wrap(Objective(model, cfg), ranks)
 
@@ -186,7 +240,6 @@ def time_steps(b: Bench, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> float:
 
 
 def measured(b: Bench) -> None:
-    from torch.testing._internal.distributed.fake_pg import FakeStore
     device, dtype = choose_device("auto")
     if b.limit and device.type == "cuda":
         torch.cuda.set_per_process_memory_fraction(b.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
@@ -202,7 +255,7 @@ def measured(b: Bench) -> None:
     reset_peak()
     best = time_steps(b, cfg, ranks, batch)
     peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory("VmHWM") / 2**10
-    guess, tokens = sum(estimate(b.shape, b.stage, b.ranks, micro, text).values()), batch.input_ids.numel()
+    guess, tokens = estimate(b, b.stage, b.ranks if b.stage == "finetune" else 1, micro, text), batch.input_ids.numel()
     name = f"{b.loss} + MoCa" if b.moca else b.loss
     print(f"{b.shape} {b.stage} {name}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch {micro} × "
           f"{tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
@@ -258,8 +311,10 @@ def main() -> None:
         measure_saving(replace(b, shape="small" if b.shape == "7b" else b.shape))
     elif b.measure:
         measured(b)
+    elif b.track:
+        track(b)
     else:
-        table()
+        table(b)
 
 
 if __name__ == "__main__":

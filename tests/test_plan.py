@@ -52,11 +52,15 @@ def test_without_a_gpu_the_recipe_stays():
 
 @pytest.mark.parametrize("wanted, name, shape, flags", [        # GiB, of `python -m bench.memory --track`
     (19.14, "finetune", "7b", {"micro_batch": 16, "gradient_checkpointing": 32}),
-    (30.94, "finetune", "7b", {"micro_batch": 4, "gradient_checkpointing": 0})])
+    (30.94, "finetune", "7b", {"micro_batch": 4, "gradient_checkpointing": 0}),
+    (33.04, "pretrain", "7b", {"micro_batch": 8, "gradient_checkpointing": 0}),
+    (32.88, "finetune", "13b", {"micro_batch": 16, "gradient_checkpointing": 40, "moca": True})])
 def test_the_estimate_is_within_10_percent_of_fsdps_tracker(wanted, name, shape, flags):
     cfg, _, model = stage(name, shape, **flags)
     cfg = replace(cfg, global_batch=8 * cfg.micro_batch)
-    assert memory(cfg, model, 8, SHAPES[shape][0].image_tokens + 256, 2, None)["peak"] == pytest.approx(wanted, rel=0.1)
+    text = 256 if name == "finetune" else 32
+    gib = memory(cfg, model, 8, SHAPES[shape][0].image_tokens + text, 2, None)
+    assert gib["peak"] == pytest.approx(wanted, rel=0.1)
 
 
 def test_operations_are_those_of_the_matrix_products():

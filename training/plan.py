@@ -70,7 +70,7 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
         whole.append(own + low * (4 * D + inner) if total(layer.parameters(), 1, 0) else own)
     kept = positions * (low * D * (again + 1) + sum(whole[again:]))
     layer = positions * (2 * low * inner + (whole[-1] if again == len(layers) else 0))
-    head = 10 * 1024 * V + 6 * low * positions * D
+    head = 10 * min(1024, cfg.micro_batch * (T - v.image_tokens)) * V + 6 * low * positions * D
     if lm.lm_head.weight.requires_grad:
         head += (8 + 2 * low) * V * D
     extra = 0

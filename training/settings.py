@@ -83,7 +83,7 @@ class TrainConfig:
 
     global_batch: int | None = option(None, "samples a step, over all ranks and accumulation steps; unset: 256 in "
                                       "stage 1, 128 in stage 2", "optimisation", most=2**20)
-    micro_batch: int | None = option(None, "samples on a rank at a time, the one memory knob; unset: the largest that "
+    micro_batch: int | None = option(None, "samples on a rank at a time; unset: the largest that fits a GPU and "
                                      "divides a rank's share, up to 32 in stage 1, 16 in stage 2")
     epochs: int | None = option(None, "passes over the data; unset: 1")
     lr: float | None = option(None, "peak learning rate; unset: 1e-3 in stage 1, 2e-5 in stage 2, 2e-4 with LoRA")
