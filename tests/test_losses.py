@@ -42,7 +42,7 @@ def frozen(stage: str, **decoder):
 
 
 def cfg(loss, stage="pretrain", **options):
-    return TrainConfig(loss=loss, stage=stage, **options)
+    return TrainConfig(loss=loss, stage=stage, vision="toy/clip", llm="toy/llm", **options)
 
 
 def gradient_reach(model, loss) -> set[str]:
