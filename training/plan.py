@@ -186,14 +186,14 @@ def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low:
     sizes = [f"{name.split('_')[-1]} {total(part.parameters()) / 1e6:,.2f}"
              for name, part in model.named_children()]
     trained = total(model.parameters(), 1, 0)
-    moments = 8 * trained / 1e9
-    stored = 4 * trained / 1e9 + moments
+    stored = 12 * trained / 1e9                           # weights and AdamW's two moments, in float32
+    largest = max(4 * p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     if stores_all(cfg):
         stored += total(model.parameters(), 0, low) / 1e9
     own, again = (cfg.global_batch * x / 1e12 for x in operations(cfg, model, float(lengths.mean())))
     notes = [f"million parameters: {', '.join(sizes)}, trained {trained / 1e6:,.2f}",
-             f"a step {own:,.2f} TFLOP and {again:,.2f} of recomputation",
-             f"a checkpoint {stored:.2f} GB, {moments:.2f} GB of host memory to save it"]
+             f"a step {own:,.3f} TFLOP and {again:,.3f} of recomputation",
+             f"a checkpoint {stored:.3f} GB, {largest:.3f} GB of host memory to save it"]
     if len(lengths) > 1:
         samples = len(lengths) + second_samples(cfg, len(lengths))
         steps = cfg.max_steps or cfg.epochs * -(-samples // cfg.global_batch)
