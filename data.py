@@ -3,9 +3,11 @@
     sample ─ pieces ─→ text, and which characters the assistant wrote ─ encode ─→ input_ids, labels, image_mask
     image  ─ ImageProcessor ─→ pixel_values                            ─ collate ─→ Batch (right-padded)
 
-Each chunk of text around <image> is encoded once. Labels come from the character offsets of the tokens: no token is
-counted twice, so nothing can mismatch. The order of samples is a function of (seed, epoch) alone, cut into global
-batches: any number of ranks and accumulation steps sees the same batches, and a run resumes from its step number.
+Each chunk of text around <image> is encoded once. Labels come from the character offsets of the
+tokens: no token is counted twice, so nothing can mismatch. The order of samples is a function of
+(seed, epoch) alone, cut into global
+batches: any number of ranks and accumulation steps sees the same batches, and a run resumes from
+its step number.
 Shape letters: B samples · T sequence positions · H, W pixels.
 """
 from collections.abc import Callable, Sequence
@@ -32,7 +34,7 @@ IMAGE = "<image>"
 PLACEHOLDER = 0                                           # id at image and padding positions; masks tell them apart
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 @dataclass(frozen=True)
 class Format:
     """How a sample becomes ids and pixels. A checkpoint stores it, so that questions are written as training was."""
@@ -45,12 +47,13 @@ class Format:
 
 
 def pieces(conversations: list[dict], template: str, image_first: bool = True) -> list[tuple[str, bool]]:
-    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does; from phi3 on: as the language model was
-    tuned to). Returns (text, supervised) pieces.
+    """Write a conversation as LLaVA-1.5 does (phi, gemma: as TinyLLaVA does; from phi3 on: as the
+    language model was tuned to). Returns (text, supervised) pieces.
 
     plain (stage 1): "<image>a cat\\n", the caption alone; the request is dropped.
-    v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised from the space before an answer
-    through its </s>. If the user has the last turn, the text ends in "ASSISTANT:", to be continued.
+    v1 (Vicuna): "SYSTEM USER: <image>\\nWhat? ASSISTANT: A cat.</s>USER: …"; supervised from the
+    space before an answer through its </s>. If the user has the last turn, the text ends in
+    "ASSISTANT:", to be continued.
     image_first: move <image> to the front of its turn, as LLaVA does; else leave it where it is."""
     t = TEMPLATES[template]
     turns = [(turn["from"], turn["value"]) for turn in conversations]
@@ -81,7 +84,8 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
 
 
 def eos_id(tokenizer: Tokenizer, template: str) -> int:
-    """Return the id that ends an answer (plain: the newline). Raises UserError if the tokenizer lacks it."""
+    """Return the id that ends an answer (plain: the newline). Raises UserError if the tokenizer
+    lacks it."""
     eos = TEMPLATES[template].eos
     if eos == "\n":
         return encode_text(tokenizer, eos)[0][-1]
@@ -94,11 +98,13 @@ def eos_id(tokenizer: Tokenizer, template: str) -> int:
 def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
            max_length: int | None = None, after_special: str = "4.31",
            image_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised, image_mask (T,) bool.
+    """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised,
+    image_mask (T,) bool.
 
-    <image> becomes `image_tokens` positions. A sample longer than max_length is cut at the end; an image that does not
-    fit whole is left out with all that follows. Ids and labels are those of LLaVA-1.5 (transformers 4.31; after_special
-    picks another version's rule), also for the samples that its code drops with "tokenization mismatch"."""
+    <image> becomes `image_tokens` positions. A sample longer than max_length is cut at the end; an
+    image that does not fit whole is left out with all that follows. Ids and labels are those of
+    LLaVA-1.5 (transformers 4.31; after_special picks another version's rule), also for the samples
+    that its code drops with "tokenization mismatch"."""
     if tokenizer.encode_special_tokens:                         # --plain-specials: </s> in a turn is text
         conversations = [{**t, "value": hide_specials(tokenizer, t["value"], keep=IMAGE)} for t in conversations]
     text, supervised = "", []                                   # one flag a character
@@ -128,7 +134,7 @@ def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1"
     return torch.tensor(ids[cut]), torch.tensor(labels[cut]), torch.tensor(image[cut])
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 @dataclass
 class ImageProcessor:
     """CLIP's and SigLIP's preprocessing, with Pillow as LLaVA used it."""
@@ -140,8 +146,8 @@ class ImageProcessor:
     resample: int = 3                                           # Pillow's number: 3 bicubic, 2 bilinear (SigLIP2)
 
     def __call__(self, image: Image.Image, pad: bool) -> Tensor:
-        """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so that nothing is
-        cropped; otherwise crop the centre (stage 1)."""
+        """Pillow image → (3,H,W) float32. pad: onto a square of the mean colour first (stage 2), so
+        that nothing is cropped; otherwise crop the centre (stage 1)."""
         image = image.convert("RGB")
         w, h = image.size
         if pad and w != h:
@@ -160,7 +166,7 @@ class ImageProcessor:
         return torch.from_numpy(x).permute(2, 0, 1).contiguous()   # (3,H,W)
 
 
-# ------------------------------------------------------------------------------------------------ samples and batches
+# ------------------------------------------------------------------------------ samples and batches
 @dataclass
 class Example:
     """One sample, ready to be batched."""
@@ -270,12 +276,13 @@ class Samples(Dataset):
         return Example(ids, labels, mask, pixels, reconstruct or (self.joint and pixels is not None), name)
 
 
-# ------------------------------------------------------------------------------------------------ order
+# -------------------------------------------------------------------------------------------- order
 @dataclass
 class Order:
     """Sample numbers of one micro-batch after another, for one rank, without end.
 
-    Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it does not matter."""
+    Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it
+    does not matter."""
     n: int                              # samples
     global_batch: int
     micro_batch: int
@@ -296,10 +303,12 @@ class Order:
         return np.append(numbers, fillers).reshape(-1, self.global_batch)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once, then fillers.
+        """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once,
+        then fillers.
 
-        With lengths a batch is all image or all text, except the one that takes both remainders. Its samples are
-        sorted by length, so that those of a micro-batch need little padding (LLaVA's grouping)."""
+        With lengths a batch is all image or all text, except the one that takes both remainders.
+        Its samples are sorted by length, so that those of a micro-batch need little padding
+        (LLaVA's grouping)."""
         rng = np.random.default_rng([self.seed, epoch])
         numbers = np.arange(self.n, dtype=np.int32)             # 4 bytes a sample: there may be millions
         order = rng.permutation(numbers)
@@ -332,8 +341,8 @@ class Order:
 
 
 def loader(samples: Samples, order: Order, workers: int, pin: bool = False) -> DataLoader:
-    """Batches in that order; `workers` processes decode ahead. What a sample becomes depends on the sample alone, so
-    workers need no seeds and any number of them gives the same batches."""
+    """Batches in that order; `workers` processes decode ahead. What a sample becomes depends on the
+    sample alone, so workers need no seeds and any number of them gives the same batches."""
     return DataLoader(samples, batch_sampler=order, num_workers=workers, pin_memory=pin,
                       collate_fn=partial(collate, image_size=samples.processor.crop_size))
 

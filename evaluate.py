@@ -124,7 +124,7 @@ class Assistant:
                 yield batch, self.generate(*prepared, max_new)
 
 
-# ------------------------------------------------------------------------------------------------ which questions
+# ---------------------------------------------------------------------------------- which questions
 def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) -> list[Questions]:
     """Read the questions that the flags ask for: a benchmark's, own ones, or the toy's. Raises UserError.
 
@@ -172,7 +172,7 @@ def open_assistant(cfg: "Config", folder: Path, settings: dict, ranks: Ranks) ->
                                      settings["after_special"], settings["pad"], cfg.plain_specials)
 
 
-# ------------------------------------------------------------------------------------------------ asking and scoring
+# ------------------------------------------------------------------------------- asking and scoring
 def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
     folder, source = None, {"answers": cfg.score_only}
@@ -233,7 +233,7 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
     return report
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# -------------------------------------------------------------------------------------- the command
 @dataclass
 class Config:
     """Ask a checkpoint one question, the questions of a file, or a benchmark's; score the answers."""

@@ -55,7 +55,7 @@ Mode = Literal["exact", "newton-schulz", "released"]
 Outliers = Literal["median", "drop"]
 
 
-# ------------------------------------------------------------------------------------------------ the distance
+# ------------------------------------------------------------------------------------- the distance
 class Moments(NamedTuple):
     mean: Tensor            # (D,)
     covariance: Tensor      # (D,D)
@@ -112,7 +112,7 @@ def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
     return distance(moments(x), moments(y), mode)[0]
 
 
-# ------------------------------------------------------------------------------------------------ the rate
+# ----------------------------------------------------------------------------------------- the rate
 def replace_outliers(tokens: Tensor, outliers: Outliers) -> Tensor:
     """ω of eq. (3): tokens (n,D) with |norm − median| > 3 std replaced by the per-dimension median, or dropped."""
     norms = tokens.norm(dim=1)                                                  # (n,)
@@ -144,7 +144,7 @@ def modality_integration_rate(layers: list[tuple[Tensor, Tensor]], mode: Mode = 
     return log_sum(distances), distances                                        # eq. (3)
 
 
-# ------------------------------------------------------------------------------------------------ of a model
+# --------------------------------------------------------------------------------------- of a model
 def visit(model: Llava, batch: Batch, see) -> tuple[Output, Tensor]:
     """Run one batch and call see(k, vision (n,D), text (m,D)) with the tokens of each layer k = 1..L. Returns the
     model's output and where the text is, (B,T) bool."""
@@ -253,7 +253,7 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
     return {"mir": log_sum(distances), "layers": distances, "residual": residual, "h_norm": h_norm, **beside.results()}
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 @dataclass
 class MIRConfig:
     """Measure the Modality Integration Rate of a checkpoint."""

@@ -85,7 +85,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
                "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
-# ------------------------------------------------------------------------------------------------ vision encoder
+# ----------------------------------------------------------------------------------- vision encoder
 class ViTEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
@@ -166,7 +166,7 @@ class ViT(nn.Module):
         return self.hidden_state(pixel_values, layer)[:, int(self.config.class_token or self.config.drop_first_patch):]
 
 
-# ------------------------------------------------------------------------------------------------ projector
+# ---------------------------------------------------------------------------------------- projector
 class Projector(nn.Module):
     """N linear maps with GELU between them: LLaVA-1.5's two-layer MLP, or LLaVA's single map."""
     def __init__(self, vision_size: int, hidden_size: int, layers: int = 2):
@@ -181,7 +181,7 @@ class Projector(nn.Module):
         return x
 
 
-# ------------------------------------------------------------------------------------------------ decoder
+# ------------------------------------------------------------------------------------------ decoder
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, plus_one: bool = False):
         super().__init__()
@@ -370,7 +370,7 @@ class Decoder(nn.Module):
         return h
 
 
-# ------------------------------------------------------------------------------------------------ the whole
+# ---------------------------------------------------------------------------------------- the whole
 class Output(NamedTuple):
     hidden_states: Tensor      # (B,T,D) after the final norm
     image_embeds: Tensor       # (B,N,D) the projector's output

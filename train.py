@@ -36,10 +36,11 @@ from training.plan import prepare
 from training.settings import TrainConfig, check_start, fill_parts, is_sharded, second_samples, settings
 from training.setup import build, check_folders, check_objective, fingerprints, load_data, mir_pairs, parameter_groups
 
-LINE_EVERY = 50                     # steps between two lines of output where there is no terminal for a progress bar
+# steps between two lines of output where there is no terminal for a progress bar
+LINE_EVERY = 50
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out: Path, ranks: Ranks,
           pairs: list[Batch]) -> None:
     """Run one stage from step 0, or from the checkpoint `ckpt` that `model` was built from, to its last step. MIR is
@@ -136,8 +137,8 @@ def make_order(cfg: TrainConfig, data: Samples, ranks: Ranks, step: int) -> Orde
     """Return the order of samples from a step on. Stage 2 groups by modality and length. VDEP's stage 1 shows samples a
     second time, in VDEP mode."""
     lengths = data.samples.lengths() if cfg.stage == "finetune" else None
-    return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank, ranks.count, step,
-                 second_samples(cfg, len(data)))
+    return Order(len(data), cfg.global_batch, cfg.micro_batch, cfg.seed, lengths, ranks.rank,
+                 ranks.count, step, second_samples(cfg, len(data)))
 
 
 def global_counts(loss: str, micro: list[Batch], ranks: Ranks) -> dict[str, Tensor]:
@@ -193,8 +194,8 @@ def stop_if_not_finite(loss: float, norm: float, step: int, totals: dict, micro:
             more = ", …" if len(found) > 8 else ""
             places.append(f"rank {rank}, samples {', '.join(found[:8])}{more}")
     where = "; ".join(places) or "every loss was finite"
-    raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; {where}. The last checkpoint is unchanged: lower "
-                    "--lr, or look at those samples")
+    raise UserError(f"step {step}: loss {loss}, gradient norm {norm}; {where}. The last "
+                    "checkpoint is unchanged: lower --lr, or look at those samples")
 
 
 def measure_mir(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainConfig, ranks: Ranks) -> dict:
@@ -206,7 +207,7 @@ def measure_mir(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainC
         raise UserError(f"--mir-every, step {step} of {cfg.stage}: {e}") from None
 
 
-# ------------------------------------------------------------------------------------------------ what is printed
+# ---------------------------------------------------------------------------------- what is printed
 def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trained: list[Tensor], once: bool) -> str:
     factors = []
     if ranks.count > 1:
@@ -235,7 +236,7 @@ def show(bar: tqdm, stage: str, step: int, steps: int, values: dict[str, float],
         print(f"{stage} step {step}/{steps}  {terms}  {rate / 1000:.1f}k tokens/s", flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ stages
+# ------------------------------------------------------------------------------------------- stages
 def make_toy(cfg: TrainConfig, out: Path, ranks: Ranks) -> None:
     """Draw the toy's data into the run's folder, unless it is there."""
     folder.make_folder(cfg, out, [], ranks)
@@ -253,10 +254,13 @@ def run_stage(cfg: TrainConfig, stage: TrainConfig, out: Path, ranks: Ranks) -> 
         if saved["step"] == saved["steps"]:
             return                                        # --resume: this stage is done
         # The recipe may have changed since. (A flag that the checkpoint lacks is newer than it.)
-        folder.check_same_run(stage, {**vars(stage), **saved["settings"], "projector": stage.projector}, ckpt)
+        folder.check_same_run(stage,
+                              {**vars(stage), **saved["settings"], "projector": stage.projector},
+                              ckpt)
     if stage.stage == "finetune" and cfg.stage == "both":
         stage = replace(stage, projector=str(checkpoints(out, "pretrain")[-1]))
-    ranks = parallel.over(ranks, sharded=is_sharded(stage, ranks.count), hybrid=cfg.parallel == "hsdp")
+    ranks = parallel.over(ranks, sharded=is_sharded(stage, ranks.count),
+                          hybrid=cfg.parallel == "hsdp")
     stage = prepare(stage, cfg, out, ranks)
 
     # Errors in weights or data show before anything is written. (The toy's data has to be made first.)

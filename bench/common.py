@@ -1,7 +1,8 @@
 """What the benches share: a side in a process of its own, its peak memory, random batches, the loss of a step.
 
-Memory is read from /proc, so these benches run on Linux. `VmRSS` is all resident memory and `VmHWM` its peak;
-`RssAnon` is memory of the process alone, `RssFile` counts pages of mapped files, which processes share.
+Memory is read from /proc, so these benches run on Linux. `VmRSS` is all resident memory and `VmHWM`
+its peak; `RssAnon` is memory of the process alone, `RssFile` counts pages of mapped files, which
+processes share.
 """
 import contextlib
 import multiprocessing
@@ -17,10 +18,11 @@ from data import IGNORE, Batch
 from losses import Term, count_terms
 from model import VisionConfig
 
-SPAWN = multiprocessing.get_context("spawn")       # a fresh interpreter: no memory comes along from this one
+# a fresh interpreter: no memory comes along from this one
+SPAWN = multiprocessing.get_context("spawn")
 
 
-# ------------------------------------------------------------------------------------------------ processes, memory
+# -------------------------------------------------------------------------------- processes, memory
 def send_result(job, arguments: tuple, pipe) -> None:
     pipe.send(job(*arguments))
 
@@ -34,8 +36,8 @@ def in_own_process(job, *arguments):
     try:
         return here.recv()
     except EOFError:
-        raise UserError(f"{job.__name__}{arguments} ended without a result: its message stands above, or memory ran "
-                        "out") from None
+        raise UserError(f"{job.__name__}{arguments} ended without a result: its message stands "
+                        "above, or memory ran out") from None
     finally:
         process.join()
 
@@ -54,8 +56,8 @@ def reset_peak() -> None:
 
 @contextlib.contextmanager
 def sampled_peak(*fields: str) -> Iterator[dict[str, float]]:
-    """Give a dict that holds, once the block is left, the peak of each field beyond its value at the start, in MiB.
-    For fields that have no peak in /proc: they are read every 2 ms."""
+    """Give a dict that holds, once the block is left, the peak of each field beyond its value at
+    the start, in MiB. For fields that have no peak in /proc: they are read every 2 ms."""
     before = {field: memory(field) for field in fields}
     peak, done = dict.fromkeys(fields, 0.0), threading.Event()
 
@@ -72,13 +74,14 @@ def sampled_peak(*fields: str) -> Iterator[dict[str, float]]:
         watcher.join()
 
 
-# ------------------------------------------------------------------------------------------------ a step
+# ------------------------------------------------------------------------------------------- a step
 def random_batch(samples: int, vision: VisionConfig, vocabulary: int, text: int, supervised: Tensor,
                  alone: Tensor | None = None) -> Batch:
-    """A batch of <s>, an image of random pixels, and random words: T = image tokens + text, always the same.
+    """A batch of <s>, an image of random pixels, and random words: T = image tokens + text, always
+    the same.
 
-    supervised (T,) bool marks the positions that are targets; alone (B,) bool the samples that end with their image
-    (VDEP mode)."""
+    supervised (T,) bool marks the positions that are targets; alone (B,) bool the samples that end
+    with their image (VDEP mode)."""
     g = torch.Generator().manual_seed(0)
     n = vision.image_tokens
     position = torch.arange(n + text)
@@ -93,6 +96,7 @@ def random_batch(samples: int, vision: VisionConfig, vocabulary: int, text: int,
 
 
 def step_loss(loss: str, terms: list[Term], batch: Batch) -> Tensor:
-    """Σ weight · total / count of one batch, as train.py computes it for a global batch. loss: the objective's name."""
+    """Σ weight · total / count of one batch, as train.py computes it for a global batch. loss: the
+    objective's name."""
     count = count_terms(loss, batch)
     return sum(t.weight * t.total / count[t.name] for t in terms)

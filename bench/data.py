@@ -1,14 +1,14 @@
-"""Open, read and sample a LLaVA file of 2 million samples, compared with json.load; decode images, compared with what
-GPUs use up.
+"""Open, read and sample a LLaVA file of 2 million samples, compared with json.load; decode images,
+compared with what GPUs use up.
 
     python -m bench.data                       writes 3 GB to the system's temporary folder, and removes it
     python -m bench.data --samples 200000 --folder DIR
     python -m bench.data --decode              images a core makes ready, and the --workers that follow
 
-Each side runs in a process of its own; peak memory is what it needs beyond its imports. `own` is memory of the process
-alone, `mapped` are pages of files, which all processes of a machine share. `cpu` are seconds of a core: compare these
-where the machine does other work too. json.load makes Python objects of the whole file. It is measured on a tenth of
-the samples, and its line says so.
+Each side runs in a process of its own; peak memory is what it needs beyond its imports. `own` is
+memory of the process alone, `mapped` are pages of files, which all processes of a machine share.
+`cpu` are seconds of a core: compare these where the machine does other work too. json.load makes
+Python objects of the whole file. It is measured on a tenth of the samples, and its line says so.
 
 --decode: JPEGs of 640 × 480 and 500 × 375 pixels, of COCO's sizes and about 100 and 60 KB, from a warm page cache to
 ids, labels and pixel values of 336 × 336, as a worker makes them. 8 A100 use 57 images/s in stage 1 of LLaVA-7B and 31
@@ -45,8 +45,8 @@ class Bench:
 
 
 def write(path: Path, n: int) -> None:
-    """Write n samples of 1 to 8 questions. A sixth of them is text alone; the text has quotes, backslashes, braces
-    and accents."""
+    """Write n samples of 1 to 8 questions. A sixth of them is text alone; the text has quotes,
+    backslashes, braces and accents."""
     rng = random.Random(0)
     phrases = [" ".join(rng.choices(WORDS, k=30)) for _ in range(500)]
     with open(path, "w", encoding="utf-8") as f:
@@ -62,10 +62,11 @@ def write(path: Path, n: int) -> None:
         f.write("]")
 
 
-# ------------------------------------------------------------------------------------------------ the sides
+# ---------------------------------------------------------------------------------------- the sides
 # Each returns what it holds at the end, so that its memory is counted.
 def start(path: Path) -> tuple:
-    """What a rank does before its first batch, except for pictures. The first call makes the index."""
+    """What a rank does before its first batch, except for pictures. The first call makes the
+    index."""
     samples, _ = read_samples(path)
     order = iter(Order(len(samples), 128, 16, 1, samples.lengths()))
     return samples, order, next(order)
@@ -103,10 +104,10 @@ def measure(job, path: Path) -> dict[str, float]:
     return {"seconds": seconds, "cpu": cpu, "own": peak["RssAnon"], "mapped": peak["RssFile"]}
 
 
-# ------------------------------------------------------------------------------------------------ the order
+# ---------------------------------------------------------------------------------------- the order
 def visits(n: int, lengths: np.ndarray, ranks: list[int]) -> np.ndarray:
-    """Return how often an epoch shows each sample, (n + 1,), the last entry counting fillers. With several numbers of
-    ranks the run is stopped on the way and resumed with the next number."""
+    """Return how often an epoch shows each sample, (n + 1,), the last entry counting fillers. With
+    several numbers of ranks the run is stopped on the way and resumed with the next number."""
     seen = np.zeros(n + 1, np.int64)
     batch, micro, steps = 96, 4, -(-n // 96)
     cuts = [steps * k // len(ranks) for k in range(len(ranks) + 1)]
@@ -126,21 +127,24 @@ def check_visits(path: Path) -> None:
         seen = visits(len(lengths), lengths, ranks)
         wrong = int((seen[:-1] != 1).sum())
         assert wrong == 0, f"on {ranks} ranks {wrong} samples are not shown exactly once"
-        print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} samples once, "
+        print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} "
+              "samples once, "
               f"{seen[-1]} fillers   ({time.perf_counter() - began:.1f} s)")
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 EATEN = {"stage 1": 57, "stage 2": 31}      # images/s by 8 cards, at 7B
 
 
 def write_photos(folder: Path, size: tuple[int, int], n: int = 20) -> float:
-    """Write n JPEGs that are as hard to decode as photos: noise of several sizes. Returns their mean KB."""
+    """Write n JPEGs that are as hard to decode as photos: noise of several sizes. Returns their
+    mean KB."""
     rng, total = np.random.default_rng(0), 0
     for i in range(n):
         pixels = np.zeros((size[1], size[0], 3))
         for scale in (4, 16, 64):
-            coarse = rng.integers(0, 255, (size[1] // scale + 1, size[0] // scale + 1, 3), dtype=np.uint8)
+            coarse = rng.integers(0, 255, (size[1] // scale + 1, size[0] // scale + 1, 3),
+                                  dtype=np.uint8)
             pixels += np.asarray(Image.fromarray(coarse).resize(size, Image.BICUBIC)) / 3
         path = folder / f"{i}.jpg"
         Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
@@ -154,7 +158,8 @@ def decode() -> None:
     for size in [(640, 480), (500, 375)]:
         with tempfile.TemporaryDirectory() as folder:
             kb = write_photos(Path(folder), size)
-            turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A circle. " * 8}]
+            turns = [{"from": "human", "value": "<image>\nWhat is this?"},
+                     {"from": "gpt", "value": "A circle. " * 8}]
             rows = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(20)]
             for stage, text in [("stage 1", Format("plain")), ("stage 2", Format("v1", pad=True))]:
                 samples, times = Samples(rows, folder, tokenizer, processor, text), []
@@ -165,9 +170,11 @@ def decode() -> None:
                     times.append((time.process_time() - began) / len(rows))
                 rate = 1 / min(times)
                 needed = math.ceil(EATEN[stage] / rate)
-                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a core an image, "
+                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a "
+                      "core an image, "
                       f"{rate:.0f} images/s; {EATEN[stage]} images/s of 8 cards: --workers "
-                      f"{math.ceil(needed / 8)} a GPU at least (unset: 4), {needed} in all", flush=True)
+                      f"{math.ceil(needed / 8)} a GPU at least (unset: 4), {needed} in all",
+                      flush=True)
 
 
 def main() -> None:
@@ -177,13 +184,15 @@ def main() -> None:
         return
     free, needed = shutil.disk_usage(b.folder or tempfile.gettempdir()).free, 1.5 * BYTES * b.samples
     if free < needed:
-        raise UserError(f"{free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed: give another --folder")
+        raise UserError(f"{free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed: give "
+                        "another --folder")
     with tempfile.TemporaryDirectory(dir=b.folder) as folder:
         path, tenth = Path(folder) / "data.json", Path(folder) / "tenth.json"
         write(path, b.samples)
         write(tenth, b.samples // 10)
         size = path.stat().st_size
-        print(f"{b.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond the imports", flush=True)
+        print(f"{b.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond "
+              "the imports", flush=True)
         for name, job, file, times in [
                 ("index made", start, path, 1), ("start-up after it", start, path, 1),
                 ("and 16,000 samples", read, path, 1), ("ten epochs' orders", sort, path, 1),

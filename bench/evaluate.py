@@ -3,12 +3,14 @@
     python -m bench.evaluate              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
     python -m bench.evaluate --ckpt DIR   a checkpoint trained on the toy, asked yes/no questions about its pictures
 
-The checkpoint is exported to llava-hf's layout, which transformers loads (only this bench needs transformers). Both
-sides get the same ids and pixels, in float32, greedily, on as many threads; each answers a few questions first.
+The checkpoint is exported to llava-hf's layout, which transformers loads (only this bench needs
+transformers). Both sides get the same ids and pixels, in float32, greedily, on as many threads;
+each answers a few questions first.
 
-The random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's prompts in LLaVA's v1 template:
-35 before the image and 22 to 28 after it, of which the last 17 are the same. Its answers are 4 tokens long. Its weights
-are larger than at the start of training, so that the answers differ.
+The random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's prompts in
+LLaVA's v1 template: 35 before the image and 22 to 28 after it, of which the last 17 are the same.
+Its answers are 4 tokens long. Its weights are larger than at the start of training, so that the
+answers differ.
 """
 import json
 import random
@@ -58,7 +60,8 @@ class Load:
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """Save a random model, with the toy's tokenizer: only the ids of its special tokens matter here."""
+    """Save a random model, with the toy's tokenizer: only the ids of its special tokens matter
+    here."""
     torch.manual_seed(0)
     model = Llava(ViT(VISION), Projector(VISION.hidden_size, DECODER.hidden_size), Decoder(DECODER))
     for name, p in model.named_parameters():
@@ -67,11 +70,13 @@ def random_checkpoint(folder: Path) -> Path:
     (folder / "vision").mkdir()
     size = VISION.image_size
     (folder / "vision/preprocessor_config.json").write_text(json.dumps(
-        {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size}, "image_mean": [0.5] * 3,
-         "image_std": [0.5] * 3}))
-    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
-              "vision": str(folder / "vision"), "llm": str(ROOT / "toy/llm")}
-    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+        {"size": {"shortest_edge": size}, "crop_size": {"height": size, "width": size},
+         "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True,
+              "after_special": "4.31", "vision": str(folder / "vision"),
+              "llm": str(ROOT / "toy/llm")}
+    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config,
+                    {})
     return folder / "finetune-1"
 
 
@@ -94,14 +99,17 @@ def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
     """Ask for every pair of the toy's world, as POPE asks for objects, and two questions more."""
     tokenizer, processor, rng = load_tokenizer(ckpt), load_processor(ckpt), random.Random(0)
     c = read_json(ckpt / "config.json")
-    questions = [f"Is there a {colour} {shape}?" for colour in world.COLOURS for shape in world.SHAPES]
+    questions = [f"Is there a {colour} {shape}?" for colour in world.COLOURS
+                 for shape in world.SHAPES]
     questions += ["How many objects are there?", "Which row has the circle?"]
-    pixels = [processor(world.render(world.draw_from("test", rng), rng), c["pad"]) for _ in range(images)]
+    pixels = [processor(world.render(world.draw_from("test", rng), rng), c["pad"])
+              for _ in range(images)]
     prompts = [encode([{"from": "human", "value": f"{IMAGE}\n{text}"}], tokenizer, c["template"],
-                      model.vision_tower.config.image_tokens, after_special=c["after_special"]) for text in questions]
+                      model.vision_tower.config.image_tokens, after_special=c["after_special"])
+                      for text in questions]
     ids, _, masks = zip(*prompts * images)
-    return Load(list(ids), list(masks), [i for i in range(images) for _ in questions], torch.stack(pixels),
-                eos_id(tokenizer, c["template"]), 8)
+    return Load(list(ids), list(masks), [i for i in range(images) for _ in questions],
+                torch.stack(pixels), eos_id(tokenizer, c["template"]), 8)
 
 
 def ours(model: Llava, load: Load, rows: range, shared: bool = True) -> list[list[int]]:
@@ -122,8 +130,8 @@ def theirs(model, load: Load, rows: range) -> list[list[int]]:
         n = len(load.input_ids[r])
         ids[i, -n:] = load.input_ids[r].masked_fill(load.image_mask[r], model.config.image_token_id)
         seen[i, -n:] = 1
-    new = model.generate(input_ids=ids, attention_mask=seen, do_sample=False, max_new_tokens=load.max_new_tokens,
-                         pixel_values=load.pixel_values[[load.image_index[r] for r in rows]])[:, width:].tolist()
+    new = model.generate(input_ids=ids, attention_mask=seen, do_sample=False,
+                         max_new_tokens=load.max_new_tokens, pixel_values=load.pixel_values[[load.image_index[r] for r in rows]])[:, width:].tolist()
     return [a[:a.index(load.eos)] if load.eos in a else a for a in new]
 
 
@@ -132,7 +140,8 @@ def measure(answer, model, load: Load, size: int) -> tuple[list[list[int]], floa
     n = len(load.input_ids)
     answer(model, load, range(min(size, 4)))
     start = time.perf_counter()
-    answers = [a for s in range(0, n, size) for a in answer(model, load, range(s, min(s + size, n)))]
+    answers = [a for s in range(0, n, size)
+               for a in answer(model, load, range(s, min(s + size, n)))]
     return answers, n / (time.perf_counter() - start)
 
 
@@ -141,7 +150,8 @@ def main() -> None:
     try:
         import transformers
     except ImportError:
-        raise UserError("this bench compares with transformers, which is not installed: pip install transformers"
+        raise UserError("this bench compares with transformers, which is not installed: pip "
+                        "install transformers"
                         ) from None
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -160,7 +170,8 @@ def main() -> None:
     n = cfg.batch_size
     wanted, fastest = None, None
     for name, answer, which, size in [(f"ours, batches of {n}", ours, model, n),
-                                      (f"ours, nothing shared, batches of {n}", partial(ours, shared=False), model, n),
+                                      (f"ours, nothing shared, batches of {n}",
+                                       partial(ours, shared=False), model, n),
                                       (f"transformers, batches of {n}", theirs, other, n),
                                       ("transformers, one at a time", theirs, other, 1)]:
         answers, speed = measure(answer, which, load, size)

@@ -2,8 +2,8 @@
 
     python -m bench.load                  a random LLaMA of 1.5 GB in bfloat16, in 4 shards, safetensors and .bin
 
-Each side runs in a process of its own. `resident` counts mapped file pages too, `anonymous` only memory that is the
-process's own. Both are peaks beyond what the process had after its imports.
+Each side runs in a process of its own. `resident` counts mapped file pages too, `anonymous` only
+memory that is the process's own. Both are peaks beyond what the process had after its imports.
 """
 import json
 import tempfile
@@ -42,7 +42,8 @@ def write(folder: Path, config: dict) -> int:
         (folder / kind / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         index = {}
         for i in range(SHARDS):
-            part = {n: torch.randn(shapes[n]).bfloat16() for n in names[i * per_shard:(i + 1) * per_shard]}
+            part = {n: torch.randn(shapes[n]).bfloat16()
+                    for n in names[i * per_shard:(i + 1) * per_shard]}
             file = f"{stem}-{i + 1:05}-of-{SHARDS:05}.{kind}"
             if kind == "safetensors":
                 save_file(part, folder / kind / file)
@@ -75,14 +76,15 @@ def measure(load, folder: Path) -> tuple[float, dict[str, float]]:
         start = time.perf_counter()
         model = load(folder)
         seconds = time.perf_counter() - start
-    model.lm_head.weight.float().sum()                  # the weights are there, whatever the loader maps
+    # the weights are there, whatever the loader maps
+    model.lm_head.weight.float().sum()
     return seconds, peak
 
 
 def main() -> None:
     s = parse(Shape)
-    config = dict(vocab_size=s.vocabulary, hidden_size=s.width, intermediate_size=s.inner, num_hidden_layers=s.layers,
-                  num_attention_heads=16)
+    config = dict(vocab_size=s.vocabulary, hidden_size=s.width, intermediate_size=s.inner,
+                  num_hidden_layers=s.layers, num_attention_heads=16)
     with tempfile.TemporaryDirectory() as folder:
         size = write(Path(folder), config)
         print(f"{size / 1e9:.2f} GB in {SHARDS} shards, page cache warm; peaks as multiples of that")

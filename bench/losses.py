@@ -4,10 +4,10 @@
     python -m bench.losses --text 48   the same with short texts
     python -m bench.losses --gpu       7B shapes on a GPU: ViT-L/14-336 (576 tokens), LLaMA 32×4096, bf16, stage 1 alone
 
-A step: forward, backward, clipping, AdamW. Every objective takes one step in turn, round after round; times and their
-ratios are medians over rounds. Peak memory, of three steps, is measured in a process of its own, beyond the model:
-gradients and optimiser are in it. basic-naive writes BASIC down literally: all attention maps, both distributions
-whole.
+A step: forward, backward, clipping, AdamW. Every objective takes one step in turn, round after
+round; times and their ratios are medians over rounds. Peak memory, of three steps, is measured in a
+process of its own, beyond the model: gradients and optimiser are in it. basic-naive writes BASIC
+down literally: all attention maps, both distributions whole.
 """
 import statistics
 import time
@@ -39,7 +39,8 @@ class Case(NamedTuple):
 
 
 CE, BASIC, NAIVE = Case("ce"), Case("basic"), Case("basic-naive")
-CASES = [*(Case(loss, moca) for moca in (False, True) for loss in ("ce", "vdep", "vista", "basic")), NAIVE]
+CASES = [*(Case(loss, moca) for moca in (False, True) for loss in ("ce", "vdep", "vista", "basic")),
+         NAIVE]
 
 
 @dataclass
@@ -61,16 +62,19 @@ class Bench:
         return ("cuda", torch.bfloat16) if self.gpu else ("cpu", torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------ BASIC, literally
+# --------------------------------------------------------------------------------- BASIC, literally
 def naive_layers(model: Llava, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the language model on h (B,T,D). Returns every layer's output (B,T,D) and attention map (B,H,T,T)."""
+    """Run the language model on h (B,T,D). Returns every layer's output (B,T,D) and attention map
+    (B,H,T,T)."""
     lm, T = model.language_model, h.shape[1]
-    rope = rotary(torch.arange(T, device=h.device), lm.config.head_dim, lm.config.rope_theta, h.dtype)
+    rope = rotary(torch.arange(T, device=h.device), lm.config.head_dim, lm.config.rope_theta,
+                  h.dtype)
     causal = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
     states, maps = [], []
     for layer in lm.model["layers"]:
         a, x = layer.self_attn, layer.input_layernorm(h)
-        q, k, v = (p(x).unflatten(-1, (-1, a.head_dim)).transpose(1, 2) for p in (a.q_proj, a.k_proj, a.v_proj))
+        q, k, v = (p(x).unflatten(-1, (-1, a.head_dim)).transpose(1, 2)
+                   for p in (a.q_proj, a.k_proj, a.v_proj))
         scores = rotate(q, *rope) @ rotate(k, *rope).transpose(2, 3) / a.head_dim ** 0.5
         maps.append(scores.masked_fill(causal, -torch.inf).softmax(-1))
         h = h + a.o_proj((maps[-1] @ v).transpose(1, 2).flatten(2))
@@ -80,7 +84,8 @@ def naive_layers(model: Llava, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def naive_basic(model: Llava, batch: Batch) -> list[Term]:
-    """BASIC eq. (4) to (8) as one would write them first: every attention map, both distributions (B,N,V) whole."""
+    """BASIC eq. (4) to (8) as one would write them first: every attention map, both distributions
+    (B,N,V) whole."""
     lm, text = model.language_model, model.language_model.embed(batch.input_ids)
     patches = model.encode_images(batch.pixel_values)
     image = model.multi_modal_projector(patches)                                            # (B,N,D)
@@ -89,10 +94,12 @@ def naive_basic(model: Llava, batch: Batch) -> list[Term]:
     # What the first k layers make of the image, and where the text looks in them.
     k, n = len(states) // 2, image.shape[1]
     w = layer_weights(k).tolist()
-    v_hat = sum(w[i] * at_image(states[i], batch.image_mask, n) for i in range(k)).detach()            # (B,N,D)
+    v_hat = sum(w[i] * at_image(states[i], batch.image_mask, n)
+                for i in range(k)).detach()  # (B,N,D)
     rows = batch.text_after_image()                                                         # (B,T)
     attention = torch.stack(maps[:k]).mean((0, 2)).detach() * rows[..., None]               # (B,T,T)
-    degree = attention.sum(1).gather(1, true_positions(batch.image_mask, n))                        # (B,N)
+    degree = attention.sum(1).gather(1,
+                                     true_positions(batch.image_mask, n))  # (B,N)
     degree = degree / degree.sum(1, keepdim=True)
 
     E = lm.model["embed_tokens"].weight.detach()
@@ -101,17 +108,19 @@ def naive_basic(model: Llava, batch: Batch) -> list[Term]:
     sds = degree * (p.exp() * (p - q)).sum(-1)
     out = Output(lm.model["norm"](states[-1]), image, text, states[-1], patches)
     ce = next_token(model, batch, out)
-    return [ce, ce._replace(name="das", total=das.sum()), ce._replace(name="sds", total=sds.sum(), weight=0.01)]
+    return [ce, ce._replace(name="das", total=das.sum()),
+            ce._replace(name="sds", total=sds.sum(), weight=0.01)]
 
 
-# ------------------------------------------------------------------------------------------------ a step
+# ------------------------------------------------------------------------------------------- a step
 def make_model(b: Bench, stage: Stage, moca: bool) -> Llava:
     """A random model, with what the stage trains asking for gradients in float32."""
     vision, decoder = b.shapes
     device, dtype = b.device
     torch.manual_seed(0)
     with torch.device(device):
-        model = Llava(ViT(vision), Projector(vision.hidden_size, decoder.hidden_size), Decoder(decoder))
+        model = Llava(ViT(vision), Projector(vision.hidden_size, decoder.hidden_size),
+                      Decoder(decoder))
         if moca:
             model.language_model.add_moca()
     if stage == "pretrain":
@@ -126,8 +135,8 @@ def make_model(b: Bench, stage: Stage, moca: bool) -> Llava:
 
 
 def make_batch(b: Bench, stage: Stage, loss: str) -> Batch:
-    """Stage 1: all of the text is supervised. Stage 2: the second half of every 16 words. VDEP in stage 1: every second
-    sample is the image alone."""
+    """Stage 1: all of the text is supervised. Stage 2: the second half of every 16 words. VDEP in
+    stage 1: every second sample is the image alone."""
     vision, decoder = b.shapes
     text = b.text or (64 if b.gpu else 192)
     position = torch.arange(vision.image_tokens + text)

@@ -7,10 +7,11 @@
     python -m bench.memory --measure --shape 7b --stage finetune --limit 40
     python -m bench.memory --save                                  host memory of writing a checkpoint: two gloo ranks
 
-The other ranks are PyTorch's fake process group: collectives return at once and move nothing. So peak memory and
-computing are those of a real rank, communication takes no time, and the values in the tensors mean nothing. Stage 1 is
-played without other ranks: its DDP only sums the projector's gradient in place. Weights are random. The share of FLOP/s
-counts the model's own operations, without recomputation, against the best matmul of this device.
+The other ranks are PyTorch's fake process group: collectives return at once and move nothing. So
+peak memory and computing are those of a real rank, communication takes no time, and the values in
+the tensors mean nothing. Stage 1 is played without other ranks: its DDP only sums the projector's
+gradient in place. Weights are random. The share of FLOP/s counts the model's own operations,
+without recomputation, against the best matmul of this device.
 """
 import gc
 import os
@@ -46,8 +47,9 @@ CLIP_L = VisionConfig(1024, 4096, 24, 16, 336, 14)
 SHAPES = {
     "small": (VisionConfig(256, 1024, 6, 4, 112, 14), DecoderConfig(32000, 512, 1376, 8, 8)),
     "3b": (VisionConfig(1152, 4304, 27, 16, 384, 14, 1e-6, "gelu_tanh", False),
-           DecoderConfig(51200, 2560, 10240, 32, 32, hidden_act="gelu_tanh", norm="layer", gated=False, bias=True,
-                         head_bias=True, parallel=True, partial_rotary_factor=0.4)),
+           DecoderConfig(51200, 2560, 10240, 32, 32, hidden_act="gelu_tanh", norm="layer",
+                         gated=False, bias=True, head_bias=True, parallel=True,
+                         partial_rotary_factor=0.4)),
     "7b": (CLIP_L, DecoderConfig()), "13b": (CLIP_L, DecoderConfig(32000, 5120, 13824, 40, 40))}
 
 
@@ -55,9 +57,12 @@ SHAPES = {
 class Bench:
     """Estimate the GiB a rank needs in stage 1 and stage 2; with --measure, make steps and measure."""
     measure: bool = option(False, "make steps, instead of the estimate alone")
-    save: bool = option(False, "write a checkpoint of stage 2 from two gloo ranks, of --shape small or 3b")
-    track: bool = option(False, "count the peak with PyTorch's trackers on fake tensors: no memory, no GPU, minutes")
-    recomputed: int | None = option(None, "with --track: decoder layers that are recomputed; unset: all")
+    save: bool = option(False, "write a checkpoint of stage 2 from two gloo ranks, of --shape "
+                               "small or 3b")
+    track: bool = option(False, "count the peak with PyTorch's trackers on fake tensors: no "
+                                "memory, no GPU, minutes")
+    recomputed: int | None = option(None, "with --track: decoder layers that are recomputed; "
+                                          "unset: all")
     shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
     stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
@@ -83,10 +88,10 @@ def on_meta(shape: str, moca: bool = False) -> Llava:
         return new_model(shape, moca)
 
 
-# ------------------------------------------------------------------------------------------------ arithmetic
+# --------------------------------------------------------------------------------------- arithmetic
 def estimate(b: Bench, stage: str, ranks: int, micro: int, text: int, layers: int | None = None) -> float:
-    """Return the GiB of a rank that training/plan.py estimates, for bfloat16 and no accumulation. layers: that are
-    recomputed; None: all."""
+    """Return the GiB of a rank that training/plan.py estimates, for bfloat16 and no accumulation.
+    layers: that are recomputed; None: all."""
     cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), stage, 1)
     model = outline(cfg, on_meta(b.shape, b.moca))
     if layers is None:
@@ -96,7 +101,8 @@ def estimate(b: Bench, stage: str, ranks: int, micro: int, text: int, layers: in
 
 
 def table(b: Bench) -> None:
-    print("estimated GiB a rank (bf16, every layer recomputed; stage 1: 32 text tokens, stage 2: 256)")
+    print("estimated GiB a rank (bf16, every layer recomputed; stage 1: 32 text tokens, "
+          "stage 2: 256)")
     for shape in ("3b", "7b", "13b"):
         for stage, text, micros, ranks in (("pretrain", 32, (32, 8), (1,)),
                                            ("finetune", 256, (16, 4, 1), (1, 2, 4, 8, 16))):
@@ -108,7 +114,7 @@ def table(b: Bench) -> None:
                 print(line)
 
 
-# ------------------------------------------------------------------------------------------------ tracked
+# ------------------------------------------------------------------------------------------ tracked
 class AnyTracker(MemTracker):
     """PyTorch's tracker, without its hooks on gradients: they fail on frozen parameters."""
     def _track_module_params_and_buffers(self, module, install_grad_hooks=True):
@@ -116,7 +122,8 @@ class AnyTracker(MemTracker):
 
 
 def track(b: Bench) -> None:
-    """Print the peak that PyTorch's memory trackers count in two steps on fake tensors, beside the estimate."""
+    """Print the peak that PyTorch's memory trackers count in two steps on fake tensors, beside the
+    estimate."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
     ranks = Ranks(0, 1, torch.device("cpu"), torch.bfloat16)
     cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
@@ -125,7 +132,8 @@ def track(b: Bench) -> None:
         ranks = over(replace(ranks, count=b.ranks), sharded=True)
         micro, text = b.micro_batch or 16, b.text or 256
     batch, fake = make_batch(b, micro, text), FakeTensorMode()
-    batch.places                                          # made of numbers, which fake tensors lack; so are the weights
+    # made of numbers, which fake tensors lack; so are the weights
+    batch.places
     weights = losses.layer_weights(max(1, SHAPES[b.shape][1].num_hidden_layers // 2)).tolist()
     losses.layer_weights = lambda k, scheme: SimpleNamespace(tolist=lambda: weights)
     batch = batch.moved(fake.from_tensor)
@@ -157,15 +165,18 @@ def track(b: Bench) -> None:
           f"{batch.input_ids.shape[1]}: tracked {gib:.2f} GiB, estimated {guess:.2f} ({guess / gib - 1:+.1%})")
 
 
-# ------------------------------------------------------------------------------------------------ measured
+# ----------------------------------------------------------------------------------------- measured
 def make(b: Bench, cfg: TrainConfig, ranks: Ranks, meta: bool = True) -> torch.nn.Module:
-    """The objective as training wraps it, with random weights: sharded on the meta device, then given memory. Without
-    `meta`: made where it stays. (Nothing calls the vision encoder's last layer, and the tracker fails on such a unit.)"""
+    """The objective as training wraps it, with random weights: sharded on the meta device, then
+    given memory. Without
+    `meta`: made where it stays. (Nothing calls the vision encoder's last layer, and the tracker
+    fails on such a unit.)"""
     model, (v, t) = on_meta(b.shape, b.moca) if meta else new_model(b.shape, b.moca), SHAPES[b.shape]
     for name, p in model.named_parameters():
         trained = is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
         p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
-    for block in [*model.vision_tower.encoder["layers"][:None if meta else -1], *model.language_model.model["layers"]]:
+    for block in [*model.vision_tower.encoder["layers"][:None if meta else -1],
+                  *model.language_model.model["layers"]]:
         if b.compile:
             compile_block(block)
         if ranks.mesh is not None:
@@ -191,9 +202,11 @@ def flops(b: Bench, tokens: int, text: int) -> float:
     model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
     T = v.image_tokens + text
     blocks = sum(p.numel() for p in model.language_model.model["layers"].parameters())
-    attention = 2 * T * t.hidden_size * t.num_hidden_layers                     # causal: half of the pairs
+    # causal: half of the pairs
+    attention = 2 * T * t.hidden_size * t.num_hidden_layers
     vision = sum(p.numel() for p in model.vision_tower.parameters()) * 2 * v.num_patches / T
-    passes = 3 if b.stage == "finetune" else 2                                  # a frozen map has no weight gradient
+    # a frozen map has no weight gradient
+    passes = 3 if b.stage == "finetune" else 2
     return tokens * (passes * (2 * blocks + attention) + vision)
 
 
@@ -228,7 +241,8 @@ def time_steps(b: Bench, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> float:
                 torch.cuda.reset_peak_memory_stats()
         wait(ranks.device)
         start = time.perf_counter()
-        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=ranks.dtype == torch.bfloat16):
+        with torch.autocast(ranks.device.type, torch.bfloat16,
+                            enabled=ranks.dtype == torch.bfloat16):
             terms = objective(batch)
         step_loss(b.loss, terms, batch).backward()
         clip_gradients(trained, ranks, 1.0)
@@ -258,20 +272,23 @@ def measured(b: Bench) -> None:
     guess, tokens = estimate(b, b.stage, b.ranks if b.stage == "finetune" else 1, micro, text), batch.input_ids.numel()
     name = f"{b.loss} + MoCa" if b.moca else b.loss
     print(f"{b.shape} {b.stage} {name}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch {micro} × "
-          f"{tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
+          f"{tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} "
+          "s a step, "
           f"{tokens / best:,.0f} tokens/s, {flops(b, tokens, text) / best / ceiling:.1%} of "
           f"{ceiling / 1e12:.2f} TFLOP/s")
     dist.destroy_process_group()
 
 
-# ------------------------------------------------------------------------------------------------ saving
+# ------------------------------------------------------------------------------------------- saving
 def save_as_rank(b: Bench, rank: int, folder: str, port: int, pipe) -> None:
-    """One of two ranks that share a model and AdamW's moments. Sends the seconds that saving took, and its peak of
-    memory beyond what was there before, in MiB."""
+    """One of two ranks that share a model and AdamW's moments. Sends the seconds that saving took,
+    and its peak of memory beyond what was there before, in MiB."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
     ranks = over(start(torch.device("cpu"), torch.float32, 10), sharded=True)
-    cfg = replace(settings(TrainConfig(data="-", template="v1"), "finetune", 2), vision="toy/clip", llm="toy/llm")
+    cfg = replace(settings(TrainConfig(data="-", template="v1"), "finetune", 2), vision="toy/clip",
+                  llm="toy/llm")
     objective = make(b, cfg, ranks)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)

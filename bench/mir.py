@@ -24,7 +24,8 @@ from pathlib import Path
 from data import Batch
 from hub.checkpoint import checkpoint_folder, load_model
 
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):     # before numpy is imported
+# before numpy is imported
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ[variable] = "1"
 import torch
 
@@ -41,7 +42,7 @@ except ImportError:
 PAIRS, IMAGE_TOKENS, LAYERS, WIDTH = (10, 50, 100), 64, 8, 256
 
 
-# ------------------------------------------------------------------------------------------------ time and error
+# ----------------------------------------------------------------------------------- time and error
 def scales(spectrum: str, d: int) -> torch.Tensor:
     """Standard deviations (D,) before the rotation."""
     if spectrum == "mild":
@@ -102,7 +103,8 @@ def compare(title: str, x, y, runs: int) -> None:
             try:
                 value = side(x, y)
             except ValueError:
-                value = float("nan")                        # a singular matrix in the released arithmetic
+                # a singular matrix in the released arithmetic
+                value = float("nan")
             times[name].append(time.process_time() - start)
             errors[name] = abs(value - wanted) / wanted
     print(f"\n{title}, {len(x)} + {len(y)} tokens, distance {wanted:.6g}")
@@ -132,11 +134,12 @@ def kept(model, batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
     layers = [([], []) for _ in range(depth)]
     with torch.no_grad():
         for batch in batches:
-            mir.visit(model, batch, lambda k, v, t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
+            mir.visit(model, batch, lambda k, v,
+                      t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
     return [(torch.cat(v), torch.cat(t)) for v, t in layers]
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------------------- memory
 class Pairs:
     """n pairs of random pixels and words, each batch made when it is asked for."""
     def __init__(self, n: int):
@@ -172,10 +175,12 @@ def memory(field: str) -> float:
 
 def peak(side, n: int, queue) -> None:
     torch.manual_seed(0)
-    model = Llava(ViT(VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                   image_size=32, patch_size=4)), Projector(32, WIDTH),
-                  Decoder(DecoderConfig(vocab_size=1000, hidden_size=WIDTH, intermediate_size=2 * WIDTH,
-                                        num_hidden_layers=LAYERS, num_attention_heads=4)))
+    model = Llava(ViT(VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                   num_attention_heads=2, image_size=32, patch_size=4)),
+                                   Projector(32, WIDTH),
+                  Decoder(DecoderConfig(vocab_size=1000, hidden_size=WIDTH,
+                                        intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
+                                        num_attention_heads=4)))
     for p in model.parameters():
         p.data = 0.05 * torch.randn(p.shape) if p.dim() > 1 else torch.ones_like(p)
     side(model, Pairs(5))                                       # what libraries allocate once
@@ -187,7 +192,8 @@ def peak(side, n: int, queue) -> None:
 
 
 def compare_memory() -> None:
-    print(f"\n{LAYERS} layers, D = {WIDTH}, {IMAGE_TOKENS} image and {IMAGE_TOKENS} text tokens a pair, float32")
+    print(f"\n{LAYERS} layers, D = {WIDTH}, {IMAGE_TOKENS} image and {IMAGE_TOKENS} text tokens a "
+          "pair, float32")
     print(f"{'':18}" + "".join(f"{n:>22} pairs" for n in PAIRS))
     spawn = multiprocessing.get_context("spawn")
     for side in (keep_everything, in_passes):

@@ -3,8 +3,9 @@
     python -m bench.scaling                                             1 and 2 ranks of this machine, both stages
     python -m bench.scaling --ranks 1,2,4,8 --micro-batch 16 --flags "--vision DIR --llm DIR --data FILE --images DIR"
 
-A rank has the same micro-batch on any number of ranks (weak scaling). Efficiency is relative to the first number given.
-Ranks beyond the machine's cores or GPUs share them; efficiency then has no meaning.
+A rank has the same micro-batch on any number of ranks (weak scaling). Efficiency is relative to the
+first number given. Ranks beyond the machine's cores or GPUs share them; efficiency then has no
+meaning.
 """
 import os
 import statistics
@@ -35,12 +36,14 @@ def train(b: Bench, stage: str, ranks: int, data: Path, out: Path) -> list[dict]
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    command += ["train.py", "--stage", stage, "--out", str(out), "--max-steps", str(b.steps), "--micro-batch",
-                str(b.micro_batch), "--global-batch", str(b.micro_batch * ranks)]
-    command += b.flags.split() or ["--data", str(data / f"{stage}.json"), "--images", str(data / "images")]
+    command += ["train.py", "--stage", stage, "--out", str(out), "--max-steps", str(b.steps),
+                "--micro-batch", str(b.micro_batch), "--global-batch", str(b.micro_batch * ranks)]
+    command += b.flags.split() or ["--data", str(data / f"{stage}.json"), "--images",
+                                   str(data / "images")]
     if stage == "finetune" and "--projector" not in b.flags:
         command += ["--projector", "random"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                          env={"OMP_NUM_THREADS": "1", **os.environ})
     if done.returncode:
         raise UserError(f"train.py on {ranks} ranks stopped: {done.stderr.strip().splitlines()[-1]}")
     return read_jsonl(out / "metrics.jsonl")

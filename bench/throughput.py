@@ -4,10 +4,11 @@ and batch, stage 1 and stage 2. Needs transformers (5.x), as bench/evaluate.py d
     python -m bench.throughput                      ViT 6×256 at 112 px, LLaMA 8×512, vocabulary 32000, on 2 threads
     python -m bench.throughput --vision-layers 24 --vision-width 1024 --image-size 336 --layers 32 --width 4096 ...
 
-A sample has 112 tokens: 64 of the image, 48 of text, of which 47 are supervised in stage 1 (a caption) and 24 in stage
-2 (half question, half answer). A step is forward, backward, clipping to norm 1, fused AdamW. Each side has a process of
-its own, and they make steps in turn, so that other load on the machine slows both. Peak is what a step needs beyond
-what was there before the first one; it includes gradients and AdamW's moments.
+A sample has 112 tokens: 64 of the image, 48 of text, of which 47 are supervised in stage 1 (a
+caption) and 24 in stage 2 (half question, half answer). A step is forward, backward, clipping to
+norm 1, fused AdamW. Each side has a process of its own, and they make steps in turn, so that other
+load on the machine slows both. Peak is what a step needs beyond what was there before the first
+one; it includes gradients and AdamW's moments.
 """
 import statistics
 import tempfile
@@ -47,12 +48,13 @@ def make_weights(s: Shape, folder: Path) -> None:
     try:
         from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     except ImportError:
-        raise UserError("this bench compares with transformers, which is not installed: pip install transformers, in "
-                        "another environment") from None
+        raise UserError("this bench compares with transformers, which is not installed: pip "
+                        "install transformers, in another environment") from None
     torch.manual_seed(0)
     vision = CLIPVisionConfig(hidden_size=s.vision_width, intermediate_size=4 * s.vision_width,
-                              num_hidden_layers=s.vision_layers, num_attention_heads=s.vision_width // 64,
-                              image_size=s.image_size, patch_size=14)
+                              num_hidden_layers=s.vision_layers,
+                              num_attention_heads=s.vision_width // 64, image_size=s.image_size,
+                              patch_size=14)
     text = LlamaConfig(vocab_size=s.vocabulary, hidden_size=s.width, intermediate_size=s.inner,
                        num_hidden_layers=s.layers, num_attention_heads=s.width // 64)
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=s.vocabulary - 1)
@@ -67,12 +69,14 @@ def make_batch(s: Shape, stage: str) -> Batch:
         supervised = position >= n + s.text // 2
     vision = VisionConfig(image_size=s.image_size, patch_size=14)
     batch = random_batch(s.batch, vision, s.vocabulary - 1, s.text, supervised)
-    batch.input_ids[batch.image_mask] = s.vocabulary - 1     # transformers finds the image by this id, ours by the mask
+    # transformers finds the image by this id, ours by the mask
+    batch.input_ids[batch.image_mask] = s.vocabulary - 1
     return batch
 
 
 def ours(folder: Path, batch: Batch, stage: str):
-    """Return (model, a function that computes the loss). What the stage trains asks for gradients."""
+    """Return (model, a function that computes the loss). What the stage trains asks for
+    gradients."""
     model = load_model(folder)
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
@@ -88,8 +92,8 @@ def theirs(folder: Path, batch: Batch, stage: str):
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.train()
-    return model, lambda: model(input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=batch.labels,
-                                attention_mask=batch.attention_mask, use_cache=False).loss
+    return model, lambda: model(input_ids=batch.input_ids, pixel_values=batch.pixel_values,
+                                labels=batch.labels, attention_mask=batch.attention_mask, use_cache=False).loss
 
 
 def side(make, s: Shape, folder: Path, stage: str, pipe) -> None:

@@ -19,14 +19,16 @@ LOCK = ".lock"                      # the file in a folder that says who writes 
 
 
 def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
-    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than `least` bytes."""
+    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than
+    `least` bytes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(400)
     if head.startswith(b"version https://git-lfs"):
         real = re.search(rb"size (\d{8,})", head)
         real = f" ({int(real[1]) / 1e9:.2f} GB)" if real else ""
-        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run git lfs pull")
+        raise UserError(f"{path} is a git-lfs pointer ({size} bytes), not {what}{real}: run "
+                        "git lfs pull")
     pages = rb"\s*<(!doctype|html)|Access to model|Entry not found|Invalid username or password|\s*\{\"error"
     if re.match(pages, head, re.I):
         start = " ".join(head[:60].decode(errors="replace").split())
@@ -43,8 +45,9 @@ def refuse_device(path: str | Path) -> None:
 
 
 def parse_json(text: str | bytes):
-    """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the reason:
-    also for half a character, which no file can hold, and for nesting deeper than Python's stack."""
+    """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the
+    reason: also for half a character, which no file can hold, and for nesting deeper than Python's
+    stack."""
     try:
         if isinstance(text, bytes):
             text = text.decode()
@@ -82,7 +85,8 @@ def read_json(path: str | Path, kind: type | None = None):
 
 
 def read_jsonl(path: str | Path) -> list:
-    """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid line."""
+    """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid
+    line."""
     rows = []
     refuse_device(path)
     if not Path(path).exists():
@@ -98,8 +102,9 @@ def read_jsonl(path: str | Path) -> list:
 
 
 def read_lines(path: Path) -> tuple[list[dict], dict | None]:
-    """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final newline if it parses,
-    else None (a stopped run may leave half a line). Raises UserError for any other invalid line."""
+    """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final
+    newline if it parses, else None (a stopped run may leave half a line). Raises UserError for any
+    other invalid line."""
     def parse(line: str) -> dict | None:
         try:
             value = parse_json(line)
@@ -119,7 +124,8 @@ def read_lines(path: Path) -> tuple[list[dict], dict | None]:
 
 
 def parse_log_line(line: str) -> dict:
-    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises ValueError."""
+    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises
+    ValueError."""
     row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("stage")) is not str or type(row.get("step")) is not int:
         raise ValueError("it has no stage and step")
@@ -131,7 +137,8 @@ def parse_log_line(line: str) -> dict:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl so far, without the half line of a run that goes on. Raises UserError."""
+    """Return the lines of metrics.jsonl so far, without the half line of a run that goes on. Raises
+    UserError."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give the --out folder of a run")
     rows = []
@@ -162,7 +169,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | None = None) -> None:
-    """Raise UserError if a file would be written over. ours: how one begins that may be replaced."""
+    """Raise UserError if a file would be written over. ours: how one begins that may be
+    replaced."""
     if path is None or not os.path.lexists(path):
         return
     if ours and Path(path).is_file():
@@ -173,11 +181,12 @@ def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | No
                     "move it away")
 
 
-# -------------------------------------------------------------------------------- one writer at a time
+# ----------------------------------------------------------------------------- one writer at a time
 def lock(file) -> bool:
     """Lock an open file until it is closed or this process dies. Returns False if another has it.
 
-    lockf, not flock, whose locks pass to the processes that prepare batches: they outlive a kill."""
+    lockf, not flock, whose locks pass to the processes that prepare batches: they outlive a
+    kill."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -189,7 +198,8 @@ def lock(file) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, first: bool = True) -> Iterator[None]:
-    """Be the only process that writes to `folder`, which is made, and removed if nothing was written.
+    """Be the only process that writes to `folder`, which is made, and removed if nothing was
+    written.
     first: False on all ranks but one, which holds the lock for them. Raises UserError if another
     process writes there."""
     if not first:
@@ -199,8 +209,8 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
         if not lock(file):
-            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends, "
-                            "or give another --out")
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until "
+                            "it ends, or give another --out")
         try:
             yield
         finally:
@@ -245,8 +255,8 @@ def file_crc(path: Path) -> int:
 
 def files_digest(paths: Iterator[Path]) -> str:
     """Hash files: of each its name, size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than loading
-    them."""
+    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than
+    loading them."""
     h = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

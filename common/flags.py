@@ -16,16 +16,18 @@ class UserError(Exception):
 
 
 def option(default, help: str, group: str | None = None, most: float | None = None):
-    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most: of a number.
+    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most:
+    of a number.
 
-    group: the heading in --help under which this flag and those after it stand. Where None is the default, the text
-    says what unset means."""
+    group: the heading in --help under which this flag and those after it stand. Where None is the
+    default, the text says what unset means."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "most": most})
 
 
 def add_flag(parser, field: dataclasses.Field, kind) -> None:
-    """Add one field as a flag. `Literal[...]` becomes choices, `bool` a --flag, `bool | None` --flag and --no-flag,
-    `list[X]` one value or more. `X | None` may stay unset. A field of one letter is a -n too."""
+    """Add one field as a flag. `Literal[...]` becomes choices, `bool` a --flag, `bool | None`
+    --flag and --no-flag, `list[X]` one value or more. `X | None` may stay unset. A field of one
+    letter is a -n too."""
     names = ["--" + field.name.replace("_", "-")]
     if len(field.name) == 1:
         names.append("-" + field.name)
@@ -50,11 +52,12 @@ def add_flag(parser, field: dataclasses.Field, kind) -> None:
 
 
 def parse(cls, argv: list[str] | None = None, program: str | None = None):
-    """Return an instance of the dataclass `cls` from the command line. Its docstring is the head of --help.
+    """Return an instance of the dataclass `cls` from the command line. Its docstring is the head of
+    --help.
 
     Raises UserError for an unknown flag, an invalid choice or an invalid number."""
-    parser = argparse.ArgumentParser(program, usage="%(prog)s [flags]", description=cls.__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(program, usage="%(prog)s [flags]", description=cls.__doc__,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     group, flags = parser, []
     for field, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
         if field.metadata.get("group"):
@@ -72,7 +75,8 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
     values = vars(parser.parse_args(argv))
     for field in dataclasses.fields(cls):
         value = values[field.name]
-        most = field.metadata.get("most") or (2**31 - 1 if type(value) is int else sys.float_info.max)
+        most = field.metadata.get("most") or (2**31 - 1 if type(value) is int
+                                              else sys.float_info.max)
         if type(value) in (int, float) and not 0 <= value <= most:
             raise UserError(f"--{field.name.replace('_', '-')} must be from 0 to {most}, not {value}")
     return cls(**values)
@@ -102,8 +106,9 @@ def explain(e: BaseException) -> str | None:
 
 
 def run(main) -> None:
-    """Call main(), the one end of every command. What a user can mend ends it with one line and exit
-    code 2, without a traceback; a closed pipe (`| head`) silently, with the code of its signal."""
+    """Call main(), the one end of every command. What a user can mend ends it with one line and
+    exit code 2, without a traceback; a closed pipe (`| head`) silently, with the code of its
+    signal."""
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "

@@ -32,7 +32,8 @@ def read_header(source: Path | bytes) -> Image.Image:
         raise ValueError(str(e) or type(e).__name__) from None
     w, h = image.size
     if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE or max(w, h) > MAX_ASPECT * min(w, h):
-        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in all and an "
+        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in "
+                         "all and an "
                          f"aspect of {MAX_ASPECT} are read")
     return image
 
@@ -48,9 +49,9 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def with_8_bits(image: Image.Image) -> Image.Image:
-    """Return the image with 8 bits a channel: of 16 the upper 8 are kept, as Pillow does with colour.
-    Its `convert` would make all but the darkest grey white. 32-bit integers may hold 8 or 16 bits.
-    Raises ValueError for more, and for floats."""
+    """Return the image with 8 bits a channel: of 16 the upper 8 are kept, as Pillow does with
+    colour. Its `convert` would make all but the darkest grey white. 32-bit integers may hold 8 or
+    16 bits. Raises ValueError for more, and for floats."""
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range: save it with 8 or 16 bits")
     if not image.mode.startswith("I"):

@@ -5,9 +5,9 @@
                               only while it computes; each gradient goes to the rank that holds its rows
     hsdp       both           rows are shared by the ranks of a node; nodes hold the same and average their gradients
 
-The wrapped module is `Objective`: model and loss in one. The embedding table and the head lie in its root unit, which
-is whole from the start of the forward pass to the end of the backward pass. So a loss may use their weights as
-ordinary tensors.
+The wrapped module is `Objective`: model and loss in one. The embedding table and the head lie in
+its root unit, which is whole from the start of the forward pass to the end of the backward pass. So
+a loss may use their weights as ordinary tensors.
 """
 import contextlib
 import os
@@ -28,14 +28,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.flags import UserError
 
-GRADIENT_SHARE = 0.2        # of a GPU's memory: the most that unsharded gradients may take between micro-batches
+# of a GPU's memory: the most that unsharded gradients may take between micro-batches
+GRADIENT_SHARE = 0.2
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ---------------------------------------------------------------------------------------- processes
 def choose_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to compute in. auto: the GPU if there is one; bfloat16 if it supports that."""
+    """Return the device and the dtype to compute in. auto: the GPU if there is one; bfloat16 if it
+    supports that."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu, or auto")
+        raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device "
+                        "cpu, or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -50,15 +53,18 @@ class Ranks:
     count: int
     device: torch.device
     dtype: torch.dtype                      # of computing
-    mesh: DeviceMesh | None = None          # (ranks) that share one model, or (nodes, ranks); None: each holds it whole
+    # (ranks) that share one model, or (nodes, ranks); None: each holds it whole
+    mesh: DeviceMesh | None = None
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: list) -> Tensor:
-        """Sum numbers over ranks, element by element. Returns float64 (len(values),) on the device."""
-        values = [torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True) for v in values]
+        """Sum numbers over ranks, element by element. Returns float64 (len(values),) on the
+        device."""
+        values = [torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
+                  for v in values]
         total = torch.stack(values)
         if self.count > 1:
             dist.all_reduce(total)
@@ -84,8 +90,8 @@ def rank_count() -> int:
 
 
 def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool = False) -> Ranks:
-    """Join the other processes of torchrun. minutes: how long a rank waits for another before it gives up. gloo: use
-    CPU communication on GPUs too, for programs that only meet at a barrier."""
+    """Join the other processes of torchrun. minutes: how long a rank waits for another before it
+    gives up. gloo: use CPU communication on GPUs too, for programs that only meet at a barrier."""
     rank, count = int(os.environ.get("RANK", 0)), rank_count()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -95,13 +101,14 @@ def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool =
         if gloo or device.type == "cpu":
             dist.init_process_group("gloo", timeout=timedelta(minutes=minutes))
         else:
-            dist.init_process_group("nccl", timeout=timedelta(minutes=minutes + 2), device_id=device)
+            dist.init_process_group("nccl", timeout=timedelta(minutes=minutes + 2),
+                                    device_id=device)
     return Ranks(rank, count, device, dtype)
 
 
 def leave(ranks: Ranks) -> Ranks:
-    """Leave the other processes; every rank must call. Returns this process as a single one: what it computes from now
-    on waits for nobody."""
+    """Leave the other processes; every rank must call. Returns this process as a single one: what
+    it computes from now on waits for nobody."""
     if ranks.count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -111,8 +118,9 @@ def leave(ranks: Ranks) -> Ranks:
 def finish(ranks: Ranks) -> None:
     """Leave together. Call last: with several ranks the process ends here.
 
-    A thread of gloo may abort the process if it releases a collective's tensor while Python shuts down (seen about once
-    in 40 runs). All output is written by now, so the process exits without that shutdown."""
+    A thread of gloo may abort the process if it releases a collective's tensor while Python shuts
+    down (seen about once in 40 runs). All output is written by now, so the process exits without
+    that shutdown."""
     if dist.is_initialized():
         leave(ranks)
     if rank_count() > 1:
@@ -122,15 +130,16 @@ def finish(ranks: Ranks) -> None:
 
 
 def over(ranks: Ranks, sharded: bool, hybrid: bool = False) -> Ranks:
-    """Return the same ranks for a model that they share (sharded), or that each holds whole. hybrid: the ranks of a
-    node share it, and each node has one."""
+    """Return the same ranks for a model that they share (sharded), or that each holds whole.
+    hybrid: the ranks of a node share it, and each node has one."""
     mesh = None
     if hybrid:
         node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))             # set by torchrun
         if node in (1, ranks.count):
             raise UserError(f"--parallel hsdp is for several nodes of several ranks, not {ranks.count // node} × {node}"
                             ": use --parallel fsdp")
-        mesh = init_device_mesh(ranks.device.type, (ranks.count // node, node), mesh_dim_names=("nodes", "ranks"))
+        mesh = init_device_mesh(ranks.device.type, (ranks.count // node, node),
+                                mesh_dim_names=("nodes", "ranks"))
     elif sharded and ranks.count > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.count,), mesh_dim_names=("ranks",))
     return replace(ranks, mesh=mesh)
@@ -138,13 +147,15 @@ def over(ranks: Ranks, sharded: bool, hybrid: bool = False) -> Ranks:
 
 @contextlib.contextmanager
 def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again") -> Iterator[None]:
-    """Turn PyTorch's error for a lost process into one line: a rank that ends takes the others with it."""
+    """Turn PyTorch's error for a lost process into one line: a rank that ends takes the others with
+    it."""
     try:
         yield
     except RuntimeError as e:
         text = " ".join(str(e).split())
         if "DataLoader worker" in text:
-            raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran out, use fewer "
+            raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran "
+                            "out, use fewer "
                             f"--workers; {advice}") from None
         timed_out = "imed out" in text or "imeout" in text
         lost = "Connection" in text or "connection" in text or "NCCL error" in text
@@ -157,8 +168,9 @@ def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again")
 
 @contextlib.contextmanager
 def alarm(ranks: Ranks, minutes: float) -> Iterator:
-    """Give a function to call once a step. On GPUs, the process ends with one line if it is not called for `minutes`:
-    NCCL's own time-out aborts without saying what to do. (gloo's is an error, see explain_lost_ranks.)"""
+    """Give a function to call once a step. On GPUs, the process ends with one line if it is not
+    called for `minutes`: NCCL's own time-out aborts without saying what to do. (gloo's is an error,
+    see explain_lost_ranks.)"""
     alive, done = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -166,8 +178,9 @@ def alarm(ranks: Ranks, minutes: float) -> Iterator:
             if done.is_set():
                 return
             alive.clear()
-        print(f"[rank {ranks.rank}] error: no step ended within --timeout minutes: another rank or the storage is "
-              "silent; --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
+        print(f"[rank {ranks.rank}] error: no step ended within --timeout minutes: another rank "
+              "or the storage is silent; --resume continues from the newest checkpoint",
+              file=sys.stderr, flush=True)
         os._exit(2)
 
     if ranks.count > 1 and ranks.device.type == "cuda":
@@ -180,26 +193,31 @@ def alarm(ranks: Ranks, minutes: float) -> Iterator:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory in use so far, in GiB: of the GPU, or resident memory of this process on a CPU."""
+    """Return the most memory in use so far, in GiB: of the GPU, or resident memory of this process
+    on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
 
 
-# ------------------------------------------------------------------------------------------------ sharding a model
+# --------------------------------------------------------------------------------- sharding a model
 def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
-    """Make `module` a unit of FSDP. A unit on the meta device is sharded before it is filled: no rank holds it whole.
+    """Make `module` a unit of FSDP. A unit on the meta device is sharded before it is filled: no
+    rank holds it whole.
 
-    The weights of a block are gathered in the dtype of computing (what autocast would cast them to). root: the root
-    unit is gathered as stored and kept until the backward pass ends. Gradients are reduced in float32."""
-    policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32, cast_forward_inputs=False)
+    The weights of a block are gathered in the dtype of computing (what autocast would cast them
+    to). root: the root unit is gathered as stored and kept until the backward pass ends. Gradients
+    are reduced in float32."""
+    policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32,
+                                  cast_forward_inputs=False)
     fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not root, mp_policy=policy)
     for part in module.modules():           # else --compile makes a graph for every layer
         part._is_fsdp_managed_module = False
 
 
 def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """Return the module to call: the objective as FSDP's root unit, its blocks being sharded, or DDP around it."""
+    """Return the module to call: the objective as FSDP's root unit, its blocks being sharded, or
+    DDP around it."""
     if ranks.mesh is not None:
         shard(objective, ranks, root=True)
         return objective
@@ -214,10 +232,11 @@ def placed(tensor: Tensor, like: Tensor, device, dtype: torch.dtype) -> Tensor:
     if not isinstance(like, DTensor):
         return tensor.to(device, dtype, copy=True)
     rank, count = like.device_mesh.get_local_rank("ranks"), like.device_mesh["ranks"].size()
-    parts = tensor.chunk(count)             # may be fewer than `count`: then the last ranks hold no row
+    # may be fewer than `count`: then the last ranks hold no row
+    parts = tensor.chunk(count)
     part = parts[rank] if rank < len(parts) else tensor[:0]
-    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, like.placements, run_check=False,
-                              shape=tensor.shape, stride=tensor.stride())
+    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, like.placements,
+                              run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -232,7 +251,8 @@ def local(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def gathered(objective: nn.Module) -> Iterator[None]:
-    """Keep the root unit whole, so that objective.model may be called outside a step. Every rank must enter."""
+    """Keep the root unit whole, so that objective.model may be called outside a step. Every rank
+    must enter."""
     sharded = isinstance(objective, FSDPModule)
     if sharded:
         objective.unshard()
@@ -243,10 +263,11 @@ def gathered(objective: nn.Module) -> Iterator[None]:
             objective.reshard()
 
 
-# ------------------------------------------------------------------------------------------------ a step
+# ------------------------------------------------------------------------------------------- a step
 def reduce_once(trained: list[Tensor], ranks: Ranks) -> bool:
-    """True if gradients are reduced over ranks once a step. With FSDP they stay unsharded until then, 4 bytes a trained
-    parameter. On a GPU without room for that, they are reduced after every micro-batch."""
+    """True if gradients are reduced over ranks once a step. With FSDP they stay unsharded until
+    then, 4 bytes a trained parameter. On a GPU without room for that, they are reduced after every
+    micro-batch."""
     if ranks.mesh is None or ranks.device.type == "cpu":
         return True
     memory = torch.cuda.get_device_properties(ranks.device).total_memory
@@ -255,7 +276,8 @@ def reduce_once(trained: list[Tensor], ranks: Ranks) -> bool:
 
 @contextlib.contextmanager
 def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
-    """Wrap the forward and backward pass of a micro-batch. when: reduce the gradients over ranks in it."""
+    """Wrap the forward and backward pass of a micro-batch. when: reduce the gradients over ranks in
+    it."""
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(when)
     if isinstance(objective, DistributedDataParallel) and not when:
@@ -266,12 +288,13 @@ def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
 
 
 def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tensor:
-    """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, on the device: nothing is
-    read back here. It is the same on every rank."""
+    """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, on
+    the device: nothing is read back here. It is the same on every rank."""
     norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
     if ranks.mesh is not None:
         square = norm.double().square()
-        dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))            # nodes hold the same rows
+        # nodes hold the same rows
+        dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))
         norm = square.sqrt()
     norm = norm.float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 class Places(NamedTuple):
     """Where a batch has what, as indices found on the host: selecting with a mask waits for the GPU to count it."""
-    targets: Tensor         # (2,m) sample and position where a supervised token is predicted, one before its own
+    # (2,m) sample and position where a supervised token is predicted, one before its own
+    targets: Tensor
     answers: Tensor         # (2,a) sample and position of the supervised tokens that see an image
     text: Tensor            # (B,M) positions of the text that sees an image, filled up with -1
     seeing: Tensor          # (b,) samples with such text
@@ -18,13 +19,15 @@ class Places(NamedTuple):
 
 
 def find_places(supervised: Tensor, text: Tensor, reconstruct: Tensor) -> Places:
-    """supervised (B,T) bool, text (B,T) bool: that sees an image, reconstruct (B,) bool → Places."""
-    return Places(supervised[:, 1:].nonzero().T, (supervised & text).nonzero().T, true_positions(text),
-                  text.any(1).nonzero()[:, 0], reconstruct.nonzero()[:, 0])
+    """supervised (B,T) bool, text (B,T) bool: that sees an image, reconstruct (B,) bool →
+    Places."""
+    return Places(supervised[:, 1:].nonzero().T, (supervised & text).nonzero().T,
+                  true_positions(text), text.any(1).nonzero()[:, 0], reconstruct.nonzero()[:, 0])
 
 
 def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
-    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1. Returns (B,width); width
+    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1. Returns
+    (B,width); width
     None: the most that any row has."""
     if width is None:
         width = int(mask.sum(1).max())
@@ -34,13 +37,15 @@ def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
 
 
 def at_image(h: Tensor, image_mask: Tensor, n: int) -> Tensor:
-    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined: do not use them."""
+    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined:
+    do not use them."""
     positions = true_positions(image_mask, n).clamp(min=0)                                  # (B,n)
     return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
 
 
 def visible(distance: Tensor, window: int | None) -> Tensor:
-    """True where a query sees a key that lies `distance` tokens before it. window: sliding-window attention."""
+    """True where a query sees a key that lies `distance` tokens before it. window: sliding-window
+    attention."""
     if window is None:
         return distance >= 0
     return (distance >= 0) & (distance < window)
@@ -49,12 +54,13 @@ def visible(distance: Tensor, window: int | None) -> Tensor:
 @torch.no_grad()
 def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, average: bool = True,
                        window: int | None = None, chunk: int = 64) -> Tensor:
-    """Attention probabilities from some query rows to the image positions, averaged over heads: (B,M,N) float32.
-    average=False: of every head, (B,H,M,N).
+    """Attention probabilities from some query rows to the image positions, averaged over heads:
+    (B,M,N) float32. average=False: of every head, (B,H,M,N).
 
-    q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N): positions of the
-    image tokens, -1 where there is none (the result is 0 there). The softmax is over all keys that a query sees. Fused
-    attention returns no probabilities, so they are computed here, `chunk` rows at a time: (B,H,T,T) never exists."""
+    q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N):
+    positions of the image tokens, -1 where there is none (the result is 0 there). The softmax is
+    over all keys that a query sees. Fused attention returns no probabilities, so they are computed
+    here, `chunk` rows at a time: (B,H,T,T) never exists."""
     B, H, T, d = q.shape
     k = k.repeat_interleave(H // k.shape[1], dim=1)
     keys = torch.arange(T, device=q.device)
@@ -73,10 +79,12 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
 
 
 def rescale(frequencies: Tensor, scaling: dict | None) -> Tensor:
-    """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: as they are.
+    """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: as they
+    are.
 
-    Pairs that turn less than low_freq_factor times in original_max_position_embeddings positions are slowed down by
-    `factor`. Pairs that turn more than high_freq_factor times are not. Between the two it is interpolated."""
+    Pairs that turn less than low_freq_factor times in original_max_position_embeddings positions
+    are slowed down by `factor`. Pairs that turn more than high_freq_factor times are not. Between
+    the two it is interpolated."""
     if scaling is None:
         return frequencies
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

@@ -37,7 +37,8 @@ def factor(covariance: Tensor, panel: int = 128) -> Tensor:
     rounding = 16 * D ** 0.5 * EPS * covariance.diagonal()                      # (D,)
     while len(rows):
         columns = a.new_zeros(panel, len(rows)).T                               # the next columns of L
-        left = a.diagonal().clone()                                             # variance that they leave
+        # variance that they leave
+        left = a.diagonal().clone()
         for j in range(panel):
             left[left <= rounding[rows]] = 0
             p = int(left.argmax())
@@ -62,7 +63,8 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
     rounding may hide small ones, a factor of Σ_t shows them."""
     L = factor(v)                                                               # (D,r)
     if L.numel() == 0:
-        return v.new_zeros(())                                                  # tokens that are all the same
+        # tokens that are all the same
+        return v.new_zeros(())
     total, error = sum_of_roots(L.T @ (t @ L))                       # of C
     if error <= 1e-9 * total:
         return total
@@ -71,14 +73,16 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
     total, error = sum_of_roots(gram(product))
     if error <= 1e-9 * total:
         return total
-    return torch.linalg.svdvals(product).sum()                                  # slower; squares no small value away
+    # slower; squares no small value away
+    return torch.linalg.svdvals(product).sum()
 
 
 def sum_of_roots(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the roots of the eigenvalues of a symmetric matrix ≥ 0, a bound on its rounding error)."""
+    """(sum of the roots of the eigenvalues of a symmetric matrix ≥ 0, a bound on its rounding
+    error)."""
     values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (r,) ascending
-    # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The root of a wrong
-    # value is wrong by δ / (2√value), at most by √δ.
+    # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The
+    # root of a wrong value is wrong by δ / (2√value), at most by √δ.
     delta = 8 * EPS * squares.norm(dim=1).sort().values
     return values.sqrt().sum(), (delta / (values.sqrt() + delta.sqrt())).sum()
 
@@ -119,5 +123,6 @@ def five_rounds(a: Tensor) -> Tensor:
             y = (y + torch.linalg.inv(z) @ a) / 2
             z = (z + torch.linalg.inv(y) @ a) / 2
     except torch.linalg.LinAlgError:
-        raise ValueError("the released arithmetic has to invert a matrix that is singular: use mode exact") from None
+        raise ValueError("the released arithmetic has to invert a matrix that is singular: use "
+                         "mode exact") from None
     return y

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-# ------------------------------------------------------------------------------------------------ over ranks
+# --------------------------------------------------------------------------------------- over ranks
 def add_up(t: Tensor) -> Tensor:
     """Sum t over ranks, in place."""
     if dist.is_available() and dist.is_initialized():
@@ -31,7 +31,7 @@ def gather(t: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-# ------------------------------------------------------------------------------------------------ of tokens in memory
+# ------------------------------------------------------------------------------ of tokens in memory
 def mean(x: Tensor) -> Tensor:
     """(D,) of x (n,D), in float64: 512 tokens at a time, ten times as fast as x.mean(0,
     dtype=torch.float64)."""
@@ -51,7 +51,8 @@ def gram(x: Tensor, centre: Tensor | float = 0.0, products: torch.dtype = torch.
         centre = centre.to(products)
     for part in x.split(512):                               # 512 tokens fit the cache
         part = part.to(products) - centre
-        # The sum is symmetric: an eighth of its rows at a time, from the diagonal on, is 9/16 of the work.
+        # The sum is symmetric: an eighth of its rows at a time, from the diagonal on, is 9/16 of
+        # the work.
         for i in range(0, D, step):
             rows, columns, target = part[:, i:i + step].T, part[:, i:], out[i:i + step, i:]
             if products == out.dtype:
@@ -65,18 +66,20 @@ def check_tokens(name: str, tokens: Tensor) -> None:
     """Raise ValueError if tokens (n,…) are fewer than 2 or not finite."""
     if len(tokens) < 2:
         raise ValueError(f"{name} tokens: {len(tokens)}, but a covariance needs 2")
-    if not torch.stack(tokens.aminmax()).isfinite().all():         # far faster than asking every token
+    # far faster than asking every token
+    if not torch.stack(tokens.aminmax()).isfinite().all():
         raise ValueError(f"{name} tokens: some are not finite")
 
 
 def outlier_bounds(norms: Tensor) -> tuple[Tensor, Tensor]:
     """(median, 3 std) of norms (n,). A token is an outlier if its norm is farther than 3 std from
     the median."""
-    norms = norms.sort().values                             # so that sums do not depend on the order of the tokens
+    # so that sums do not depend on the order of the tokens
+    norms = norms.sort().values
     return norms.median(), 3 * norms.std()
 
 
-# ------------------------------------------------------------------------------------------------ in passes
+# ---------------------------------------------------------------------------------------- in passes
 class Median:
     """The exact (lower) median of every dimension, one byte a pass from the highest (radix
     selection).
@@ -85,7 +88,8 @@ class Median:
     the byte that holds the middle value is the median's next one. Bits of floats order as integers
     once the bits below the sign are flipped in negative ones."""
     def __init__(self, dim: int, device):
-        self.base = torch.full((dim,), -128, device=device)                     # (D,) the bytes so far, times 256
+        # (D,) the bytes so far, times 256
+        self.base = torch.full((dim,), -128, device=device)
         self.counts = torch.zeros(256, dim, dtype=torch.int32, device=device)
         self.dtype, self.shift, self.value = None, None, None
 
@@ -93,7 +97,8 @@ class Median:
         if self.shift is None:
             self.dtype, self.shift = x.dtype, 8 * (x.element_size() - 1)
         key = self.flip(x.view(self.integer()).long())                          # (n,D)
-        byte = (key >> self.shift) - self.base                                  # 0..255 if all before it agree
+        # 0..255 if all before it agree
+        byte = (key >> self.shift) - self.base
         agree = (byte >= 0) & (byte < 256)
         self.counts.scatter_add_(0, byte.clamp(0, 255), agree.int())
 
@@ -126,9 +131,12 @@ class Stream:
     the tokens' dtype, those two included: bfloat16 needs 2 passes, float32 needs 4 if there are
     outliers, else 2."""
     def __init__(self, dim: int, device, drop: bool = False):
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)         # Σ f, then Σ (f − centre)
-        self.scatter = None                                                     # Σ (f − centre)(f − centre)ᵀ
-        self.norms = array("d")         # an array: one small tensor kept per batch would fragment the heap
+        # Σ f, then Σ (f − centre)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        # Σ (f − centre)(f − centre)ᵀ
+        self.scatter = None
+        # an array: one small tensor kept per batch would fragment the heap
+        self.norms = array("d")
         self.median = None if drop else Median(dim, device)
         self.drop = drop
 

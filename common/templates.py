@@ -3,8 +3,9 @@ from dataclasses import dataclass
 
 SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
           "The assistant gives helpful, detailed, and polite answers to the user's questions.")
-LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand the visual content that "
-                  "the user provides, and assist the user with a variety of tasks using natural language.")
+LLAMA_2_SYSTEM = ("You are a helpful language and vision assistant. You are able to understand "
+                  "the visual content that the user provides, and assist the user with a variety "
+                  "of tasks using natural language.")
 QWEN2_SYSTEM = "You are a helpful assistant."
 QWEN2_5_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -25,25 +26,30 @@ class Template:
 
 
 def chatml(system: str) -> Template:
-    return Template("{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n", "{text}<|im_end|>",
-                    "<|im_end|>", f"<|im_start|>system\n{system}<|im_end|>\n", after="\n")
+    return Template("{system}<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+                    "{text}<|im_end|>", "<|im_end|>", f"<|im_start|>system\n{system}<|im_end|>\n",
+                    after="\n")
 
 
 def llama_3(system: str) -> Template:
     return Template("{system}<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
-                    "<|start_header_id|>assistant<|end_header_id|>\n\n", "{text}<|eot_id|>", "<|eot_id|>", system,
-                    strip=True)
+                    "<|start_header_id|>assistant<|end_header_id|>\n\n", "{text}<|eot_id|>",
+                    "<|eot_id|>", system, strip=True)
 
 
 TEMPLATES = {
-    "plain": Template("", "{text}\n", "\n"),                                 # stage 1: <image> and the caption alone
-    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>", SYSTEM + " "),                # Vicuna
-    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>", SYSTEM + " "),
+    "plain": Template("", "{text}\n",
+                      "\n"),  # stage 1: <image> and the caption alone
+    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>",
+                   SYSTEM + " "),  # Vicuna
+    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>",
+                    SYSTEM + " "),
     "gemma": Template("{system}USER: {text} ASSISTANT:", " {text}<eos>", "<eos>", SYSTEM + " "),
     "llama_2": Template("[INST] {system}{text} [/INST]", " {text} </s>", "</s>",
                         f"<<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>"),
     "mistral": Template("[INST] {text} [/INST]", " {text} </s>", "</s>"),
-    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "", "\n"),
+    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "",
+                     "\n"),
     "qwen2": chatml(QWEN2_SYSTEM),
     "qwen2_5": chatml(QWEN2_5_SYSTEM),
     "smollm2": chatml(SMOLLM2_SYSTEM),

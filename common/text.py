@@ -5,12 +5,15 @@ import re
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
-HIDDEN = "\ufdd0"                                         # stands for the first character of a control token
-RULES = ("4.31", "4.37", "legacy")                        # versions of transformers, see encode_text
+# stands for the first character of a control token
+HIDDEN = "\ufdd0"
+# versions of transformers, see encode_text
+RULES = ("4.31", "4.37", "legacy")
 
 
 def bos_ids(tokenizer: Tokenizer) -> list[int]:
-    """Return the id that a sequence begins with, as a list; empty for families without one (Phi-2, Qwen2, SmolLM2)."""
+    """Return the id that a sequence begins with, as a list; empty for families without one (Phi-2,
+    Qwen2, SmolLM2)."""
     for token in ("<s>", "<bos>", "<|begin_of_text|>"):
         if tokenizer.token_to_id(token) is not None:
             return [tokenizer.token_to_id(token)]
@@ -18,8 +21,9 @@ def bos_ids(tokenizer: Tokenizer) -> list[int]:
 
 
 def hide_specials(tokenizer: Tokenizer, text: str, keep: str) -> str:
-    """Return a text of the same length in which no control token is found: `encode_text` then encodes
-    them as text. keep: the mark of the image, which some tokenizers have as a control token."""
+    """Return a text of the same length in which no control token is found: `encode_text` then
+    encodes them as text. keep: the mark of the image, which some tokenizers have as a control
+    token."""
     for token in special_tokens(tokenizer):
         if token != keep:
             text = text.replace(token, HIDDEN + token[1:])
@@ -102,7 +106,7 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
         bare.add_tokens(list(added.values()))
         bare.encode_special_tokens = tokenizer.encode_special_tokens
 
-    # Mend each stretch between two of them, from the end: so the numbers of earlier tokens stay valid.
+    # Mend each stretch between two of them, the last one first: earlier tokens keep their numbers.
     stops = splits[1:] + [len(tokens)]
     for split, stop in reversed(list(zip(splits, stops))):
         if stop == split + 1:
@@ -124,7 +128,8 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
 
 
 def show_token(tokenizer: Tokenizer, i: int) -> str:
-    """The text of one token, with the space before it. What cannot be shown is spelled as in the vocabulary."""
+    """The text of one token, with the space before it. What cannot be shown is spelled as in the
+    vocabulary."""
     piece, text = tokenizer.id_to_token(i) or f"<{i}>", tokenizer.decode([i], skip_special_tokens=False)
     if text == "\n":
         return text
@@ -134,6 +139,7 @@ def show_token(tokenizer: Tokenizer, i: int) -> str:
 
 
 def is_word(piece: str | None) -> bool:
-    """True if a piece of a vocabulary is a whole alphabetic word: a space, as SentencePiece or byte-level BPE write it,
-    then letters, two at least. Our proxy for BASIC's "meaningful" words; a person would not count "▁tri"."""
+    """True if a piece of a vocabulary is a whole alphabetic word: a space, as SentencePiece or
+    byte-level BPE write it, then letters, two at least. Our proxy for BASIC's "meaningful" words; a
+    person would not count "▁tri"."""
     return piece is not None and piece[:1] in (SPACE, "Ġ") and piece[1:].isalpha() and len(piece) > 2

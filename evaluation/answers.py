@@ -18,28 +18,34 @@ def questions_digest(samples: list[Sample]) -> str:
     """Hash ids, prompts and images (those in files by name: they are not opened)."""
     h = hashlib.sha256()
     for s in samples:
-        image = getattr(s.image, "name", s.image)           # a file or a cell by its name, base64 whole
+        # a file or a cell by its name, base64 whole
+        image = getattr(s.image, "name", s.image)
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
 
 
 def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ranks) -> None:
-    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all questions about it. That
-    depends on the questions alone, so ranks need not agree on what is done."""
+    """Append this rank's answers to its file. A rank takes every ranks.count-th image with all
+    questions about it. That depends on the questions alone, so ranks need not agree on what is
+    done."""
     groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
     share = []
     for group in groups[ranks.rank::ranks.count]:
-        image = q.samples[group[0]].image               # the same cell of a parquet file for all that show it
+        # the same cell of a parquet file for all that show it
+        image = q.samples[group[0]].image
         share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)       # remove the half line of a stopped run
-    hide = None if ranks.first else True                            # None: show the bar on a terminal only
+        # remove the half line of a stopped run
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    # None: show the bar on a terminal only
+    hide = None if ranks.first else True
     with open(path, "a", encoding="utf-8") as f, \
             tqdm(total=len(share), desc=q.name, unit="q", leave=False, disable=hide) as bar:
         f.write(json.dumps({"settings": q.settings, "batch_size": batch_size}) + "\n")
-        for batch, answers in assistant.answer_batches(share, batch_size, q.settings["max_new_tokens"]):
+        for batch, answers in assistant.answer_batches(share, batch_size,
+                                                       q.settings["max_new_tokens"]):
             for s, answer in zip(batch, answers):
                 f.write(json.dumps({"id": s.id, "prediction": answer}, ensure_ascii=False) + "\n")
             f.flush()
@@ -47,8 +53,9 @@ def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ra
 
 
 def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str], list[int]]:
-    """Return (predictions by id, batch sizes) of all runs so far. n: questions that are asked now. Raises UserError if
-    other settings made them, or the results beside them; if those are of more questions, or of another program."""
+    """Return (predictions by id, batch sizes) of all runs so far. n: questions that are asked now.
+    Raises UserError if other settings made them, or the results beside them; if those are of more
+    questions, or of another program."""
     done, sizes, headers = {}, set(), []
     for path in sorted(out.glob("pred.rank*.jsonl")):
         for line in read_lines(path)[0]:                    # without the half line of a stopped run
@@ -58,29 +65,35 @@ def read_predictions(out: Path, settings: dict, n: int) -> tuple[dict[str, str],
             elif isinstance(line.get("id"), str) and isinstance(line.get("prediction"), str):
                 done[line["id"]] = line["prediction"]
             else:
-                raise UserError(f"{path}: {str(line)[:50]} is no answer: --overwrite, or another --out")
+                raise UserError(f"{path}: {str(line)[:50]} is no answer: --overwrite, or "
+                                "another --out")
     results = out / "results.json"
     if results.exists():
         found = read_json(results, dict)
         if isinstance(found.get("n"), int) and found["n"] > n:
-            raise UserError(f"{results} is of {found['n']} questions, this is of {n}: --overwrite, or another --out")
+            raise UserError(f"{results} is of {found['n']} questions, this is of {n}: "
+                            "--overwrite, or another --out")
         headers.append((results, found.get("settings")))
     if not headers and (out / "pred.jsonl").exists():
         raise UserError(f"{out / 'pred.jsonl'} is no evaluation's: --overwrite, or another --out")
     for path, old in headers:
         if not isinstance(old, dict):
             raise UserError(f"{path} is no evaluation's: --overwrite, or another --out")
-        changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k) and k not in ("batch_size", "limit")]
+        changed = [k for k in {**settings, **old} if settings.get(k) != old.get(k)
+                   and k not in ("batch_size", "limit")]
         if changed:
-            raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or another --out")
+            raise UserError(f"{path} was made with another {', '.join(changed)}: --overwrite, or "
+                            "another --out")
     return done, sorted(sizes)
 
 
 def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict) -> dict[str, str]:
-    """Return predictions by id from a file of answers: our pred.jsonl, or LLaVA's {question_id, text, prompt}.
+    """Return predictions by id from a file of answers: our pred.jsonl, or LLaVA's {question_id,
+    text, prompt}.
 
-    repeats: ids repeat (MME, TextVQA), so the prompt decides which question is meant. counts: unknown and repeated
-    answers are added. Raises UserError, also for two different answers to one question."""
+    repeats: ids repeat (MME, TextVQA), so the prompt decides which question is meant. counts:
+    unknown and repeated answers are added. Raises UserError, also for two different answers to one
+    question."""
     if not path.is_file():
         raise UserError(f"--score-only {path} does not exist")
     by_id = {}
@@ -106,7 +119,8 @@ def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict)
             prompt = match_text(bare(str(line["prompt"])))
             matches = [s for s in matches if match_text(bare(s.prompt)) == prompt]
         if len(matches) > 1:
-            raise UserError(f"{path} line {n}: {len(matches)} questions have the id {number}, and no prompt says which")
+            raise UserError(f"{path} line {n}: {len(matches)} questions have the id {number}, and "
+                            "no prompt says which")
         if not matches:
             unknown += 1
         elif text is not None:
@@ -116,7 +130,8 @@ def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict)
     counts["answers to questions that are not asked"] = unknown
     counts["answers given twice"] = answered - len(found)
     if not found:
-        raise UserError(f"{path} answers none of the {len(samples)} questions: is it of another benchmark or split?")
+        raise UserError(f"{path} answers none of the {len(samples)} questions: is it of another "
+                        "benchmark or split?")
     return found
 
 

@@ -19,10 +19,12 @@ REASON = "First please perform reasoning, and think step by step to provide best
 class Source:
     """A kind of file that holds a benchmark, or its labels.
 
-    columns map our name to the file's column, to a format over columns, or to a function of the row; "?" in front marks
-    a column that may be absent. Required are `id` and one of `question` (raw), `text` (written as LLaVA asks it) and
-    `prompt` (asked as it is). `image` is a file's name in --images, or the image itself."""
-    files: str                                  # names to look for, the first that is there; {split} is filled in
+    columns map our name to the file's column, to a format over columns, or to a function of the
+    row; "?" in front marks a column that may be absent. Required are `id` and one of `question`
+    (raw), `text` (written as LLaVA asks it) and `prompt` (asked as it is). `image` is a file's name
+    in --images, or the image itself."""
+    # names to look for, the first that is there; {split} is filled in
+    files: str
     columns: dict
     split: str = ""
     labels: "Source | None" = None
@@ -47,19 +49,20 @@ class Benchmark:
     repeats: bool = False                       # ids may repeat; the second is then id#2
 
 
-# ------------------------------------------------------------------------------------------------ helpers of the table
+# ----------------------------------------------------------------------------- helpers of the table
 def near(name: str) -> str:
     """Look for a file in the folder, then one folder below."""
     return f"{name} */{name}"
 
 
 def parquet(columns: dict, split: str, config: str = "data", **more) -> Source:
-    return Source(f"{config}/{{split}}-*.parquet {{split}}-*.parquet", columns, split, shards=True, **more)
+    return Source(f"{config}/{{split}}-*.parquet {{split}}-*.parquet", columns, split, shards=True,
+                  **more)
 
 
 def options(row: dict, names: str = "ABCDEFGHI") -> list[str]:
-    """Return columns A, B, …, up to the first empty one. Some tables write "nan" for empty: at the end it is no option,
-    unless it is the answer."""
+    """Return columns A, B, …, up to the first empty one. Some tables write "nan" for empty: at the
+    end it is no option, unless it is the answer."""
     found = []
     for name in names:
         if row.get(name) in (None, "") or row[name] != row[name]:
@@ -82,7 +85,8 @@ def ask_options(r: dict, style: str) -> str:
 def ask_mmstar(r: dict, style: str) -> str:
     if "Options:" in r["question"] or not r["options"]:
         return r["question"]
-    return f"{r['question']}\nOptions: " + ", ".join(f"{a}: {o}" for a, o in zip(LETTERS, r["options"]))
+    return f"{r['question']}\nOptions: " + ", ".join(f"{a}: {o}"
+                                                     for a, o in zip(LETTERS, r["options"]))
 
 
 def mmstar_options(row: dict) -> list[str]:
@@ -118,14 +122,15 @@ def mmbench(lang: str) -> Benchmark:
         names = "mmbench_{split}_cn_2*.tsv MMBench_{SPLIT}_CN*.tsv"
         letter = {"llava": "\n请直接回答选项字母。", "lmms": "\n请直接使用所提供的选项字母作为答案回答。"}
     names = " ".join(near(name) for name in names.split())
-    columns = dict(id=lambda r: int(float(r["index"])), question="question", hint="?hint", options=options,
-                   image="image", answer="?answer", category=lambda r: r.get("l2-category", r.get("L2-category")),
-                   split="?split")
+    columns = dict(id=lambda r: int(float(r["index"])), question="question", hint="?hint",
+                   options=options, image="image", answer="?answer",
+                   category=lambda r: r.get("l2-category", r.get("L2-category")), split="?split")
 
     def body(r, style):
         if style == "llava":
             return ("" if missing(r["hint"]) else r["hint"] + "\n") + r["question"] + listing(r)
-        # lmms-eval asks Chinese questions with an English heading too, and with the hint "nan" where there is none.
+        # lmms-eval asks Chinese questions with an English heading too, and with the hint "nan"
+        # where there is none.
         hint = "" if missing(r["hint"]) else r["hint"] + " "
         if lang == "cn":
             hint = hint or "nan "
@@ -140,16 +145,18 @@ def mmbench(lang: str) -> Benchmark:
 
 
 def refcoco(*sizes: int) -> Benchmark:
-    columns = dict(id="question_id", question=lambda r: "Provide a short description for this region.", image="image",
+    columns = dict(id="question_id", question=lambda r: "Provide a short description for "
+                                                        "this region.", image="image",
                    answer="answer", bbox="bbox", seg="segmentation")
-    return Benchmark((parquet(columns, "val"),), score="none", headline="cider", max_new=1024, summary="cider",
-                     sizes=sizes, repeats=True)
+    return Benchmark((parquet(columns, "val"),), score="none", headline="cider", max_new=1024,
+                     summary="cider", sizes=sizes, repeats=True)
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# ---------------------------------------------------------------------------------------- the table
 LLAVA = dict(id="question_id", text="text", image="?image", category="?category")
 RAW = dict(id="question_id", question="question", image="?image", answer="?answers")
-ROW = dict(id="_n", question="question", image="image", answer="answer")               # of parquet files
+ROW = dict(id="_n", question="question", image="image",
+           answer="answer")  # of parquet files
 COCO = {**RAW, "image": "COCO_val2014_{image_id:012d}.jpg", "answer": "?"}
 COCO_LABELS = dict(id="question_id", answer="answers")
 TEXTVQA = {**RAW, "ocr": "ocr_tokens"}
@@ -157,16 +164,21 @@ VIZWIZ = {**RAW, "file": "{question_id}.jpg"}
 DOCVQA = {**RAW, "id": "questionId"}
 POPE = dict(category=pope_category, image="image", question="text", answer="label")
 MME = {**ROW, "id": "question_id", "group": "question_id", "category": "category"}
-MME_FOLDER = Source(near("MME_Benchmark_release_version"), {**MME, "stem": "stem"}, "test", strict=True)
+MME_FOLDER = Source(near("MME_Benchmark_release_version"), {**MME, "stem": "stem"}, "test",
+                    strict=True)
 PROBLEMS = Source(near("problems.json"), dict(
     id="_key", options="choices", answer=lambda r: LETTERS[r["answer"]], split="?split"))
-FOUR = dict(options=lambda r: [str(r[f"choice_{c}"]) for c in "abcd"], data_type="data_type", answer="answer")
-SEED_BENCH = Source(near("SEED-Bench.json"), dict(id="question_id", category="question_type_id", **FOUR))
-MMSTAR = {**ROW, "id": "index", "options": mmstar_options, "category": "l2_category", "area": "category"}
+FOUR = dict(options=lambda r: [str(r[f"choice_{c}"]) for c in "abcd"], data_type="data_type",
+            answer="answer")
+SEED_BENCH = Source(near("SEED-Bench.json"),
+                    dict(id="question_id", category="question_type_id", **FOUR))
+MMSTAR = {**ROW, "id": "index", "options": mmstar_options, "category": "l2_category",
+          "area": "category"}
 MMT = {**ROW, "id": "index", "options": options, "answer": "?answer",
        "category": lambda r: r.get("l2-category", r.get("category"))}
-MMMU = dict(id="id", question="question", options=lambda r: literal(r["options"]), image=mmmu_images,
-            question_type="question_type", answer=lambda r: literal(r["answer"]), category=lambda r: subject(r["id"]))
+MMMU = dict(id="id", question="question", options=lambda r: literal(r["options"]),
+            image=mmmu_images, question_type="question_type", answer=lambda r: literal(r["answer"]),
+            category=lambda r: subject(r["id"]))
 MMMU_FILES = "data/{split}-*.parquet */{split}-*.parquet {split}-*.parquet"
 
 BENCHMARKS = {
@@ -176,7 +188,8 @@ BENCHMARKS = {
                Source(near("v2_mscoco_val2014_annotations.json"), COCO_LABELS)),
         Source(near("llava_vqav2_mscoco_test-dev2015.jsonl"), LLAVA, "test-dev"),
         parquet(RAW, "validation"), parquet(RAW, "testdev")),
-        score="vqav2", max_new=16, suffix=SHORT, submission="vqav2", sizes=(214354, 107394, 447793)),
+        score="vqav2", max_new=16, suffix=SHORT, submission="vqav2",
+        sizes=(214354, 107394, 447793)),
     "okvqa": Benchmark((
         Source(near("OpenEnded_mscoco_val2014_questions.json"), COCO, "val",
                Source(near("mscoco_val2014_annotations.json"), COCO_LABELS)),
@@ -184,40 +197,46 @@ BENCHMARKS = {
         score="vqa", max_new=1024, sizes=(5046,),
         suffix=lambda r, style: UNANSWERABLE + SHORT if style == "lmms" else SHORT),
     "textvqa": Benchmark((                                      # a question_id is its image's: it may repeat
-        Source(near("llava_textvqa_val_v051_ocr.jsonl"), {**LLAVA, "image_id": "question_id"}, "val",
-               Source(near("TextVQA_0.5.1_val.json"), dict(image_id="image_id", question="question", answer="answers")),
+        Source(near("llava_textvqa_val_v051_ocr.jsonl"), {**LLAVA, "image_id": "question_id"},
+               "val",
+               Source(near("TextVQA_0.5.1_val.json"),
+                      dict(image_id="image_id", question="question", answer="answers")),
                ("image_id", "question")),
         Source(near("TextVQA_0.5.1_val.json"), {**RAW, "image": "{image_id}.jpg"}, "val"),
         parquet(TEXTVQA, "validation"), parquet(TEXTVQA, "test")),
-        score="vqa", max_new=1024, suffix=SHORT, submission="textvqa", sizes=(5000, 5734), repeats=True,
-        body=lambda r, style: r["question"].capitalize() + ocr_line(r)),
+        score="vqa", max_new=1024, suffix=SHORT, submission="textvqa", sizes=(5000, 5734),
+        repeats=True, body=lambda r, style: r["question"].capitalize() + ocr_line(r)),
     "vizwiz": Benchmark((
         Source(near("llava_test.jsonl"), LLAVA, "test"),
         Source(near("val.json"), {**RAW, "id": "image"}, "val"),
         Source(near("test.json"), {**RAW, "id": "image"}, "test"),
         parquet(VIZWIZ, "val"), parquet(VIZWIZ, "test")),
-        score="vqa", max_new=1024, suffix=UNANSWERABLE + SHORT, submission="vizwiz", sizes=(4319, 8000),
-        body=lambda r, style: r["question"].capitalize()),
+        score="vqa", max_new=1024, suffix=UNANSWERABLE + SHORT, submission="vizwiz",
+        sizes=(4319, 8000), body=lambda r, style: r["question"].capitalize()),
     # ---------------------------------------------------------------- R2: exact match
     "gqa": Benchmark((
         Source(near("llava_gqa_testdev_balanced.jsonl"), LLAVA, "testdev",
                Source(near("testdev_balanced_questions.json"), dict(id="_key", answer="answer"))),
         Source(near("testdev_balanced_questions.json"),
-               dict(id="_key", question="question", image="{imageId}.jpg", answer="answer"), "testdev"),
+               dict(id="_key", question="question", image="{imageId}.jpg", answer="answer"),
+               "testdev"),
         parquet(dict(id="id", image_id="imageId", question="question", answer="answer"), "testdev",
                 "testdev_balanced_instructions", join=("image_id",),
-                labels=parquet(dict(image_id="id", image="image"), "testdev", "testdev_balanced_images"))),
+                labels=parquet(dict(image_id="id", image="image"), "testdev",
+                               "testdev_balanced_images"))),
         score="exact", max_new=16, suffix=SHORT, submission="gqa", sizes=(12578,)),
     "own": Benchmark((
         Source("questions.jsonl", dict(
-            id=lambda r: r.get("question_id", r["_n"] + 1), prompt="text", image="?image", answer="?answer",
-            category="?category", options="?options")),),
+            id=lambda r: r.get("question_id", r["_n"] + 1), prompt="text", image="?image",
+            answer="?answer", category="?category", options="?options")),),
         score="exact", summary="own"),
     # ---------------------------------------------------------------- R3, R4: yes or no
     "pope": Benchmark((
         Source(near("llava_pope_test.jsonl"), LLAVA, "test",
-               Source(near("coco_pope_*.json"), POPE, strict=True, shards=True), ("category", "image", "question")),
-        Source(near("coco_pope_*.json"), {**POPE, "id": lambda r: f"{pope_category(r)}/{r['question_id']}"}, "test",
+               Source(near("coco_pope_*.json"), POPE, strict=True, shards=True),
+               ("category", "image", "question")),
+        Source(near("coco_pope_*.json"),
+               {**POPE, "id": lambda r: f"{pope_category(r)}/{r['question_id']}"}, "test",
                shards=True),
         parquet({**ROW, "id": "{category}/{question_id}", "category": "category"}, "test")),
         score="pope", headline="f1", max_new=128, suffix=SHORT, summary="pope", sizes=(9000, 8910)),
@@ -227,30 +246,33 @@ BENCHMARKS = {
             "category": lambda r: r["question_id"].split("/")[0]}, "test",
             MME_FOLDER, ("category", "stem", "question")),
         MME_FOLDER, parquet(MME, "test")),
-        score="mme", headline="perception", max_new=16, suffix=SHORT, summary="mme", sizes=(2374,), repeats=True,
-        body=lambda r, style: r["question"].strip().replace(YES_OR_NO, "")),
+        score="mme", headline="perception", max_new=16, suffix=SHORT, summary="mme", sizes=(2374,),
+        repeats=True, body=lambda r, style: r["question"].strip().replace(YES_OR_NO, "")),
     # ---------------------------------------------------------------- R5, R6, R7, R11: choices
     "mmbench_en": mmbench("en"),
     "mmbench_cn": mmbench("cn"),
     "sqa": Benchmark((
         Source(near("llava_test_CQM-A.json"), dict(
             id="id", image="?image",
-            text=lambda r: r["conversations"][0]["value"].replace("<image>", "").strip()), "test", PROBLEMS),
+            text=lambda r: r["conversations"][0]["value"].replace("<image>", "").strip()), "test",
+            PROBLEMS),
         parquet({**ROW, "options": "choices", "answer": lambda r: LETTERS[r["answer"]], "hint": "?hint"}, "test",
                 "ScienceQA-IMG")),
-        score="choice", headline="image", max_new=16, suffix=LETTER, summary="sqa", sizes=(2017, 4241),
-        body=lambda r, style: (f"Context: {r['hint']}\n" if r["hint"] else "") + ask_options(r, style)),
+        score="choice", headline="image", max_new=16, suffix=LETTER, summary="sqa",
+        sizes=(2017, 4241), body=lambda r,
+        style: (f"Context: {r['hint']}\n" if r["hint"] else "") + ask_options(r, style)),
     "seed": Benchmark((
         Source(near("llava-seed-bench.jsonl"), LLAVA, "test", SEED_BENCH),
         parquet({**ROW, "id": "question_id", "category": "?question_type_id", **FOUR}, "test")),
-        score="choice", max_new=1024, suffix=LETTER, body=ask_options, submission="seed", sizes=(14233,),
-        keep=lambda r: r["data_type"] == "image"),
+        score="choice", max_new=1024, suffix=LETTER, body=ask_options, submission="seed",
+        sizes=(14233,), keep=lambda r: r["data_type"] == "image"),
     "mmstar": Benchmark((
         Source(near("MMStar*.tsv"), MMSTAR, "val"), parquet(MMSTAR, "val")),
-        score="choice", headline="average", max_new=1024, suffix=LETTER[:-1], body=ask_mmstar, summary="mmstar",
-        sizes=(1500,)),
+        score="choice", headline="average", max_new=1024, suffix=LETTER[:-1], body=ask_mmstar,
+        summary="mmstar", sizes=(1500,)),
     "ai2d": Benchmark((
-        parquet({**ROW, "options": "options", "answer": lambda r: LETTERS[int(r["answer"])]}, "test"),),
+        parquet({**ROW, "options": "options", "answer": lambda r: LETTERS[int(r["answer"])]},
+                "test"),),
         score="choice", max_new=16, suffix=LETTER, body=ask_options, sizes=(3088,)),
     "mmt": Benchmark((
         Source(near("MMT-Bench_VAL.tsv"), MMT, "val"), parquet(MMT, "val"), parquet(MMT, "test")),
@@ -262,22 +284,26 @@ BENCHMARKS = {
             id="id", prompt="prompt", image="?image", question_type="question_type",
             options=lambda r: list((r.get("index2ans") or {}).values()), category=lambda r: subject(r["id"])), "val",
             Source(near("answer_dict_val.json"), dict(id="_key", answer="ground_truth"))),
-        Source(MMMU_FILES, MMMU, "validation", shards=True), Source(MMMU_FILES, MMMU, "test", shards=True)),
+        Source(MMMU_FILES, MMMU, "validation", shards=True),
+        Source(MMMU_FILES, MMMU, "test", shards=True)),
         score="mmmu", max_new=128, submission="mmmu", sizes=(900, 10500),
         suffix=lambda r, style: LETTER if r["question_type"] == "multiple-choice" else SHORT,
         body=lambda r, style: ask_options(r, style) + "\n"),
-    "realworldqa": Benchmark((parquet(ROW, "test"),), score="realworldqa", max_new=16, sizes=(765,)),
+    "realworldqa": Benchmark((parquet(ROW, "test"),), score="realworldqa", max_new=16,
+                             sizes=(765,)),
     # ---------------------------------------------------------------- R8, R9: text in images
     "ocrbench": Benchmark((
         Source(near("OCRBench.json"), dict(
-            id="id", question="question", image="image_path", answer="answers", dataset="dataset_name",
-            category="type"), "test"),
+            id="id", question="question", image="image_path", answer="answers",
+            dataset="dataset_name", category="type"), "test"),
         parquet({**ROW, "dataset": "dataset", "category": "question_type"}, "test")),
         score="ocrbench", headline="hits", max_new=128, summary="ocrbench", sizes=(1000,)),
     "docvqa": Benchmark((
-        Source(near("val_v1.0*.json"), DOCVQA, "val"), Source(near("test_v1.0*.json"), DOCVQA, "test"),
-        parquet(DOCVQA, "validation", "DocVQA"), parquet(DOCVQA, "test", "DocVQA")),
-        score="anls", headline="anls", max_new=32, suffix=SHORT, submission="docvqa", sizes=(5349, 5188)),
+        Source(near("val_v1.0*.json"), DOCVQA, "val"),
+        Source(near("test_v1.0*.json"), DOCVQA, "test"), parquet(DOCVQA, "validation", "DocVQA"),
+        parquet(DOCVQA, "test", "DocVQA")),
+        score="anls", headline="anls", max_new=32, suffix=SHORT, submission="docvqa",
+        sizes=(5349, 5188)),
     # ---------------------------------------------------------------- R10: CIDEr
     "refcoco": refcoco(8811, 5000, 1975, 1810),
     "refcoco+": refcoco(),

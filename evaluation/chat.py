@@ -1,7 +1,7 @@
 """A conversation in the terminal: several turns about one image, answered token by token.
 
-Before each answer the model reads all that was said, written as its template writes it. What the cache holds of it
-is not computed again.
+Before each answer the model reads all that was said, written as its template writes it. What the
+cache holds of it is not computed again.
 """
 import sys
 from collections.abc import Iterator
@@ -39,10 +39,12 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said, keep the image."""
         self.turns = []                         # as LLaVA writes them: {from, value}
-        self.past = None                        # the cache, and ids and image mask (T,) of the tokens in it
+        # the cache, and ids and image mask (T,) of the tokens in it
+        self.past = None
 
     def ask(self, question: str) -> Iterator[str]:
-        """Yield the answer piece by piece. Raises UserError if the conversation is too long for the model."""
+        """Yield the answer piece by piece. Raises UserError if the conversation is too long for the
+        model."""
         a, text = self.assistant, question.replace(IMAGE, "").strip()
         if not self.turns:
             text = IMAGE + "\n" + text
@@ -53,7 +55,8 @@ class Chat:
         for token in self.tokens(ids.to(self.pixels.device), mask.to(self.pixels.device)):
             answer.append(token)
             said = a.tokenizer.decode(answer).strip()
-            if not said.endswith("\ufffd"):     # else a character of several tokens, not complete yet
+            # else a character of several tokens, not complete yet
+            if not said.endswith("\ufffd"):
                 yield said[len(shown):]
                 shown = said
         yield said[len(shown):]
@@ -61,12 +64,14 @@ class Chat:
 
     @torch.inference_mode()
     def tokens(self, ids: Tensor, mask: Tensor) -> Iterator[int]:
-        """Yield the ids of the greedy answer to a prompt, as `Llava.generate` finds them. ids, mask (image): (T,)."""
+        """Yield the ids of the greedy answer to a prompt, as `Llava.generate` finds them. ids, mask
+        (image): (T,)."""
         model, lm = self.assistant.model, self.assistant.model.language_model
         most = lm.config.max_position_embeddings
         room = min(self.longest, most - len(ids))
         if room < 1:
-            raise UserError(f"the conversation has {len(ids)} tokens, the model room for {most}: /reset starts again")
+            raise UserError(f"the conversation has {len(ids)} tokens, the model room for {most}: "
+                            "/reset starts again")
 
         # A cache with room for this answer, filled with what the last one holds of this prompt.
         known, h = 0, lm.embed(ids[None])                                                   # (1,T,D)
@@ -88,13 +93,15 @@ class Chat:
                 break
             yield token.item()
             at = torch.tensor([[position]], device=ids.device)
-            h = lm(lm.embed(token[:, None]), cache=cache, positions=at, end=position + 1)   # (1,1,D)
+            h = lm(lm.embed(token[:, None]), cache=cache, positions=at,
+                   end=position + 1)  # (1,1,D)
             ids, mask = torch.cat([ids, token]), F.pad(mask, (0, 1))
         self.past = cache, ids, mask
 
 
 def talk(assistant, image: Path, longest: int) -> None:
-    """Read questions from the terminal or a pipe until the input ends, and print the answers as they come."""
+    """Read questions from the terminal or a pipe until the input ends, and print the answers as
+    they come."""
     chat = Chat(assistant, image, longest)
     print(HELP, flush=True)
     try:

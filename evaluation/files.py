@@ -17,7 +17,7 @@ from common.flags import UserError
 from common.images import open_image
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 @dataclass(frozen=True, order=True)
 class Cell:
     """Where an image is inside a parquet file. Sorted cells are in the order that reads a row group once."""
@@ -34,7 +34,8 @@ class Cell:
 
 @lru_cache(maxsize=1)
 def row_group(path: str, group: int, column: str):
-    """Read one column of a row group. Neighbouring images come from one group, so the last one is kept."""
+    """Read one column of a row group. Neighbouring images come from one group, so the last one is
+    kept."""
     from pyarrow.parquet import ParquetFile
     return ParquetFile(path).read_row_group(group, columns=[column]).column(0)
 
@@ -46,10 +47,11 @@ def image_bytes(cell: Cell) -> bytes | None:
 
 
 def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Image:
-    """Decode an image: a file, base64 text or a parquet cell. Raises ValueError with a short reason.
+    """Decode an image: a file, base64 text or a parquet cell. Raises ValueError with a short
+    reason.
 
-    region: ("bbox", (x,y,w,h)) or ("seg", (x,y,x,y,…)) is drawn on it in a line of one pixel, red or white, as
-    lmms-eval does."""
+    region: ("bbox", (x,y,w,h)) or ("seg", (x,y,x,y,…)) is drawn on it in a line of one pixel, red
+    or white, as lmms-eval does."""
     decoded = open_image(image) if isinstance(image, Path) else decode(image)
     if region is None:
         return decoded
@@ -74,8 +76,8 @@ def decode(image: str | Cell) -> Image.Image:
 
 
 def group_by_image(samples: list) -> list[list[int]]:
-    """Group samples by the image that they show; returns their numbers, a list a group. Cells of parquet files are
-    compared by their bytes, which are read here, each row group once."""
+    """Group samples by the image that they show; returns their numbers, a list a group. Cells of
+    parquet files are compared by their bytes, which are read here, each row group once."""
     cells = sorted({s.image for s in samples if isinstance(s.image, Cell)})
     shown = {cell: hashlib.sha1(image_bytes(cell) or b"").digest() for cell in cells}
     groups = {}
@@ -95,11 +97,12 @@ def outline(record: dict, kind: str) -> tuple | None:
     return kind, tuple(xy)
 
 
-# ------------------------------------------------------------------------------------------------ files → rows
+# ------------------------------------------------------------------------------------- files → rows
 def read_rows(path: Path) -> list[dict]:
     """Read a file by its suffix, or MME's folder. Adds to each row _file, the file's stem."""
     refuse_device(path)
-    readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv, ".parquet": read_parquet}
+    readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv,
+               ".parquet": read_parquet}
     if path.is_dir():
         rows = read_mme(path)
     elif path.suffix in readers:
@@ -121,8 +124,9 @@ def write_jsonl(path: Path, rows: list) -> None:
 
 
 def read_json_rows(path: Path) -> list:
-    """Return the rows of a JSON file. It may be a list; an object with a list in questions, annotations or data; an
-    object of objects (the keys become _key); or JSON lines named .json, as POPE's label files are."""
+    """Return the rows of a JSON file. It may be a list; an object with a list in questions,
+    annotations or data; an object of objects (the keys become _key); or JSON lines named .json, as
+    POPE's label files are."""
     try:
         value = parse_json(path.read_bytes())
     except ValueError:
@@ -145,7 +149,8 @@ def missing(value) -> bool:
 
 
 def literal(value):
-    """Read a list that is kept as Python text, as MMMU's and MMBench's are; else return the value."""
+    """Read a list that is kept as Python text, as MMMU's and MMBench's are; else return the
+    value."""
     if isinstance(value, str) and value.startswith("["):
         try:
             return ast.literal_eval(value)
@@ -155,8 +160,8 @@ def literal(value):
 
 
 def read_tsv(path: Path) -> list[dict]:
-    """Read a table with a base64 image a row. A short image cell is the index of the row that has the image
-    (VLMEvalKit's convention)."""
+    """Read a table with a base64 image a row. A short image cell is the index of the row that has
+    the image (VLMEvalKit's convention)."""
     csv.field_size_limit(sys.maxsize)           # images are far longer than csv's default of 131072
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
@@ -166,11 +171,13 @@ def read_tsv(path: Path) -> list[dict]:
     for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
             count = "more" if None in row else "fewer"
-            raise UserError(f"{path}: row {n} has {count} cells than the header: is the file cut off?")
+            raise UserError(f"{path}: row {n} has {count} cells than the header: is the "
+                            "file cut off?")
     if not rows or "image" not in rows[0]:
         return rows
     cells = {row.get("index"): row["image"] for row in rows}
-    first = {}                                  # one copy in memory of an image that several rows hold
+    # one copy in memory of an image that several rows hold
+    first = {}
     for n, row in enumerate(rows, 1):
         cell, seen = row["image"], set()
         while len(cell) <= 64:
@@ -191,8 +198,8 @@ def read_parquet(path: Path) -> list[dict]:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"{path.name} is parquet, which needs pyarrow: pip install pyarrow, or give the benchmark's "
-                        "JSONL, JSON or TSV files") from None
+        raise UserError(f"{path.name} is parquet, which needs pyarrow: pip install pyarrow, or "
+                        "give the benchmark's JSONL, JSON or TSV files") from None
     try:
         file = ParquetFile(path)
     except Exception as e:                      # pyarrow's errors have no other common class
@@ -212,7 +219,8 @@ def read_parquet(path: Path) -> list[dict]:
             for row in batch.to_pylist():
                 for column, value in row.items():
                     if isinstance(value, list):
-                        row[column] = [cell(v, group, column, number, n) for n, v in enumerate(value)]
+                        row[column] = [cell(v, group, column, number, n)
+                                       for n, v in enumerate(value)]
                     else:
                         row[column] = cell(value, group, column, number, None)
                 rows.append(row)
@@ -221,8 +229,8 @@ def read_parquet(path: Path) -> list[dict]:
 
 
 def read_mme(folder: Path) -> list[dict]:
-    """Read MME's release: <category>/{*.jpg,*.txt} or <category>/{images,questions_answers_YN}. A line of a text file
-    is a question, a tab, and Yes or No."""
+    """Read MME's release: <category>/{*.jpg,*.txt} or <category>/{images,questions_answers_YN}. A
+    line of a text file is a question, a tab, and Yes or No."""
     rows = []
     for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/questions_answers_YN/*.txt")]):
         refuse_device(path)
@@ -238,6 +246,7 @@ def read_mme(folder: Path) -> list[dict]:
             question, tab, answer = line.rstrip().rpartition("\t")
             if not tab:
                 raise UserError(f"{path}: no tab between question and answer in {line[:60]!r}")
-            rows.append({"category": category.name, "stem": path.stem, "question": question, "answer": answer,
-                         "question_id": f"{category.name}/{image.name}", "image": image})
+            rows.append({"category": category.name, "stem": path.stem, "question": question,
+                         "answer": answer, "question_id": f"{category.name}/{image.name}",
+                         "image": image})
     return rows

@@ -26,9 +26,10 @@ def generate(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, max_ne
              image_index=None) -> list[list[int]]:
     """Return greedy answers to B prompts, as lists of ids without the end token.
 
-    input_ids: (T,) each, of any lengths; image_mask: (T,) bool each, the image positions (None: text only);
-    pixel_values (I,3,H,W); image_index (B,): which image each prompt is about (None: prompt i is about image i).
-    An answer depends neither on the other prompts nor on their order, except where two logits are equal to about 1e-5.
+    input_ids: (T,) each, of any lengths; image_mask: (T,) bool each, the image positions (None:
+    text only); pixel_values (I,3,H,W); image_index (B,): which image each prompt is about (None:
+    prompt i is about image i). An answer depends neither on the other prompts nor on their order,
+    except where two logits are equal to about 1e-5.
     """
     lm, device, B = model.language_model, pixel_values.device, len(input_ids)
     if image_mask is None:
@@ -36,7 +37,8 @@ def generate(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, max_ne
     image_index = list(range(B)) if image_index is None else torch.as_tensor(image_index).tolist()
     has_image = any(mask.any() for mask in image_mask)
     images = model.embed_images(pixel_values) if has_image else None                    # (I,N,D)
-    cache, h = prefill(model, Prompts(input_ids, image_mask, image_index, images), max_new_tokens, device)
+    cache, h = prefill(model, Prompts(input_ids, image_mask, image_index, images), max_new_tokens,
+                       device)
 
     # Prompts are padded on the right. Each row writes its new tokens over its own padding.
     lengths = [len(ids) for ids in input_ids]
@@ -49,14 +51,17 @@ def generate(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, max_ne
             if done.all():
                 break
         position = (length + step - 1)[:, None]                                         # (B,1)
-        h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=position, end=max(lengths) + step)
+        h = lm(lm.embed(answers[-1][:, None]), cache=cache, positions=position,
+               end=max(lengths) + step)
         answers.append(lm.lm_head(h[:, 0]).argmax(-1))
-    rows = torch.stack(answers, dim=1).tolist()                                         # (B, new tokens)
+    rows = torch.stack(answers,
+                       dim=1).tolist()  # (B, new tokens)
     return [row[:row.index(eos_token_id)] if eos_token_id in row else row for row in rows]
 
 
 def prefill(model: Llava, prompts: Prompts, room: int, device: torch.device) -> tuple[KVCache, Tensor]:
-    """Return a cache that holds B prompts, with room for as many tokens after each, and their last states (B,D)."""
+    """Return a cache that holds B prompts, with room for as many tokens after each, and their last
+    states (B,D)."""
     lm, B = model.language_model, len(prompts.input_ids)
     lengths = [len(ids) for ids in prompts.input_ids]
 
@@ -66,7 +71,8 @@ def prefill(model: Llava, prompts: Prompts, room: int, device: torch.device) -> 
         groups.setdefault(prompts.image_index[row] if mask.any() else None, []).append(row)
     prefix = [0] * B
     for rows in groups.values():
-        shared = shared_prefix([prompts.input_ids[r] for r in rows], [prompts.image_mask[r] for r in rows])
+        shared = shared_prefix([prompts.input_ids[r] for r in rows],
+                               [prompts.image_mask[r] for r in rows])
         for r in rows:
             prefix[r] = shared
 
@@ -76,7 +82,8 @@ def prefill(model: Llava, prompts: Prompts, room: int, device: torch.device) -> 
     dtype = lm.model["embed_tokens"].weight.dtype
     cache = KVCache(lm.config, B, max(end, max(lengths) + room), dtype, device)
 
-    # Compute each prefix in the cache row of its group's first prompt, then copy it to the other rows.
+    # Compute each prefix in the cache row of its group's first prompt, then copy it to the other
+    # rows.
     if max(prefix) > 0:
         firsts = [rows[0] for rows in groups.values()]
         h, mask = embed(model, prompts, firsts, [slice(prefix[r]) for r in firsts], device)
@@ -86,7 +93,8 @@ def prefill(model: Llava, prompts: Prompts, room: int, device: torch.device) -> 
                 slots[:, others, :, :prefix[first]] = slots[:, first:first + 1, :, :prefix[first]]
 
     # Compute the rest of every prompt after its prefix.
-    h, mask = embed(model, prompts, range(B), [slice(p, None) for p in prefix], device)  # (B,width,D)
+    h, mask = embed(model, prompts, range(B), [slice(p, None) for p in prefix],
+                    device)  # (B,width,D)
     prefix, length = torch.tensor(prefix, device=device), torch.tensor(lengths, device=device)
     positions = prefix[:, None] + torch.arange(width, device=device)
     h = lm(h, cache=cache, positions=positions, end=end, image_mask=mask)
@@ -95,8 +103,8 @@ def prefill(model: Llava, prompts: Prompts, room: int, device: torch.device) -> 
 
 def embed(model: Llava, prompts: Prompts, rows, spans: list[slice],
           device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Embed one span of each of b prompts. Returns (b,T,D), right-padded, and image_mask (b,T), None if all False.
-    A span holds its image whole or not at all."""
+    """Embed one span of each of b prompts. Returns (b,T,D), right-padded, and image_mask (b,T),
+    None if all False. A span holds its image whole or not at all."""
     ids = [prompts.input_ids[r][span] for r, span in zip(rows, spans)]
     masks = [prompts.image_mask[r][span] for r, span in zip(rows, spans)]
     h, mask = model.language_model.embed(pad_sequence(ids, batch_first=True).to(device)), None

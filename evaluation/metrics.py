@@ -13,9 +13,10 @@
     R10   ptb_tokenize, cider    RefCOCO, RefCOCO+, RefCOCOg         pycocoevalcap
     R11   realworldqa            RealWorldQA                         lmms-eval 0.7
 
-One answer's score is a bool or a number in 0..1. Ratios (`pope`, `circular`) are in 0..1, and 0/0 is 0; `mme` and
-`cider` have scales of their own. The references of one question are a list; a single string counts as a list of one.
-Functions raise ValueError for rows that the rule cannot score.
+One answer's score is a bool or a number in 0..1. Ratios (`pope`, `circular`) are in 0..1, and 0/0
+is 0; `mme` and `cider` have scales of their own. The references of one question are a list; a
+single string counts as a list of one. Functions raise ValueError for rows that the rule cannot
+score.
 """
 import math
 import re
@@ -25,7 +26,8 @@ from functools import lru_cache
 from unicodedata import normalize
 
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven eight nine ten".split())}
+DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven "
+                                                "eight nine ten".split())}
 DIGITS["none"] = "0"
 APOSTROPHES = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
     how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
@@ -33,11 +35,14 @@ APOSTROPHES = """ain't aren't can't could've couldn't didn't doesn't don't hadn'
     there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's
     where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll
     you're you've 'ow's'at y'all'll y'all'd've""".split()
-APOSTROPHES += [f"{x}'d've" for x in "he I it she somebody someone something there they we who you".split()]
+APOSTROPHES += [f"{x}'d've"
+                for x in "he I it she somebody someone something there they we who you".split()]
 APOSTROPHES += [f"{x}n't've" for x in "could had might should would".split()]
-# Each word is found by its spelling without one of its apostrophes. Then come three oddities of the official table. Its
-# entries with a capital ("Im") have no effect: a normalised answer is in lower case.
-CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in APOSTROPHES for i, c in enumerate(word) if c == "'"}
+# Each word is found by its spelling without one of its apostrophes. Then come three oddities of the
+# official table. Its entries with a capital ("Im") have no effect: a normalised answer is in lower
+# case.
+CONTRACTIONS = {word[:i] + word[i + 1:]: word for word in APOSTROPHES
+                for i, c in enumerate(word) if c == "'"}
 CONTRACTIONS |= {"let's": "let's", "she's": "she's", "somebody'd": "somebodyd"}
 PERCEPTION = "existence count position color posters celebrity scene landmark artwork OCR".split()
 COGNITION = "commonsense_reasoning numerical_calculation text_translation code_reasoning".split()
@@ -57,8 +62,9 @@ def ratio(part: float, whole: float) -> float:
 
 @lru_cache(1 << 16)
 def vqa_norm(text: str, m4c: bool = True) -> str:
-    """R1: return an answer as VQA accuracy compares it. m4c=False skips the first step, as VQAv2 does; that changes
-    commas and possessives. Most references of a question are the same few texts: results are kept."""
+    """R1: return an answer as VQA accuracy compares it. m4c=False skips the first step, as VQAv2
+    does; that changes commas and possessives. Most references of a question are the same few texts:
+    results are kept."""
     if m4c:
         text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -67,14 +73,16 @@ def vqa_norm(text: str, m4c: bool = True) -> str:
     for p in ";/[]\"{}()=+\\_-><@`,?!":
         if p in before:
             text = text.replace(p, "" if comma or p + " " in before or " " + p in before else " ")
-    text = re.sub(r"\.(?!\d)", "", text, count=32)      # 32: the official scorer passes a flag as the count
+    # 32: the official scorer passes a flag as the count
+    text = re.sub(r"\.(?!\d)", "", text, count=32)
     words = (DIGITS.get(word, word) for word in text.lower().split())
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+    return " ".join(CONTRACTIONS.get(word, word)
+                    for word in words if word not in ("a", "an", "the"))
 
 
 def vqa_acc(pred: str, answers: list[str], m4c: bool = True) -> float:
-    """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for 0..4 matches of 10.
-    Fewer than 4 references cannot give 1, and a single one gives 0."""
+    """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for
+    0..4 matches of 10. Fewer than 4 references cannot give 1, and a single one gives 0."""
     pred, answers = vqa_norm(pred, m4c), [vqa_norm(answer, m4c) for answer in listed(answers)]
     n, m = len(answers), answers.count(pred)
     return (m * min(3, m - 1) + (n - m) * min(3, m)) / (3 * n)
@@ -87,14 +95,16 @@ def exact(prediction: str, reference: str) -> bool:
 
 
 def pope_parse(text: str) -> str:
-    """R3: "no" if a word before the first full stop is exactly No, no or not; else "yes", even for "NO" and ""."""
+    """R3: "no" if a word before the first full stop is exactly No, no or not; else "yes", even for
+    "NO" and ""."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
 def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
-    """R3: return acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the positive class. Labels
-    are "yes" or "no". LLaVA reports the mean f1 of the three categories, one call each."""
+    """R3: return acc, precision, recall, f1, yes_ratio (of the predictions) and n; yes is the
+    positive class. Labels are "yes" or "no". LLaVA reports the mean f1 of the three categories, one
+    call each."""
     if len(preds) != len(labels):
         raise ValueError(f"POPE has {len(labels)} labels, and there are {len(preds)} answers")
     if odd := set(labels) - {"yes", "no"}:
@@ -103,11 +113,13 @@ def pope(preds: list[str], labels: list[str]) -> dict[str, float]:
     tp, fp, fn, n = count["yes", "yes"], count["yes", "no"], count["no", "yes"], len(labels)
     precision, recall = ratio(tp, tp + fp), ratio(tp, tp + fn)
     return {"acc": ratio(tp + count["no", "no"], n), "precision": precision, "recall": recall,
-            "f1": ratio(2 * precision * recall, precision + recall), "yes_ratio": ratio(tp + fp, n), "n": n}
+            "f1": ratio(2 * precision * recall, precision + recall), "yes_ratio": ratio(tp + fp, n),
+            "n": n}
 
 
 def mme_parse(text: str) -> str:
-    """R4: yes, no or other. Only the first four characters count: "not", "know" and "nope" are no."""
+    """R4: yes, no or other. Only the first four characters count: "not", "know" and "nope" are
+    no."""
     text = text.lower().strip().replace(".", "")
     if len(text) == 1:
         return {"y": "yes", "n": "no"}.get(text, "other")
@@ -117,23 +129,28 @@ def mme_parse(text: str) -> str:
 
 
 def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) -> dict[str, float]:
-    """R4: rows of (category, question_id, prediction, answer), two an image → {category: score, perception, cognition}.
+    """R4: rows of (category, question_id, prediction, answer), two an image → {category: score,
+    perception, cognition}.
 
-    A category's score is the percentage of right answers plus that of images with both right: at most 200. The sums
-    are over the categories present. drop_incomplete: leave out images with one question and count them (dropped).
-    Raises ValueError for other than 2 questions an image, and for an unknown category or answer."""
+    A category's score is the percentage of right answers plus that of images with both right: at
+    most 200. The sums are over the categories present. drop_incomplete: leave out images with one
+    question and count them (dropped). Raises ValueError for other than 2 questions an image, and
+    for an unknown category or answer."""
     images = {}
     for category, question_id, prediction, answer in rows:
         if category not in PERCEPTION + COGNITION or answer.strip().lower() not in ("yes", "no"):
             raise ValueError(f"MME has no category {category!r} with answer {answer!r} (image {question_id})")
         images.setdefault((category, question_id), []).append(mme_parse(prediction) == answer.strip().lower())
-    odd = [image for image, hits in images.items() if len(hits) > 2 or (len(hits) == 1 and not drop_incomplete)]
+    odd = [image for image, hits in images.items() if len(hits) > 2
+           or (len(hits) == 1 and not drop_incomplete)]
     if odd:
-        raise ValueError(f"{len(odd)} of {len(images)} MME images do not have exactly 2 questions, the first of them "
+        raise ValueError(f"{len(odd)} of {len(images)} MME images do not have exactly 2 "
+                         "questions, the first of them "
                          f"{odd[0][1]} ({odd[0][0]})")
     scores = {}
     for name in PERCEPTION + COGNITION:
-        pairs = [hits for (category, _), hits in images.items() if category == name and len(hits) == 2]
+        pairs = [hits for (category, _), hits in images.items() if category == name
+                 and len(hits) == 2]
         if pairs:
             scores[name] = 100 * (sum(map(sum, pairs)) / 2 + sum(map(all, pairs))) / len(pairs)
     result = {**scores, "perception": sum(scores.get(name, 0.0) for name in PERCEPTION),
@@ -145,12 +162,14 @@ def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) ->
 
 def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = None,
              drop_incomplete: bool = False) -> dict[str, float]:
-    """R5: rows of (index, hit); rotation k of question i has index i + k·10⁶. Returns circular = hits / groups (a group
-    is a hit if all its rows are), vanilla = accuracy of the rows below 10⁶, hits, groups, dropped.
+    """R5: rows of (index, hit); rotation k of question i has index i + k·10⁶. Returns circular =
+    hits / groups (a group is a hit if all its rows are), vanilla = accuracy of the rows below 10⁶,
+    hits, groups, dropped.
 
     sizes: {i: rows of question i in the file}. Without it a group must hold rotations 0, 1, …, at
-    least two, without a gap, and a missing last one goes unnoticed. drop_incomplete: leave incomplete groups out of
-    circular and count them. Else raises ValueError for them; always for an index that comes twice."""
+    least two, without a gap, and a missing last one goes unnoticed. drop_incomplete: leave
+    incomplete groups out of circular and count them. Else raises ValueError for them; always for an
+    index that comes twice."""
     groups = {}
     for index, hit in rows:
         rotation, question = divmod(int(index), 10 ** 6)
@@ -164,13 +183,14 @@ def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = 
         raise ValueError(f"{len(dropped)} of {len(groups)} MMBench questions lack rotations: question {dropped[0]} has "
                          f"rows {sorted(dropped[0] + k * 10 ** 6 for k in groups[dropped[0]])}")
     hits, vanilla = sum(whole.values()), [g[0] for g in groups.values() if 0 in g]
-    return {"circular": ratio(hits, len(whole)), "vanilla": ratio(sum(vanilla), len(vanilla)), "hits": hits,
-            "groups": len(whole), "dropped": len(dropped)}
+    return {"circular": ratio(hits, len(whole)), "vanilla": ratio(sum(vanilla), len(vanilla)),
+            "hits": hits, "groups": len(whole), "dropped": len(dropped)}
 
 
 def pick_choice(pred: str, letters: str, options: list[str] | None = None) -> str | None:
-    """R6: return the letter that an answer chooses, or None: nothing is guessed. letters: the valid capitals; options:
-    their texts in the same order. The first pattern that matches decides, by its last match."""
+    """R6: return the letter that an answer chooses, or None: nothing is guessed. letters: the valid
+    capitals; options: their texts in the same order. The first pattern that matches decides, by its
+    last match."""
     text = normalize("NFKC", pred).strip()
     alone = re.sub(r"^\W+|\W+$", "", text).upper()
     if alone in list(letters):
@@ -199,7 +219,8 @@ def pick_choice(pred: str, letters: str, options: list[str] | None = None) -> st
 
 
 def mmmu_values(texts: list[str]) -> list[str | float]:
-    """Return numbers as floats of two decimals, other texts in lower case, a single character beside a space."""
+    """Return numbers as floats of two decimals, other texts in lower case, a single character
+    beside a space."""
     values = []
     for text in texts:
         text = text.strip().lower()
@@ -211,8 +232,9 @@ def mmmu_values(texts: list[str]) -> list[str | float]:
 
 
 def mmmu_open(pred: str, gold: str | list[str]) -> bool:
-    """R7: True if an answer gives one of the references. What counts of each line is the shortest text after "is ",
-    "answer " and the like, if there is none the whole answer; and the numbers in these texts."""
+    """R7: True if an answer gives one of the references. What counts of each line is the shortest
+    text after "is ", "answer " and the like, if there is none the whole answer; and the numbers in
+    these texts."""
     whole = pred.strip().strip(".").lower()
     tails, lines = [], whole.split("\n")
     for line in lines:
@@ -242,7 +264,8 @@ def mmmu_open(pred: str, gold: str | list[str]) -> bool:
 
 
 def ocrbench(pred: str, answers: str | list[str], dataset: str) -> bool:
-    """R8: True if a reference is a substring of the answer. In HME100k (formulae) case counts and spaces do not."""
+    """R8: True if a reference is a substring of the answer. In HME100k (formulae) case counts and
+    spaces do not."""
     def plain(text):
         if dataset == "HME100k":
             return text.strip().replace("\n", " ").replace(" ", "")
@@ -251,7 +274,8 @@ def ocrbench(pred: str, answers: str | list[str], dataset: str) -> bool:
 
 
 def levenshtein(a: str, b: str) -> int:
-    """Return the number of edits between two strings, in O(len(a)·len(b)) steps, one row of the table at a time."""
+    """Return the number of edits between two strings, in O(len(a)·len(b)) steps, one row of the
+    table at a time."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -261,8 +285,9 @@ def levenshtein(a: str, b: str) -> int:
 
 
 def anls(pred: str, answers: list[str]) -> float:
-    """R9: 1 − the least normalised edit distance to a reference, and 0 if that is below one half. Case and runs of
-    white space are no edits, but the lengths are those of the strings as written."""
+    """R9: 1 − the least normalised edit distance to a reference, and 0 if that is below one half.
+    Case and runs of white space are no edits, but the lengths are those of the strings as
+    written."""
     pred, distances = pred.strip(), []
     for answer in listed(answers):
         edits = levenshtein(" ".join(answer.lower().split()), " ".join(pred.lower().split()))
@@ -272,14 +297,16 @@ def anls(pred: str, answers: list[str]) -> float:
 
 
 def realworldqa(pred: str, ref: str) -> bool:
-    """R11: by R6 if the reference is A, B, C or D; else equal except for case and final full stops."""
+    """R11: by R6 if the reference is A, B, C or D; else equal except for case and final full
+    stops."""
     if ref in ("A", "B", "C", "D"):
         return pick_choice(pred, "ABCD", []) == ref
     return pred.lower().strip().rstrip(".") == ref.lower()
 
 
-BRACKETS = str.maketrans({"(": " -lrb- ", "[": " -lsb- ", "{": " -lcb- ", ")": " -rrb- ", "]": " -rsb- ",
-                          "}": " -rcb- ", "’": "'", "‘": "'", **dict.fromkeys('`"“”–—…', " ")})
+BRACKETS = str.maketrans({"(": " -lrb- ", "[": " -lsb- ", "{": " -lcb- ", ")": " -rrb- ",
+                          "]": " -rsb- ", "}": " -rcb- ", "’": "'", "‘": "'",
+                          **dict.fromkeys('`"“”–—…', " ")})
 # A token, in lower case, after BRACKETS: the first alternative that fits.
 TOKEN = re.compile(r"""
     -[lr][rsc]b- | https?://\S+ | www\.\S+ | [\w.]+@\w+\.\w+
@@ -294,16 +321,18 @@ TOKEN = re.compile(r"""
 
 
 def ptb_tokenize(text: str) -> list[str]:
-    """R10: split a sentence into words as pycocoevalcap's tokeniser does (Java's PTBTokenizer in lower case, without
-    punctuation). As there, brackets stay as -lrb- and -rrb-, and runs like "!!" stay. The two differ on about 1
-    sentence in 300: smileys, rare abbreviations, a full stop after a single letter."""
+    """R10: split a sentence into words as pycocoevalcap's tokeniser does (Java's PTBTokenizer in
+    lower case, without punctuation). As there, brackets stay as -lrb- and -rrb-, and runs like "!!"
+    stay. The two differ on about 1 sentence in 300: smileys, rare abbreviations, a full stop after
+    a single letter."""
     text = re.sub(r"--+|\.\.+", " ", text.lower().translate(BRACKETS))
     return [token for token in TOKEN.findall(text) if token not in tuple("'.?!,:-;")]
 
 
 def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
-    """R10: return the mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence each; refs: its
-    references. Words weigh by their rarity among these cases, so a part of a split does not compare with the whole."""
+    """R10: return the mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence
+    each; refs: its references. Words weigh by their rarity among these cases, so a part of a split
+    does not compare with the whole."""
     if len(hyps) != len(refs) or not refs:
         raise ValueError(f"{len(hyps)} sentences for {len(refs)} sets of references")
 
@@ -312,12 +341,14 @@ def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
         return [Counter(zip(*(words[i:] for i in range(n)))) for n in (1, 2, 3, 4)]
 
     def tf_idf(counts):
-        return [{gram: tf * (math.log(len(refs)) - math.log(max(1, frequency[gram]))) for gram, tf in grams.items()}
+        return [{gram: tf * (math.log(len(refs)) - math.log(max(1, frequency[gram])))
+                 for gram, tf in grams.items()}
                 for grams in counts]
 
     def cosine(h, r):
         norms = math.hypot(*h.values()) * math.hypot(*r.values())
-        return ratio(sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r), norms)
+        return ratio(sum(min(weight, r[gram]) * r[gram] for gram, weight in h.items() if gram in r),
+                     norms)
 
     ref_counts = [[count(ref) for ref in listed(group)] for group in refs]
     frequency = Counter()                                   # in how many cases a gram occurs
@@ -330,7 +361,8 @@ def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
     for hyp, group in zip(map(count, hyps), ref_counts):
         total = 0.0
         for ref in group:
-            longer = hyp[1].total() - ref[1].total()        # bigrams: what the reference scorer calls the length
+            # bigrams: what the reference scorer calls the length
+            longer = hyp[1].total() - ref[1].total()
             alike = sum(map(cosine, tf_idf(hyp), tf_idf(ref))) / 4
             total += alike * math.exp(-longer ** 2 / 72)
         scores.append(10 * total / len(group))

@@ -26,9 +26,11 @@ class Sample:
 class Reading:
     """How to read a benchmark's files."""
     images: Path | None = None                  # the folder of the images
-    labels: Path | None = None                  # file or folder of the labels; None: beside the questions
+    # file or folder of the labels; None: beside the questions
+    labels: Path | None = None
     split: str | None = None                    # None: that of the first files found
-    style: str | None = None                    # ask as "llava" or "lmms" does; None: lmms for parquet, else llava
+    # ask as "llava" or "lmms" does; None: lmms for parquet, else llava
+    style: str | None = None
     ocr: bool | None = None                     # TextVQA's OCR line; None: as the style has it
     region: str = "bbox"                        # drawn for RefCOCO, or "seg"
 
@@ -39,14 +41,16 @@ class Loaded:
     samples: list[Sample]                       # in the file's order
     settings: dict                              # what of Reading changes the score
     files: list[str]
-    counts: dict[str, int] = field(default_factory=dict)        # what a reader should know → how often
+    # what a reader should know → how often
+    counts: dict[str, int] = field(default_factory=dict)
     max_new: int = 64                           # tokens of an answer
 
 
 @dataclass
 class Questions:
     """One set of questions to a checkpoint, and where its results go."""
-    name: str                   # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
+    # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
+    name: str
     bench: str                  # key of BENCHMARKS
     benchmark: Benchmark
     loaded: Loaded
@@ -66,7 +70,8 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     found = records(source, files)
     written = "text" in source.columns or ("prompt" in source.columns and name != "own")
     if reading.style == "lmms" and written:
-        raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; give raw ones")
+        raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; "
+                        "give raw ones")
     loaded = Loaded([], {"split": reading.split, "style": reading.style}, [str(p) for p in files])
     loaded.max_new = benchmark.max_new(reading.style) if callable(benchmark.max_new) else benchmark.max_new
     if source.labels is not None:
@@ -99,27 +104,30 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     return loaded
 
 
-# ------------------------------------------------------------------------------------------------ which files
+# -------------------------------------------------------------------------------------- which files
 def patterns(source: Source, split: str | None) -> list[str]:
     """Return the file names of a source, as patterns, with the split filled in."""
     split = split or source.split
-    return [p.replace("{split}", split).replace("{SPLIT}", split.upper()) for p in source.files.split()]
+    return [p.replace("{split}", split).replace("{SPLIT}", split.upper())
+            for p in source.files.split()]
 
 
 def find_files(source: Source, folder: Path, split: str | None) -> list[Path]:
-    """Return the files in a folder that match the first pattern that any matches; or the path itself, if it matches.
-    Raises UserError if several match that are not shards of one file."""
+    """Return the files in a folder that match the first pattern that any matches; or the path
+    itself, if it matches. Raises UserError if several match that are not shards of one file."""
     for pattern in patterns(source, split):
         hits = [folder] if fnmatch(folder.name, pattern) else sorted(folder.glob(pattern))
         if len(hits) > 1 and not source.shards:
-            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: choose one with --data FILE")
+            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: choose one with "
+                            "--data FILE")
         if hits:
             return hits
     return []
 
 
 def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, list[Path]]:
-    """Return the first source of a benchmark whose files are there, and the files. Raises UserError."""
+    """Return the first source of a benchmark whose files are there, and the files. Raises
+    UserError."""
     if not data.exists():
         raise UserError(f"--data {data} does not exist")
     # A split that no source is named after may be part of a file's name: RefCOCO's testA.
@@ -144,13 +152,15 @@ def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, lis
     raise UserError(f"{data} holds no file of {asked}: looked for {wanted}; there is {', '.join(there) or 'nothing'}")
 
 
-# ------------------------------------------------------------------------------------------------ rows and labels
+# ---------------------------------------------------------------------------------- rows and labels
 def records(source: Source, files: list[Path]) -> list[dict]:
-    """Read rows and give their columns our names. Raises UserError for a missing column, with the columns there are."""
+    """Read rows and give their columns our names. Raises UserError for a missing column, with the
+    columns there are."""
     found = []
     for path in files:
         for n, row in enumerate(read_rows(path), 1):
-            row["_n"], record = len(found), {}              # the number over all files: shards are one table
+            # the number over all files: shards are one table
+            row["_n"], record = len(found), {}
             for name, column in source.columns.items():
                 try:
                     record[name] = value_of(row, column)
@@ -168,7 +178,8 @@ def records(source: Source, files: list[Path]) -> list[dict]:
 
 
 def value_of(row: dict, column):
-    """Return a row's value: by a function, "?column" (None if absent), a format over columns, or a column's name."""
+    """Return a row's value: by a function, "?column" (None if absent), a format over columns, or a
+    column's name."""
     if callable(column):
         return column(row)
     if column.startswith("?"):
@@ -177,8 +188,10 @@ def value_of(row: dict, column):
 
 
 def bare(text: str) -> str:
-    """Return the question of a text that is written as LLaVA asks it: without OCR tokens and instructions."""
-    lines = [line for line in without_ocr(text).split("\n") if "\n" + line not in (SHORT, LETTER, UNANSWERABLE)]
+    """Return the question of a text that is written as LLaVA asks it: without OCR tokens and
+    instructions."""
+    lines = [line for line in without_ocr(text).split("\n") if "\n"
+             + line not in (SHORT, LETTER, UNANSWERABLE)]
     return "\n".join(lines)
 
 
@@ -187,7 +200,8 @@ def without_ocr(text: str) -> str:
 
 
 def match_text(text) -> str:
-    """Return what texts are matched by: no case, single spaces, without the end of MME's questions."""
+    """Return what texts are matched by: no case, single spaces, without the end of MME's
+    questions."""
     return " ".join(str(text).split()).lower().removesuffix(YES_OR_NO.lower()).strip()
 
 
@@ -197,15 +211,17 @@ def find_labels(source: Source, reading: Reading, file: Path, data: Path) -> lis
     labels = [place] if place.is_file() else find_files(source.labels, place, reading.split)
     if not labels:
         raise UserError(f"{place} holds no labels for {file.name}: looked for "
-                        f"{', '.join(patterns(source.labels, reading.split))} (--labels says where they are)")
+                        f"{', '.join(patterns(source.labels, reading.split))} (--labels says "
+                        "where they are)")
     return labels
 
 
 def join_labels(questions: list[dict], source: Source, files: list[Path], labels: list[Path], split: str) -> int:
     """Give questions what their labels say. Returns the number of labels left over.
 
-    A question that is asked twice with two labels gets them in order. Raises UserError for a question without a label,
-    for two labels of one question, and, where labels are strict, for labels left over."""
+    A question that is asked twice with two labels gets them in order. Raises UserError for a
+    question without a label, for two labels of one question, and, where labels are strict, for
+    labels left over."""
     def key_of(record):
         return tuple(match_text(record[name]) for name in source.join)
 
@@ -229,7 +245,8 @@ def join_labels(questions: list[dict], source: Source, files: list[Path], labels
         question.update({k: v for k, v in label.items() if k not in ("id", "question")})
     left = [key for key in by_key if key not in used]
     if left and source.labels.strict:
-        raise UserError(f"{len(left)} labels of {label_names} have no question in {names}, the first "
+        raise UserError(f"{len(left)} labels of {label_names} have no question in {names}, "
+                        "the first "
                         f"{' · '.join(left[0])}: the two are of different releases")
     return len(left)
 
@@ -240,7 +257,8 @@ def set_ocr(name: str, rows: list[dict], reading: Reading, file: Path) -> None:
     if ocr is not None and name != "textvqa":
         raise UserError(f"--ocr and --no-ocr are about textvqa's OCR line; {name} has none")
     if ocr and not any(r.get("ocr") is not None or OCR in r.get("text", "") for r in rows):
-        raise UserError(f"--ocr: {file.name} holds no OCR tokens; llava_textvqa_val_v051_ocr.jsonl and parquet do")
+        raise UserError(f"--ocr: {file.name} holds no OCR tokens; "
+                        "llava_textvqa_val_v051_ocr.jsonl and parquet do")
     if ocr or (ocr is None and reading.style == "llava"):
         return
     for r in rows:
@@ -249,9 +267,10 @@ def set_ocr(name: str, rows: list[dict], reading: Reading, file: Path) -> None:
             r["text"] = without_ocr(r["text"])
 
 
-# ------------------------------------------------------------------------------------------------ samples
+# ------------------------------------------------------------------------------------------ samples
 def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file: Path) -> list[Sample]:
-    """Turn records into samples. Raises UserError for an id that is there twice, unless the benchmark repeats ids."""
+    """Turn records into samples. Raises UserError for an id that is there twice, unless the
+    benchmark repeats ids."""
     samples, times = [], Counter()
     for r in rows:
         number = str(r["id"])
@@ -264,16 +283,18 @@ def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file:
         if isinstance(image, list):
             image = image[0] if image else None
         samples.append(Sample(
-            id=number, prompt=prompt_of(benchmark, r, reading.style), image=locate(image, reading.images, file),
-            region=outline(r, reading.region), answer=reference(r.get("answer")),
-            category=None if missing(category) or category == "default" else str(category),
+            id=number, prompt=prompt_of(benchmark, r, reading.style),
+            image=locate(image, reading.images, file), region=outline(r, reading.region),
+            answer=reference(r.get("answer")), category=None if missing(category)
+            or category == "default" else str(category),
             options=[str(o) for o in r.get("options") or []], record=r))
     return samples
 
 
 def count_rotations(samples: list[Sample]) -> int:
-    """Note in each record of MMBench how many rotations its question has. Returns the number of questions with fewer
-    rotations than options (53 in release 20230712). Call it for the whole file: --limit may cut a question in two."""
+    """Note in each record of MMBench how many rotations its question has. Returns the number of
+    questions with fewer rotations than options (53 in release 20230712). Call it for the whole
+    file: --limit may cut a question in two."""
     rotations = Counter(int(s.id) % 10 ** 6 for s in samples)
     short = set()
     for s in samples:
@@ -302,7 +323,8 @@ def locate(image, images: Path | None, file: Path) -> Path | str | Cell | None:
     if not isinstance(image, str):
         raise UserError(f"{file} has image {str(image)[:60]}: give the name of one file")
     if images is None:
-        raise UserError(f"{file} names images, such as {image}: say with --images in which folder they are")
+        raise UserError(f"{file} names images, such as {image}: say with --images in which "
+                        "folder they are")
     return images / image
 
 
@@ -319,12 +341,13 @@ def check_images_exist(samples: list[Sample]) -> None:
     files = dict.fromkeys(s.image for s in samples if isinstance(s.image, Path))
     lost = [file for file in files if not file.is_file()]
     if lost:
-        raise UserError(f"{len(lost)} of {len(files)} images are not there, such as {lost[0]}: is --images the folder "
-                        "that the names are relative to?")
+        raise UserError(f"{len(lost)} of {len(files)} images are not there, such as {lost[0]}: is "
+                        "--images the folder that the names are relative to?")
 
 
 def shuffle_images(samples: list[Sample]) -> list[Sample]:
-    """Give each question another one's image, by a fixed permutation: the score of a model that ignores the image."""
+    """Give each question another one's image, by a fixed permutation: the score of a model that
+    ignores the image."""
     images = [(s.image, s.region) for s in samples if s.image is not None]
     images = iter(random.Random(0).sample(images, len(images)))
     shuffled = []

@@ -10,7 +10,7 @@ from evaluation.benchmarks import LETTERS, Benchmark
 from evaluation.questions import Questions, Sample
 
 
-# ------------------------------------------------------------------------------------------------ one answer
+# --------------------------------------------------------------------------------------- one answer
 def as_list(answer) -> list[str]:
     return answer if isinstance(answer, list) else [answer]
 
@@ -39,12 +39,14 @@ def open_or_choice(s: Sample, p: str):
 
 SCORES = {   # (sample, prediction) → (what was understood, None if nothing; score from 0 to 1)
     "vqa": lambda s, p: (metrics.vqa_norm(p), metrics.vqa_acc(p, as_list(s.answer))),
-    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False), metrics.vqa_acc(p, as_list(s.answer), m4c=False)),
+    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False),
+                           metrics.vqa_acc(p, as_list(s.answer), m4c=False)),
     "exact": lambda s, p: (p, float(any(metrics.exact(p, a) for a in as_list(s.answer)))),
     "anls": lambda s, p: (p, metrics.anls(p, as_list(s.answer))),
     "contains": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, ""))),
     "ocrbench": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, s.record["dataset"]))),
-    "realworldqa": lambda s, p: (metrics.pick_choice(p, "ABCD") if s.answer in ("A", "B", "C", "D") else p,
+    "realworldqa": lambda s, p: (metrics.pick_choice(p, "ABCD") if s.answer in ("A", "B", "C", "D")
+                                 else p,
                                  float(metrics.realworldqa(p, s.answer))),
     "choice": choice,
     "mmmu": open_or_choice,
@@ -54,7 +56,7 @@ SCORES = {   # (sample, prediction) → (what was understood, None if nothing; s
 }
 
 
-# ------------------------------------------------------------------------------------------------ all answers
+# -------------------------------------------------------------------------------------- all answers
 @dataclass
 class Scored:
     """The samples with a reference answer, and what is known of each."""
@@ -62,7 +64,8 @@ class Scored:
     predictions: list[str | None]
     scores: list[float]                         # summary_cider sets them
     headline: str
-    partial: bool                               # --limit: leave incomplete groups out instead of raising ValueError
+    # --limit: leave incomplete groups out instead of raising ValueError
+    partial: bool
 
 
 def mean(values) -> float:
@@ -84,7 +87,8 @@ def summary_mean(t: Scored) -> dict:
 def summary_own(t: Scored) -> dict:
     """accuracy is over questions, mean over categories."""
     category = by_category(t, lambda s: s.category or "all")
-    return {"accuracy": mean(t.scores), "mean": sum(category.values()) / len(category), "category": category}
+    return {"accuracy": mean(t.scores), "mean": sum(category.values()) / len(category),
+            "category": category}
 
 
 def summary_sqa(t: Scored) -> dict:
@@ -98,7 +102,8 @@ def summary_pope(t: Scored) -> dict:
         m = metrics.pope([p for _, p in pairs], [s.answer for s, _ in pairs])
         return {k: v if k == "n" else 100 * v for k, v in m.items()}
 
-    # POPE's rule takes "" for a yes. A missing answer must be wrong, so it becomes the opposite of the reference.
+    # POPE's rule takes "" for a yes. A missing answer must be wrong, so it becomes the opposite of
+    # the reference.
     pairs, groups = [], {}
     for s, p in zip(t.samples, t.predictions):
         if p is None:
@@ -111,14 +116,16 @@ def summary_pope(t: Scored) -> dict:
 
 
 def summary_mme(t: Scored) -> dict:
-    rows = [(s.category, s.record["group"], p or "", s.answer) for s, p in zip(t.samples, t.predictions)]
+    rows = [(s.category, s.record["group"], p or "", s.answer)
+            for s, p in zip(t.samples, t.predictions)]
     result = metrics.mme(rows, t.partial)
     sums = {k: result.pop(k) for k in ("perception", "cognition", "dropped") if k in result}
     return {**sums, "category": result}
 
 
 def summary_circular(t: Scored) -> dict:
-    """A question's rotations are in the category of its own row, the one with the smallest index."""
+    """A question's rotations are in the category of its own row, the one with the smallest
+    index."""
     own = {}
     for s in sorted(t.samples, key=lambda s: int(s.id)):
         own.setdefault(int(s.id) % 10 ** 6, s)
@@ -130,7 +137,8 @@ def summary_circular(t: Scored) -> dict:
     whole = metrics.circular(rows, sizes, t.partial)
     category = {name: 100 * metrics.circular(group, sizes, t.partial)["circular"]
                 for name, group in groups.items() if name is not None}
-    return {**whole, "circular": 100 * whole["circular"], "vanilla": 100 * whole["vanilla"], "category": category}
+    return {**whole, "circular": 100 * whole["circular"], "vanilla": 100 * whole["vanilla"],
+            "category": category}
 
 
 def summary_mmstar(t: Scored) -> dict:
@@ -140,34 +148,39 @@ def summary_mmstar(t: Scored) -> dict:
     for (area, _), value in detail.items():
         areas.setdefault(area, []).append(value / 100)
     return {"average": mean(v / 100 for v in detail.values()), "accuracy": mean(t.scores),
-            "category": {area: mean(v) for area, v in areas.items()}, "detail": {n: v for (_, n), v in detail.items()}}
+            "category": {area: mean(v) for area, v in areas.items()},
+            "detail": {n: v for (_, n), v in detail.items()}}
 
 
 def summary_ocrbench(t: Scored) -> dict:
     types = {}
     for s, score in zip(t.samples, t.scores):
         types[s.category] = types.get(s.category, 0) + int(score)
-    recognition = sum(n for name, n in types.items() if "Recogni" in name and "Expression" not in name)
+    recognition = sum(n for name, n in types.items() if "Recogni" in name
+                      and "Expression" not in name)
     return {"hits": sum(types.values()), "recognition": recognition, "category": types}
 
 
 def summary_cider(t: Scored) -> dict:
-    value, t.scores = metrics.cider([p or "" for p in t.predictions], [as_list(s.answer) for s in t.samples])
+    value, t.scores = metrics.cider([p or "" for p in t.predictions],
+                                    [as_list(s.answer) for s in t.samples])
     return {"cider": 100 * value}
 
 
 SUMMARIES = {   # Scored → metrics, in % where they are ratios
-    "mean": summary_mean, "own": summary_own, "sqa": summary_sqa, "pope": summary_pope, "mme": summary_mme,
-    "circular": summary_circular, "mmstar": summary_mmstar, "ocrbench": summary_ocrbench, "cider": summary_cider}
+    "mean": summary_mean, "own": summary_own, "sqa": summary_sqa, "pope": summary_pope,
+    "mme": summary_mme, "circular": summary_circular, "mmstar": summary_mmstar,
+    "ocrbench": summary_ocrbench, "cider": summary_cider}
 
 
 def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, str],
           partial: bool = False) -> tuple[list[dict], dict]:
     """Score predictions by id. A sample without a prediction scores 0.
 
-    Returns (rows, results): of each sample id, image, prompt, prediction, parsed, answer, score; metrics, headline and
-    the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters found by an option's text), n_no_option
-    (references that are none of the options). partial: MME and MMBench leave incomplete groups out."""
+    Returns (rows, results): of each sample id, image, prompt, prediction, parsed, answer, score;
+    metrics, headline and the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters
+    found by an option's text), n_no_option (references that are none of the options). partial: MME
+    and MMBench leave incomplete groups out."""
     rows = []
     for s in samples:
         p, parsed, value = predictions.get(s.id), None, None
@@ -177,14 +190,16 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
             try:
                 parsed, value = SCORES[benchmark.score](s, p)
             except (AttributeError, KeyError, TypeError, ValueError):
-                raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, which its "
-                                "benchmark's rule cannot compare an answer with") from None
-        rows.append({"id": s.id, "image": str(s.image) if isinstance(s.image, Path) else None, "prompt": s.prompt,
-                     "prediction": p, "parsed": parsed, "answer": s.answer, "score": value})
+                raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, "
+                                "which its benchmark's rule cannot compare an answer with") from None
+        rows.append({"id": s.id, "image": str(s.image) if isinstance(s.image, Path) else None,
+                     "prompt": s.prompt, "prediction": p, "parsed": parsed, "answer": s.answer,
+                     "score": value})
     with_answer = [(s, r) for s, r in zip(samples, rows) if s.answer is not None]
     results = {"n": len(samples), "n_scored": len(with_answer),
                "n_missing": sum(r["prediction"] is None for r in rows),
-               "n_unparsed": sum(r["parsed"] is None and r["prediction"] is not None for _, r in with_answer),
+               "n_unparsed": sum(r["parsed"] is None
+                                 and r["prediction"] is not None for _, r in with_answer),
                "n_text_matched": 0, "n_no_option": 0}
     if benchmark.score in ("choice", "mmmu"):
         for s, r in with_answer:
@@ -207,15 +222,17 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
     return rows, results
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 def table(results: dict[str, dict[str, float]]) -> str:
     """Rows of numbers by name, as aligned text."""
     columns = list(dict.fromkeys(c for r in results.values() for c in r))
     width = max(len(name) for name in results) + 2
     lines = [" " * width + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
     for name, r in results.items():
-        cells = [f"{r[c]:.1f}" if isinstance(r.get(c), float) else str(r.get(c, "")) for c in columns]
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>{max(len(c), 5) + 2}}" for c, cell in zip(columns, cells)))
+        cells = [f"{r[c]:.1f}" if isinstance(r.get(c), float) else str(r.get(c, ""))
+                 for c in columns]
+        lines.append(f"{name:{width}}"
+                     + "".join(f"{cell:>{max(len(c), 5) + 2}}" for c, cell in zip(columns, cells)))
     return "\n".join(lines)
 
 
@@ -225,14 +242,15 @@ def own_row(report: dict) -> dict[str, float]:
 
 
 def summary(reports: list[dict]) -> str:
-    """Results as text. Own questions: one table, and counts if something is unusual. A benchmark: all numbers, and the
-    settings that they depend on."""
+    """Results as text. Own questions: one table, and counts if something is unusual. A benchmark:
+    all numbers, and the settings that they depend on."""
     lines = []
     rows = {r["name"]: own_row(r) for r in reports if r["benchmark"] == "own" and "metrics" in r}
     if rows:
         lines.append(table(rows))
     for r in reports:
-        counts = [f"{k} {r[k]}" for k in ("n", "n_scored", "n_missing", "n_unparsed", "n_text_matched")]
+        counts = [f"{k} {r[k]}" for k in ("n", "n_scored", "n_missing", "n_unparsed",
+                                          "n_text_matched")]
         name = r["name"] + (f", PARTIAL: the first {r['n']} questions" if r["partial"] else "")
         if r["benchmark"] == "own":
             if r["partial"] or r["n_scored"] < r["n"] or r["n_missing"] or r["n_unparsed"]:
@@ -257,12 +275,14 @@ def metric_rows(m: dict) -> dict[str, dict]:
     if "pooled" in m:
         rows["pooled"] = m["pooled"]
     for k, v in {**m.get("category", {}), **m.get("detail", {})}.items():
-        rows[k] = v if isinstance(v, dict) else {"by category": v}          # POPE's categories have several numbers
+        # POPE's categories have several numbers
+        rows[k] = v if isinstance(v, dict) else {"by category": v}
     return rows
 
 
 def compare(folders: list[str]) -> str:
-    """Headline numbers of the results.json files in folders, a row each, and a warning for settings that differ."""
+    """Headline numbers of the results.json files in folders, a row each, and a warning for settings
+    that differ."""
     rows, values = {}, {}
     for folder in map(Path, folders):
         reports = [read_json(p, dict) for p in sorted(folder.glob("**/results.json"))]
@@ -274,7 +294,8 @@ def compare(folders: list[str]) -> str:
             kinds = {"name": str, "settings": dict, "n": int, "headline": dict}
             whole = all(isinstance(r.get(k), kind) for k, kind in kinds.items())
             if not whole or not all(isinstance(v, int | float) for v in r["headline"].values()):
-                raise UserError(f"{folder} holds a results.json without a name, settings and numbers: evaluate again")
+                raise UserError(f"{folder} holds a results.json without a name, settings and "
+                                "numbers: evaluate again")
             name = r["name"] + (", partial" if r["partial"] else "")
             for metric, value in r["headline"].items():
                 rows.setdefault(str(folder), {})[f"{name} {metric}"] = value
@@ -282,11 +303,13 @@ def compare(folders: list[str]) -> str:
                 if k not in ("checkpoint", "answers"):
                     values.setdefault((r["name"], k), {}).setdefault(str(v), str(folder))
     if not rows:
-        raise UserError(f"{', '.join(folders)}: no question has a reference answer, so there is no number to compare")
+        raise UserError(f"{', '.join(folders)}: no question has a reference answer, so there is "
+                        "no number to compare")
     lines = [table(rows)]
     for (name, k), found in values.items():
         if len(found) > 1:
-            lines.append(f"warning: {name}'s {k} differs: " + ", ".join(f"{v} in {f}" for v, f in found.items()))
+            lines.append(f"warning: {name}'s {k} differs: "
+                         + ", ".join(f"{v} in {f}" for v, f in found.items()))
     return "\n".join(lines)
 
 

@@ -28,7 +28,8 @@ def mmbench_row(s: Sample, p: str, parsed) -> dict:
     return {**row, "split": s.record["split"] or ""}
 
 
-SUBMISSIONS = {   # name → (kind of file, (sample, prediction, parsed) → its row; of an object its (key, value))
+# name → (kind of file, (sample, prediction, parsed) → its row; of an object its (key, value))
+SUBMISSIONS = {
     "vqav2": ("json", vqa_row),
     "textvqa": ("json", vqa_row),
     "vizwiz": ("json", vizwiz_row),
@@ -43,16 +44,18 @@ SUBMISSIONS = {   # name → (kind of file, (sample, prediction, parsed) → its
 
 
 def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
-    """Raise UserError if the spreadsheet is all that there will be, because no answer is public, and openpyxl, which
-    writes it, is missing. Call before answering."""
+    """Raise UserError if the spreadsheet is all that there will be, because no answer is public,
+    and openpyxl, which writes it, is missing. Call before answering."""
     private = all(s.answer is None for s in samples)
     if benchmark.submission == "mmbench" and private and not find_spec("openpyxl"):
-        raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: pip install openpyxl")
+        raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: pip "
+                        "install openpyxl")
 
 
 def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
                      out: Path) -> str | None:
-    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if there is none, or openpyxl is missing.
+    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if there is none, or
+    openpyxl is missing.
 
     rows: those of `score`; data: the folder of the questions."""
     if benchmark.submission is None:
@@ -74,12 +77,14 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
 
 
 def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
-    """VQAv2's server takes an answer to every question of test2015: add "" for those that were not asked."""
+    """VQAv2's server takes an answer to every question of test2015: add "" for those that were not
+    asked."""
     by_id = {a["question_id"]: a["answer"] for a in answers}
     rows = []
     for path in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl"):
         for r in read_jsonl(path):
-            rows.append({"question_id": r["question_id"], "answer": by_id.get(r["question_id"], "")})
+            rows.append({"question_id": r["question_id"],
+                         "answer": by_id.get(r["question_id"], "")})
     return rows or answers
 
 

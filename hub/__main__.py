@@ -10,7 +10,8 @@ from hub.check import CheckFlags, print_check
 from hub.export import ExportFlags, export
 from hub.inspect import InspectFlags, inspect
 
-COMMANDS = {"inspect": ("DIR", InspectFlags), "check": ("FILE", CheckFlags), "export": ("CKPT OUT", ExportFlags)}
+COMMANDS = {"inspect": ("DIR", InspectFlags), "check": ("FILE", CheckFlags),
+            "export": ("CKPT OUT", ExportFlags)}
 
 
 def main() -> None:
@@ -20,7 +21,8 @@ def main() -> None:
         print(__doc__)
         return
     if not words or words[0] not in COMMANDS:
-        raise UserError("say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT; see --help")
+        raise UserError("say python -m hub inspect DIR, check FILE --images DIR, or export CKPT "
+                        "OUT; see --help")
     operands, config = COMMANDS[words[0]]
     usage = f"python -m hub {words[0]} {operands}"
     cfg = parse(config, flags, usage)                           # --help ends here

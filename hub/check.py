@@ -20,10 +20,12 @@ from hub.tokenizer import load_tokenizer
 class CheckFlags:
     """Look through FILE, LLaVA JSON or JSONL, before a run. The exit code is 0 if every sample can be used, else 2.
 
-    `python -m look --data FILE --images DIR --llm DIR --vision DIR --show N` shows samples as the model gets them."""
+    `python -m look --data FILE --images DIR --llm DIR --vision DIR --show N` shows samples as the
+    model gets them."""
     images: str | None = option(None, "the folder of its images", "samples")
     out: str | None = option(None, "write the list of the samples that cannot be used to this file")
-    llm: str | None = option(None, "a language model's folder: find the samples of which --max-length leaves no answer",
+    llm: str | None = option(None, "a language model's folder: find the samples of which "
+                                   "--max-length leaves no answer",
                              "length (with --llm)")
     template: Literal[tuple(TEMPLATES)] = option("v1", "how a conversation is written")
     image_tokens: int = option(576, "positions of an image", most=2**14)
@@ -31,8 +33,9 @@ class CheckFlags:
 
 
 def image_problem(path: Path) -> str | None:
-    """Return why an image cannot be used, or None. Reads the file's two ends, and decodes it only if those look wrong:
-    half a million images take seconds, not hours. Damage in between shows when training decodes the image."""
+    """Return why an image cannot be used, or None. Reads the file's two ends, and decodes it only
+    if those look wrong: half a million images take seconds, not hours. Damage in between shows when
+    training decodes the image."""
     try:
         with read_header(path) as image:
             kind = image.format
@@ -50,7 +53,8 @@ def image_problem(path: Path) -> str | None:
 
 
 def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
-    """Return image file → why it cannot be used. Checks every file once, a few thousand at a time."""
+    """Return image file → why it cannot be used. Checks every file once, a few thousand at a
+    time."""
     # One sample of each image, in the order of the file. Key 0 means text alone.
     keys, first = np.unique(samples.column("image"), return_index=True)
     first = np.sort(first[keys != 0])
@@ -67,7 +71,8 @@ def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
 def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, str]]:
     """Return (what → how many samples, number of a sample → why it cannot be used)."""
     samples = SampleFile(path)
-    image, malformed, answered = (samples.column(name) for name in ("image", "malformed", "answered"))
+    image, malformed, answered = (samples.column(name)
+                                  for name in ("image", "malformed", "answered"))
     if image.any() and cfg.images is None:
         raise UserError(f"{path} names images: say with --images in which folder they are")
     silent = ~malformed & ~answered
@@ -75,7 +80,8 @@ def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, 
     why |= dict.fromkeys(np.flatnonzero(silent).tolist(), "has no answer")
     rows = {"samples": len(samples), "with an image": int((image != 0).sum()),
             "text alone": int((~malformed & (image == 0)).sum()), "malformed": int(malformed.sum()),
-            "without an answer": int(silent.sum()), "image missing": 0, "image corrupt": 0, "image unreadable": 0}
+            "without an answer": int(silent.sum()), "image missing": 0, "image corrupt": 0,
+            "image unreadable": 0}
     if image.any():
         found = image_problems(samples, cfg.images)
         for i in np.flatnonzero(samples.with_image(list(found))).tolist():
@@ -89,7 +95,8 @@ def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, 
             why[i] = f"has image {name}: {found[name]}"
     if cfg.llm:
         tokenizer, row = load_tokenizer(cfg.llm), f"no answer within {cfg.max_length} positions"
-        eos_id(tokenizer, cfg.template)                         # raises if the template is another family's
+        # raises if the template is another family's
+        eos_id(tokenizer, cfg.template)
         rows[row] = 0
         for i in tqdm(np.flatnonzero(answered).tolist(), desc="text", delay=2, leave=False):
             turns = samples[i]["conversations"]
@@ -105,8 +112,10 @@ def print_check(path: str, cfg: CheckFlags) -> None:
     if cfg.images and not Path(cfg.images).is_dir():
         raise UserError(f"--images {cfg.images} is not a folder")
     refuse_existing(cfg.out)
-    if cfg.out and not os.access(Path(cfg.out).parent, os.W_OK):                # first: the check may take minutes
-        raise UserError(f"--out {cfg.out} cannot be written: {Path(cfg.out).parent} is no folder, or is read-only")
+    # first: the check may take minutes
+    if cfg.out and not os.access(Path(cfg.out).parent, os.W_OK):
+        raise UserError(f"--out {cfg.out} cannot be written: {Path(cfg.out).parent} is no folder, "
+                        "or is read-only")
     rows, why = check(path, cfg)
     for name, count in rows.items():
         print(f"{name:32} {count:12,}")
@@ -114,5 +123,6 @@ def print_check(path: str, cfg: CheckFlags) -> None:
         write_text(Path(cfg.out), "".join(f"sample {i} {why[i]}\n" for i in sorted(why)))
     if why:
         first, lists = min(why), cfg.out or "--out FILE"
-        raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {path} cannot be used; the first is sample "
+        raise UserError(f"{len(why):,} of {rows['samples']:,} samples of {path} cannot be used; "
+                        "the first is sample "
                         f"{first}, which {why[first]}; {lists} lists them")

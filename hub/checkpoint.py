@@ -1,7 +1,8 @@
 """Whole models: our checkpoints, written and read, and released LLaVA folders, read.
 
-A checkpoint is a folder: config.json (all that is needed to rebuild the model), model.safetensors (stage 1: what was
-trained; stage 2: everything), optimizer.safetensors (to resume), tokenizer.json and preprocessor_config.json.
+A checkpoint is a folder: config.json (all that is needed to rebuild the model), model.safetensors
+(stage 1: what was trained; stage 2: everything), optimizer.safetensors (to resume), tokenizer.json
+and preprocessor_config.json.
 """
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.files import write_json, write_text
+from common.files import read_json, write_json, write_text
 from common.flags import UserError
 from hub.configs import OURS, RELEASED, check_supported, image_settings, read_config, refuse_hub_id, vision_config
 from hub.connectors import name_of
@@ -23,13 +24,14 @@ from model import Llava, VisionConfig
 OPTIMIZER = "optimizer.safetensors"
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------------------ loading
 def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | Path | None = None,
                dtype: torch.dtype | None = None, device="cpu") -> Llava:
     """Load a whole model: a checkpoint or a released LLaVA. dtype None: as stored.
 
-    vision, llm: folders of parts that `folder` does not hold. liuhaotian's LLaVA needs its CLIP; a stage-1 checkpoint
-    names both itself, these say where they are now. Raises UserError if a part cannot be found."""
+    vision, llm: folders of parts that `folder` does not hold. liuhaotian's LLaVA needs its CLIP; a
+    stage-1 checkpoint names both itself, these say where they are now. Raises UserError if a part
+    cannot be found."""
     for base in (vision, llm):
         if base is not None:
             refuse_hub_id(base)
@@ -38,7 +40,8 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
     folder = checkpoint_folder(folder)
     c, found = read_config(folder, "vision", "llm", "vision_layer"), find_tensors(folder)
     if is_whole(folder, found):
-        vit, decoder = (load(folder, dtype, device, found=found) for load in (load_vision, load_llm))
+        vit, decoder = (load(folder, dtype, device, found=found)
+                        for load in (load_vision, load_llm))
     else:
         vision, llm = vision or c["vision"], llm or c["llm"]
         for flag, base in [("--vision", vision), ("--llm", llm)]:
@@ -46,12 +49,14 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
                 raise UserError(f"{folder} was trained on {base}, which is not there now: say where it is with {flag}")
         vit, decoder = load_vision(vision, dtype, device), load_llm(llm, dtype, device)
         load_moca(folder, decoder, dtype, device, found)
-    projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype, device, found)
+    projector = load_projector(folder, vit.config.hidden_size, decoder.config.hidden_size, dtype,
+                               device, found)
     return Llava(vit, projector, decoder, checked_layer(folder, c["vision_layer"], vit.config))
 
 
 def checked_layer(folder: Path, layer, tower: VisionConfig) -> int:
-    """Return the vision layer that config.json names. Raises UserError if the tower has no such layer."""
+    """Return the vision layer that config.json names. Raises UserError if the tower has no such
+    layer."""
     most = tower.num_hidden_layers
     check_supported(folder / "config.json", [("features of vision layer", layer,
                                               type(layer) is int and -most - 1 <= layer <= most)])
@@ -65,7 +70,8 @@ def is_released(folder: str | Path) -> bool:
 
 
 def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfig, int]:
-    """Return the vision tower's config of a released model, and the layer of it that the projector reads."""
+    """Return the vision tower's config of a released model, and the layer of it that the projector
+    reads."""
     c = read_config(folder)
     described = "vision_config" in c
     if not (vision or described):
@@ -79,7 +85,8 @@ def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfi
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
                                              ("projector_hidden_act", activation, activation == "gelu")])
 
-    # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a patch.
+    # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a
+    # patch.
     return replace(config, drop_first_patch=siglip and patches_only), checked_layer(folder, layer, config)
 
 
@@ -97,23 +104,28 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
     else:
         vit = load_vision(vision, dtype, device, config)
     llm = load_llm(folder, dtype, device, found=found)
-    projector = load_projector(folder, vit.config.hidden_size, llm.config.hidden_size, dtype, device, found)
+    projector = load_projector(folder, vit.config.hidden_size, llm.config.hidden_size, dtype,
+                               device, found)
     return Llava(vit, projector, llm, layer)
 
 
-# ------------------------------------------------------------------------------------------------ a run's checkpoints
+# ------------------------------------------------------------------------------ a run's checkpoints
 def checkpoints(run: str | Path, stage: str = "*") -> list[Path]:
-    """Return the complete checkpoints in a run's folder, oldest first: <stage>-<step>, stage 1 before stage 2."""
-    found = [p for p in Path(run).glob(f"{stage}-*") if re.fullmatch(r"(pretrain|finetune)-\d+", p.name)]
+    """Return the complete checkpoints in a run's folder, oldest first: <stage>-<step>, stage 1
+    before stage 2."""
+    found = [p for p in Path(run).glob(f"{stage}-*")
+             if re.fullmatch(r"(pretrain|finetune)-\d+", p.name)]
     return sorted(found, key=lambda p: (p.name.startswith("finetune"), int(p.name.split("-")[1])))
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """Return `path` if it is a checkpoint, the newest one in it if it is a run. Raises UserError if it is neither."""
+    """Return `path` if it is a checkpoint, the newest one in it if it is a run. Raises UserError if
+    it is neither."""
     path = Path(path)
     if not path.is_dir():
         refuse_hub_id(path)
-        raise UserError(f"{path} does not exist: give a checkpoint's folder, or the --out folder of a run")
+        raise UserError(f"{path} does not exist: give a checkpoint's folder, or the --out "
+                        "folder of a run")
     if not (path / "config.json").is_file() and checkpoints(path):
         return checkpoints(path)[-1]
     if read_config(path).get("model_type") != OURS:
@@ -122,9 +134,10 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its digest."""
+    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its
+    digest."""
     try:
-        read_config(folder)
+        read_json(folder / "config.json", dict)
         if not (folder / OPTIMIZER).is_file():
             return f"{folder / OPTIMIZER} is missing (the two newest checkpoints of a stage have one)"
         for path in [*weight_files(folder), folder / OPTIMIZER]:
@@ -137,17 +150,20 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def is_whole(folder: Path, found=None) -> bool:
-    """True if a checkpoint stores the whole model. Stage 1 stores the projector alone, unless more was trained."""
+    """True if a checkpoint stores the whole model. Stage 1 stores the projector alone, unless more
+    was trained."""
     return any(name.startswith("language_model.model.") for name in found or find_tensors(folder))
 
 
 def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state: dict,
                     write: bool = True) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a killed run leaves no partial checkpoint.
+    """Write a checkpoint under a temporary name, then rename it: a killed run leaves no partial
+    checkpoint.
 
-    trained: names of the parameters to store. config: goes into config.json, with the configs of the parts. state: the
-    optimizer's tensors by name. write=False: this rank only contributes its share of sharded tensors. Raises UserError
-    if the disk is full; earlier checkpoints are not touched."""
+    trained: names of the parameters to store. config: goes into config.json, with the configs of
+    the parts. state: the optimizer's tensors by name. write=False: this rank only contributes its
+    share of sharded tensors. Raises UserError if the disk is full; earlier checkpoints are not
+    touched."""
     tensors = {n: p for n, p in model.named_parameters() if n in trained}
     if not write:
         save_tensors(folder, tensors, write=False)
@@ -163,20 +179,23 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
         shutil.rmtree(temporary, ignore_errors=True)
         reason = " ".join(str(e).split())[:160]
         free = shutil.disk_usage(folder.parent).free / 1e9
-        raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). Earlier checkpoints "
-                        "are intact: make room, then --resume") from None
+        raise UserError(f"{folder} could not be saved ({reason}; {free:.1f} GB are free there). "
+                        "Earlier checkpoints are intact: make room, then --resume") from None
 
 
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state: dict) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
     write_json(folder / "preprocessor_config.json", image_settings(config["vision"])[1])
-    write_text(folder / "tokenizer.json", load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
+    write_text(folder / "tokenizer.json",
+               load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
     write_json(folder / "config.json", {
-        "model_type": OURS, "code_version": CODE_VERSION, **config, "vision_layer": model.vision_layer,
-        "connector": name_of(model.multi_modal_projector),
-        "vision_config": asdict(model.vision_tower.config), "text_config": asdict(model.language_model.config)})
+        "model_type": OURS, "code_version": CODE_VERSION, **config,
+        "vision_layer": model.vision_layer, "connector": name_of(model.multi_modal_projector),
+        "vision_config": asdict(model.vision_tower.config),
+        "text_config": asdict(model.language_model.config)})
     digests = save_tensors(folder, tensors)
     write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})
     for path in folder.iterdir():
         with open(path, "rb") as f:
-            os.fsync(f.fileno())                          # the rename must not reach the disk before the data
+            # the rename must not reach the disk before the data
+            os.fsync(f.fileno())

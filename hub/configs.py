@@ -13,51 +13,61 @@ from data import ImageProcessor
 from hub.tensors import CODE_VERSION
 from model import ACTIVATIONS, DecoderConfig, VisionConfig
 
-# A released config.json may leave out what is the default of its class, and never says what holds for its whole family.
+# A released config.json may leave out what is the default of its class, and never says what holds
+# for its whole family.
 DECODERS = {
     "llama": dict(),
     "mistral": dict(num_key_value_heads=8, intermediate_size=14336, max_position_embeddings=131072,
                     sliding_window=4096),
-    "qwen2": dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-                  sliding_window=4096, qkv_bias=True),
-    "phi": dict(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, rms_norm_eps=1e-5,
-                partial_rotary_factor=0.5, hidden_act="gelu_tanh", norm="layer", gated=False, bias=True, head_bias=True,
-                parallel=True),
+    "qwen2": dict(vocab_size=151936, intermediate_size=22016, num_key_value_heads=32,
+                  max_position_embeddings=32768, sliding_window=4096, qkv_bias=True),
+    "phi": dict(vocab_size=51200, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+                rms_norm_eps=1e-5, partial_rotary_factor=0.5, hidden_act="gelu_tanh", norm="layer",
+                gated=False, bias=True, head_bias=True, parallel=True),
     "phi3": dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, rms_norm_eps=1e-5,
                  max_position_embeddings=4096),
-    "gemma": dict(vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
-                  num_attention_heads=16, num_key_value_heads=16, head_dim=256, max_position_embeddings=8192,
-                  tie_word_embeddings=True, hidden_act="gelu_tanh", norm_plus_one=True),
+    "gemma": dict(vocab_size=256000, hidden_size=3072, intermediate_size=24576,
+                  num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16,
+                  head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True,
+                  hidden_act="gelu_tanh", norm_plus_one=True),
 }
-VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6,
+VISION = {"clip_vision_model": dict(),
+          "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6,
                                                                    hidden_act="gelu_tanh", class_token=False)}
 # Names of activations in released files → in model.py. Export writes the first name of each.
-ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh"}
+ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+                    "gelu_fast": "gelu_tanh"}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"       # model_type of whole models
+# model_type of whole models
+OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"
 RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 # Fields of config.json whose type is checked wherever they stand; null means unset.
 FIELDS = {
     **dict.fromkeys(("model_type", "hidden_act", "hidden_activation"), str),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"), dict),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"),
+                    dict),
     **dict.fromkeys(("stage", "template", "after_special", "vision", "llm", "connector"), str),
-    **dict.fromkeys(("step", "steps", "max_length", "vision_layer"), int), "pad": bool, "plain_specials": bool}
+    **dict.fromkeys(("step", "steps", "max_length", "vision_layer"), int), "pad": bool,
+    "plain_specials": bool}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
-HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")    # organization/name; not our own folders
+# organization/name; not our own folders
+HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")
 
 
 def refuse_hub_id(folder: str | Path) -> None:
     """Raise UserError if `folder` is no folder but reads like a Hugging Face id."""
     name = str(folder)
     if HUB_ID.fullmatch(name) and not Path(name).parent.exists():
-        raise UserError(f"there is no folder {name}, and nothing is downloaded here: if that is a Hugging Face id, run "
+        raise UserError(f"there is no folder {name}, and nothing is downloaded here: if that is a "
+                        "Hugging Face id, run "
                         f"huggingface-cli download {name} --local-dir DIR, then give DIR")
 
 
 def read_config(folder: str | Path, *needed: str) -> dict:
-    """Return the config.json of a folder. Raises UserError if there is none, for a field of another type, for one of
-    the `needed` fields that is absent, and for a LLaVA that cuts images into tiles (LLaVA-NeXT, OneVision)."""
+    """Return the config.json of a folder. Raises UserError if there is none, for a field of another
+    type, for one of the `needed` fields that is absent, and for a LLaVA that cuts images into tiles
+    (LLaVA-NeXT, OneVision)."""
     refuse_hub_id(folder)
     path = Path(folder) / "config.json"
     c = read_json(path, dict)
@@ -71,8 +81,8 @@ def read_config(folder: str | Path, *needed: str) -> dict:
             raise UserError(f"{path} has no {name}: it was cut, or is of another kind of model")
     kind, aspect, version = c.get("model_type") or "", str(c.get("image_aspect_ratio")), c.get("code_version", 0)
     if kind.startswith(("llava_next", "llava_onevision")) or aspect.startswith("anyres"):
-        raise UserError(f"{path} is of LLaVA-NeXT or OneVision (model_type {kind}): any-resolution tiles are not "
-                        "supported; take a LLaVA-1.5")
+        raise UserError(f"{path} is of LLaVA-NeXT or OneVision (model_type {kind}): "
+                        "any-resolution tiles are not supported; take a LLaVA-1.5")
     if kind == OURS:
         if type(version) is not int or not 0 <= version <= CODE_VERSION:
             raise UserError(f"{path} has code_version {version!r}, this nanoalign knows {CODE_VERSION} and older: use "
@@ -84,15 +94,17 @@ def read_config(folder: str | Path, *needed: str) -> dict:
 
 
 def check_supported(path: Path, fields: list[tuple[str, object, bool]]) -> None:
-    """Raise UserError for the first of (field of the file, its value, is it supported) that is not supported."""
+    """Raise UserError for the first of (field of the file, its value, is it supported) that is not
+    supported."""
     for field, value, supported in fields:
         if not supported:
             raise UserError(f"{path} asks for {field} {value!r}, which is not supported")
 
 
 def from_fields(path: Path, cls, defaults: dict, c: dict, fixed=()):
-    """Return a config dataclass: `defaults`, replaced by the fields of config.json `c` that `cls` has. The file cannot
-    change the fields in `fixed`. Raises UserError for a value of another type or size than any model has."""
+    """Return a config dataclass: `defaults`, replaced by the fields of config.json `c` that `cls`
+    has. The file cannot change the fields in `fixed`. Raises UserError for a value of another type
+    or size than any model has."""
     known = {f.name for f in dataclasses.fields(cls)} - set(fixed)
     # null means unset, except for sliding_window, where it means no window.
     given = {k: v for k, v in c.items() if k in known and (v is not None or k == "sliding_window")}
@@ -139,28 +151,32 @@ def shape_problem(c: VisionConfig | DecoderConfig) -> str | None:
 
 
 def vision_config(folder: str | Path) -> VisionConfig:
-    """Return the config of a vision encoder. Reads folders of CLIP or SigLIP (both towers, or the vision tower alone),
-    llava-hf, TinyLLaVA, and our checkpoints. Raises UserError for any other."""
+    """Return the config of a vision encoder. Reads folders of CLIP or SigLIP (both towers, or the
+    vision tower alone), llava-hf, TinyLLaVA, and our checkpoints. Raises UserError for any
+    other."""
     path, c = Path(folder) / "config.json", read_config(folder)
     kind = c.get("model_type")
     if kind == OURS:
-        return from_fields(path, VisionConfig, {}, read_config(folder, "vision_config")["vision_config"])
+        return from_fields(path, VisionConfig, {},
+                           read_config(folder, "vision_config")["vision_config"])
     kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(kind, kind)
     if "vision_config" in c:
         c = c["vision_config"]
         kind = c.get("model_type") or (kind if kind in VISION else "clip_vision_model")
     if kind not in VISION:
-        raise UserError(f"{path} has model_type {kind!r}; a CLIP or SigLIP vision encoder is supported")
+        raise UserError(f"{path} has model_type {kind!r}; a CLIP or SigLIP vision encoder is "
+                        "supported")
 
     act = c.get("hidden_act", VISION[kind].get("hidden_act", "quick_gelu"))
     act = ACTIVATION_NAMES.get(act, act)
     check_supported(path, [("hidden_act", act, act in ("quick_gelu", "gelu", "gelu_tanh"))])
-    return from_fields(path, VisionConfig, VISION[kind], {**c, "hidden_act": act}, ("class_token", "drop_first_patch"))
+    return from_fields(path, VisionConfig, VISION[kind], {**c, "hidden_act": act},
+                       ("class_token", "drop_first_patch"))
 
 
 def decoder_config(folder: str | Path) -> DecoderConfig:
-    """Return the config of a language model. Reads folders of LLaMA, Mistral, Qwen2, Phi-2, Phi-3, Gemma, LLaVA, and
-    our checkpoints. Raises UserError for any other, and for a variant that would compute something else."""
+    """Return the config of a language model: of a released folder of a family in DECODERS, a LLaVA,
+    or our checkpoint. Raises UserError for any other, and for variants that compute otherwise."""
     path, top = Path(folder) / "config.json", read_config(folder)
     if top.get("model_type") == OURS:
         return from_fields(path, DecoderConfig, {}, read_config(folder, "text_config")["text_config"])
@@ -173,7 +189,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     if kind not in DECODERS:
         raise UserError(f"{path} has model_type {kind!r}; supported are {', '.join(DECODERS)}")
 
-    # transformers 5 keeps everything about rotary positions in rope_parameters, earlier ones in separate fields.
+    # transformers 5 keeps all about rotary positions in rope_parameters, earlier ones in fields.
     scaled = c.get("rope_scaling") or {}
     rope = {**scaled, **(c.get("rope_parameters") or {})}
     scaling = rope.get("rope_type", rope.get("type", "default"))
@@ -194,7 +210,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
 
     fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
     fields["rope_scaling"] = {name: rope[name] for name in LLAMA3} if llama3 else None
-    if top.get("tie_word_embeddings"):                          # transformers 5 may say so there alone
+    if top.get("tie_word_embeddings") is True:                          # transformers 5 may say so there alone
         fields["tie_word_embeddings"] = True
     for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
@@ -210,10 +226,11 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     return config
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 def image_settings(folder: str | Path, vision: str | Path | None = None) -> tuple[Path, dict]:
-    """Return the file that says how images are prepared, and what it says: preprocessor_config.json of `folder`, or its
-    processor_config.json as transformers 5 writes it, else the same of `vision`. Raises UserError if there is none."""
+    """Return the file that says how images are prepared, and what it says: preprocessor_config.json
+    of `folder`, or its processor_config.json as transformers 5 writes it, else the same of
+    `vision`. Raises UserError if there is none."""
     for place in (folder, vision or folder):
         older, newer = Path(place) / "preprocessor_config.json", Path(place) / "processor_config.json"
         if older.is_file():
@@ -221,25 +238,29 @@ def image_settings(folder: str | Path, vision: str | Path | None = None) -> tupl
         c = read_json(newer, dict) if newer.is_file() else {}
         if isinstance(c.get("image_processor"), dict):
             return newer, c["image_processor"]
-    raise UserError(f"{older} does not exist: copy it there from where the weights came from, or say with --vision "
-                    "where the vision encoder is")
+    raise UserError(f"{older} does not exist: copy it there from where the weights came from, or "
+                    "say with --vision where the vision encoder is")
 
 
 def load_processor(folder: str | Path, vision: str | Path | None = None) -> ImageProcessor:
-    """Read the image settings of a folder. Raises UserError if they lack a field or ask for another interpolation.
+    """Read the image settings of a folder. Raises UserError if they lack a field or ask for another
+    interpolation.
     vision: see image_settings."""
     path, c = image_settings(folder, vision)
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
     if c.get("resample", 3) not in (2, 3):
-        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are supported")
+        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are "
+                        "supported")
     for name in ("image_mean", "image_std"):
         good = isinstance(c[name], list) and len(c[name]) == 3 and all(type(x) in (int, float) for x in c[name])
         if not good or not all(0 <= x < 1000 for x in c[name]) or name == "image_std" and 0 in c[name]:
-            raise UserError(f"{path}: {name} is {str(c[name])[:60]}, not three numbers as images have them")
+            raise UserError(f"{path}: {name} is {str(c[name])[:60]}, not three numbers as images "
+                            "have them")
 
-    def edge(name: str) -> int:                             # 336, {"shortest_edge": 336} or {"height": 336, …}
+    # 336, {"shortest_edge": 336} or {"height": 336, …}
+    def edge(name: str) -> int:
         size = c[name]
         if isinstance(size, dict):
             size = size.get("shortest_edge") or size.get("height")
@@ -247,5 +268,5 @@ def load_processor(folder: str | Path, vision: str | Path | None = None) -> Imag
         return size
     stretch = "crop_size" not in c or c.get("do_center_crop") is False
     crop_size = edge("size" if stretch else "crop_size")
-    return ImageProcessor(edge("size"), crop_size, stretch, tuple(c["image_mean"]), tuple(c["image_std"]),
-                          c.get("resample", 3))
+    return ImageProcessor(edge("size"), crop_size, stretch, tuple(c["image_mean"]),
+                          tuple(c["image_std"]), c.get("resample", 3))

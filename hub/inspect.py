@@ -13,20 +13,23 @@ from hub.tensors import open_tensors, weight_files
 from hub.tokenizer import family_template, load_tokenizer
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
-TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP", "siglip_vision_model": "SigLIP"}
-KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "phi": "Phi-2", "phi3": "Phi-3",
-         "gemma": "Gemma", LLAVA_HF: "LLaVA, llava-hf's layout", LLAVA_L: "LLaVA, liuhaotian's layout",
-         TINY: "TinyLLaVA", OURS: "nanoalign checkpoint"}
+TOWERS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "SigLIP",
+          "siglip_vision_model": "SigLIP"}
+KINDS = {**TOWERS, "llama": "LLaMA", "mistral": "Mistral", "qwen2": "Qwen2", "phi": "Phi-2",
+         "phi3": "Phi-3", "gemma": "Gemma", LLAVA_HF: "LLaVA, llava-hf's layout",
+         LLAVA_L: "LLaVA, liuhaotian's layout", TINY: "TinyLLaVA", OURS: "nanoalign checkpoint"}
 
 
 @dataclass
 class InspectFlags:
     """Print in about ten lines what DIR (weights, a checkpoint or a run) holds, and what is wrong with it."""
-    vision: str | None = option(None, "folder of the vision encoder of a LLaVA that holds none", "model")
+    vision: str | None = option(None, "folder of the vision encoder of a LLaVA that holds none",
+                                "model")
 
 
 def attempt(problems: list[str], f, *args, **options):
-    """Return f(…), or None after an error of any kind, which is noted: the rest of a folder can still be reported."""
+    """Return f(…), or None after an error of any kind, which is noted: the rest of a folder can
+    still be reported."""
     try:
         return f(*args, **options)
     except Exception as e:
@@ -35,10 +38,12 @@ def attempt(problems: list[str], f, *args, **options):
 
 
 def inspect(folder: str | Path, vision: str | None = None) -> str:
-    """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown kind of model."""
+    """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown
+    kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
-        folder = checkpoints(folder)[-1]                            # of a run, its newest checkpoint
+        # of a run, its newest checkpoint
+        folder = checkpoints(folder)[-1]
     c = read_config(folder)
     kind = c.get("model_type")
     if kind not in KINDS:
@@ -71,7 +76,8 @@ def inspect(folder: str | Path, vision: str | None = None) -> str:
 
 def load_parts(problems: list[str], folder: Path, kind: str, found,
                vision: str | None) -> tuple[ViT | None, Decoder | None]:
-    """Load what a folder holds onto the meta device: that checks every name and shape, and reads no weights."""
+    """Load what a folder holds onto the meta device: that checks every name and shape, and reads no
+    weights."""
     if kind in TOWERS:
         return attempt(problems, load_vision, folder, device="meta", found=found), None
     if kind not in DECODERS:
@@ -80,7 +86,8 @@ def load_parts(problems: list[str], folder: Path, kind: str, found,
             return whole.vision_tower, whole.language_model
         if not is_whole(folder, found):
             return None, None
-    llm = attempt(problems, load_llm, folder, device="meta", found=found)   # alone, or in a LLaVA without its tower
+    # alone, or in a LLaVA without its tower
+    llm = attempt(problems, load_llm, folder, device="meta", found=found)
     return None, llm
 
 
@@ -123,7 +130,8 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
 
 def describe_tokenizer(problems: list[str], folder: Path, c: dict) -> list[tuple[str, str]]:
     name = attempt(problems, family_template, folder) or "v1"
-    template = ("template", name if c["model_type"] == OURS else f"{name}, unless --template picks another")
+    template = ("template", name if c["model_type"] == OURS
+                else f"{name}, unless --template picks another")
     tokenizer = attempt(problems, load_tokenizer, folder)
     if not tokenizer:
         return [template]

@@ -24,7 +24,7 @@ IMAGE_FILES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif")
 TEXT_FILES = (".story", ".txt")
 
 
-# ------------------------------------------------------------------------------------------------ samples → batches
+# -------------------------------------------------------------------------------- samples → batches
 @dataclass
 class PairBatches:
     """A sequence of batches, each prepared when it is asked for: memory does not grow with the number of pairs."""
@@ -45,14 +45,16 @@ class PairBatches:
         return batch
 
 
-def pair_batches(folder: Path, samples: list[dict], images: Path, template: str | None = None, batch_size: int = 20,
-                 vision: Path | None = None, as_released: bool = False) -> PairBatches:
-    """Samples as the model in `folder` reads them. vision: the folder of its vision encoder, if it is elsewhere.
-    template None: the model's; v1 for a model of stage 1, which has learned plain captions.
+def pair_batches(folder: Path, samples: list[dict], images: Path, template: str | None = None,
+                 batch_size: int = 20, vision: Path | None = None, as_released: bool = False) -> PairBatches:
+    """Samples as the model in `folder` reads them. vision: the folder of its vision encoder, if it
+    is elsewhere. template None: the model's; v1 for a model of stage 1, which has learned plain
+    captions.
 
-    as_released: as the script that came with MIR's paper prepares them. Images are treated as in training (centre crop
-    after stage 1), text is never cut, and an empty question keeps its newline: "<image>\\n ASSISTANT:". Otherwise
-    images are padded to a square, text is cut at the checkpoint's max_length, and that newline is stripped."""
+    as_released: as the script that came with MIR's paper prepares them. Images are treated as in
+    training (centre crop after stage 1), text is never cut, and an empty question keeps its
+    newline: "<image>\\n ASSISTANT:". Otherwise images are padded to a square, text is cut at the
+    checkpoint's max_length, and that newline is stripped."""
     use = read_usage(folder, vision)
     if template is None:
         template = "v1" if use.template == "plain" else use.template
@@ -61,18 +63,20 @@ def pair_batches(folder: Path, samples: list[dict], images: Path, template: str 
         samples = [image_in_front(s) for s in samples]
         text = replace(text, max_length=None, pad=use.pad, image_first=False)
     processor = load_processor(folder, vision)
-    return PairBatches(Samples(samples, images, load_tokenizer(folder), processor, text), batch_size)
+    return PairBatches(Samples(samples, images, load_tokenizer(folder), processor, text),
+                       batch_size)
 
 
 def held_out(data: Samples, path: Path, images: str | Path, n: int = 100) -> list[Batch]:
-    """The first n pairs of a file, written as the training data `data` is (in v1 where that is plain), as batches."""
+    """The first n pairs of a file, written as the training data `data` is (in v1 where that is
+    plain), as batches."""
     template = "v1" if data.format.template == "plain" else data.format.template
     text = replace(data.format, template=template, pad=True)
     pairs = read_pairs(path, Path(images), n)
     return list(PairBatches(Samples(pairs, images, data.tokenizer, data.processor, text)))
 
 
-# ------------------------------------------------------------------------------------------------ files → samples
+# ---------------------------------------------------------------------------------- files → samples
 def sample(image: str, answer: str, question: str = "") -> dict:
     """One pair as LLaVA writes it."""
     question, answer = (t.replace(IMAGE, "").strip() for t in (question, answer))
@@ -99,7 +103,8 @@ def choose_pairs(folder: Path, data: str | None, images: str | None, texts: str 
         path, root = question_file(folder, data, images, "val.jsonl")
         return read_pairs(path, root, n, seed), root
     if data or not images:
-        raise UserError("--texts is paired with --images DIR|JSON, and stands in the place of --data")
+        raise UserError("--texts is paired with --images DIR|JSON, and stands in the place "
+                        "of --data")
     for path in (images, texts):
         if not Path(path).exists():
             raise UserError(f"{path} does not exist")
@@ -116,10 +121,12 @@ def read_pairs(path: Path, images: Path | None, n: int, seed: int | None = None)
         if samples and images is None:
             raise UserError(f"{path} names images: say with --images in which folder they are")
     else:
-        samples = [sample(r["image"], str(r["answer"]), r["text"]) for r in read_questions(path, images)
+        samples = [sample(r["image"], str(r["answer"]), r["text"])
+                   for r in read_questions(path, images)
                    if r["image"] is not None and r["answer"] is not None]
     if len(samples) < 2:
-        raise UserError(f"{path} has {len(samples)} samples with an image and an answer; MIR needs 2 at least")
+        raise UserError(f"{path} has {len(samples)} samples with an image and an answer; MIR "
+                        "needs 2 at least")
     return samples[:n] if seed is None else random.Random(seed).sample(samples, min(n, len(samples)))
 
 
@@ -141,16 +148,19 @@ def mix_pairs(images: Path, texts: Path, n: int, seed: int) -> tuple[list[dict],
         kept += [text] if text else []
         if len(kept) == n:
             break
-    for path, there, what in ((images, len(names), "images"), (texts, len(kept), "texts that are not empty")):
+    for path, there, what in ((images, len(names), "images"),
+                              (texts, len(kept), "texts that are not empty")):
         if there < n:
-            raise UserError(f"{path} has {there} {what}; -n {n} wants as many: give it more, or a smaller -n")
+            raise UserError(f"{path} has {there} {what}; -n {n} wants as many: give it more, or a "
+                            "smaller -n")
     return [sample(image, text) for image, text in zip(names, kept)], root
 
 
 def find_images(path: Path) -> tuple[Path, list[str]]:
     """(folder, names relative to it), in an order that does not depend on the disk."""
     if path.is_dir():
-        return path, sorted(str(p.relative_to(path)) for p in path.rglob("*") if p.suffix.lower() in IMAGE_FILES)
+        return path, sorted(str(p.relative_to(path))
+                            for p in path.rglob("*") if p.suffix.lower() in IMAGE_FILES)
     names = {r.get("image") for r in read_rows(path) if isinstance(r, dict)}
     names = sorted(name for name in names if isinstance(name, str))
     folders = (path.parent, path.parent / "images")

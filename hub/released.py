@@ -1,7 +1,8 @@
 """Released files → modules: strict, and with one copy of the weights in memory.
 
-Modules are built on the meta device, which takes no memory. Each tensor is then read from its file, checked, cast and
-put in its place. A tensor that is missing, left over or of another shape is an error.
+Modules are built on the meta device, which takes no memory. Each tensor is then read from its file,
+checked, cast and put in its place. A tensor that is missing, left over or of another shape is an
+error.
 """
 import re
 from collections.abc import Iterator
@@ -18,9 +19,11 @@ from hub.connectors import configured, make_connector
 from hub.tensors import check_weight, is_mapped, open_tensors, weight_files
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
-PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector", "language_model": "language model"}
-# Names in released files → names in `Llava`. Each rule is applied once, in this order. A name that becomes "" is known
-# and not needed. Below vision_tower. the names are CLIP's, below language_model. LLaMA's.
+PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector",
+         "language_model": "language model"}
+# Names in released files → names in `Llava`. Each rule is applied once, in this order. A name that
+# becomes "" is known and not needed. Below vision_tower. the names are CLIP's, below
+# language_model. LLaMA's.
 RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r".*(rotary_emb\.inv_freq|position_ids|logit_scale|logit_bias|(visual|text)_projection\.weight)$", ""),
     (r"^text_model\..*", ""),
@@ -46,26 +49,30 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^language_model\.model\.final_layernorm\.", "language_model.model.norm."),
 ]]
 BETWEEN = re.compile(r"multi_modal_projector\.(bert\..*\.crossattention\.self\.(key|value)\.weight|projector\.)")
-OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "gpt_neox.")   # Meta's, old Phi-2's, …
+OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.",
+                 "gpt_neox.")  # Meta's, old Phi-2's, …
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 class Place(NamedTuple):                            # where a tensor is stored
     path: Path
     key: str                                        # its name in that file
-    rows: tuple[int, int, int] | None = None        # first, end, and how many the stored tensor must have; None: all
+    # first, end, and how many the stored tensor must have; None: all
+    rows: tuple[int, int, int] | None = None
 
 
 def rename(key: str) -> str:
-    """Return our name for a tensor of a released file: "" if it is not needed, `key` itself if it is unknown."""
+    """Return our name for a tensor of a released file: "" if it is not needed, `key` itself if it
+    is unknown."""
     for pattern, new in RENAMES:
         key = pattern.sub(new, key, count=1)
     return key
 
 
 def find_tensors(folder: str | Path) -> dict[str, Place]:
-    """List the tensors of a folder, by their name in `Llava`. Opens every file once: to load several parts of a folder,
-    list it once and pass the result on as `found`. Raises UserError for names of no part."""
+    """List the tensors of a folder, by their name in `Llava`. Opens every file once: to load
+    several parts of a folder, list it once and pass the result on as `found`. Raises UserError for
+    names of no part."""
     found = {}
     for path in weight_files(Path(folder)):
         with open_tensors(path) as f:
@@ -84,7 +91,8 @@ def find_tensors(folder: str | Path) -> dict[str, Place]:
 
 
 def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
-    """Split Phi-3's fused tensors: q, k, v are rows of one stored tensor, gate and up of another."""
+    """Split Phi-3's fused tensors: q, k, v are rows of one stored tensor, gate and up of
+    another."""
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": [("q_proj", q), ("k_proj", k), ("v_proj", k)],
              "gate_up_proj": [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]}
@@ -101,10 +109,11 @@ def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
     return out
 
 
-# ------------------------------------------------------------------------------------------------ tensors
+# ------------------------------------------------------------------------------------------ tensors
 def read_tensors(places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, stored tensor), file by file. Do not keep a tensor: it may be a view of the file, and what was read
-    of a mapped file counts as memory in use until the file is closed. So a file is opened anew for every 8 tensors."""
+    """Yield (name, stored tensor), file by file. Do not keep a tensor: it may be a view of the
+    file, and what was read of a mapped file counts as memory in use until the file is closed. So a
+    file is opened anew for every 8 tensors."""
     by_file = {}
     for name, place in places.items():
         by_file.setdefault(place.path, []).append(name)
@@ -118,14 +127,17 @@ def read_tensors(places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:
 
 def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=None, device="cpu",
          new=lambda name, shape: None) -> None:
-    """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped file may change or
-    vanish later) and cast. Of a parameter sharded over ranks only this rank's rows are copied.
+    """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped
+    file may change or vanish later) and cast. Of a parameter sharded over ranks only this rank's
+    rows are copied.
 
-    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape): makes a tensor
-    that no file holds yet (LoRA's), or returns None. Raises UserError on any difference in names or shapes."""
+    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name,
+    shape): makes a tensor that no file holds yet (LoRA's), or returns None. Raises UserError on any
+    difference in names or shapes."""
     what = PARTS.get(prefix, prefix)
     wanted = dict(module.named_parameters())
-    here = {name[len(prefix) + 1:]: place for name, place in found.items() if name.startswith(prefix + ".")}
+    here = {name[len(prefix) + 1:]: place
+            for name, place in found.items() if name.startswith(prefix + ".")}
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
     tied = False
@@ -165,11 +177,13 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
         module.lm_head.weight = module.model["embed_tokens"].weight
 
 
-# ------------------------------------------------------------------------------------------------ parts
-# dtype None: as stored. config None: the folder's. found: what find_tensors(folder) returned; None: list it now.
+# -------------------------------------------------------------------------------------------- parts
+# dtype None: as stored. config None: the folder's. found: what find_tensors(folder) returned; None:
+# list it now.
 def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConfig | None = None,
                 prepare=lambda module: None, found=None) -> ViT:
-    """Load the vision encoder of a CLIP, SigLIP or LLaVA folder, or of a checkpoint. prepare: see load_llm."""
+    """Load the vision encoder of a CLIP, SigLIP or LLaVA folder, or of a checkpoint. prepare: see
+    load_llm."""
     with torch.device("meta"):
         vit = ViT(config or vision_config(folder))
     prepare(vit)
@@ -179,8 +193,8 @@ def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConf
 
 def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig | None = None,
              prepare=lambda module: None, new=lambda name, shape: None, found=None) -> Decoder:
-    """Load the decoder with its head. prepare(decoder) is called before it is filled: on the meta device it can be
-    sharded over ranks at no cost. new: see fill."""
+    """Load the decoder with its head. prepare(decoder) is called before it is filled: on the meta
+    device it can be sharded over ranks at no cost. new: see fill."""
     with torch.device("meta"):
         llm = Decoder(config or decoder_config(folder))
     prepare(llm)
@@ -190,36 +204,41 @@ def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig
 
 def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype=None, device="cpu",
                    found=None) -> nn.Module:
-    """Load the connector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin alone."""
+    """Load the connector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin
+    alone."""
     found = found or find_tensors(folder)
     c = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
     name = configured(c)
     if "multi_modal_projector.bert.embeddings.word_embeddings.weight" in found:
-        raise UserError(f"{folder} has a Q-Former that reads the text too (MIR's), which is not supported; a new one "
+        raise UserError(f"{folder} has a Q-Former that reads the text too (MIR's), which is not "
+                        "supported; a new one "
                         f"can start from it: --connector {name} --projector {folder}")
     with torch.device("meta"):
         projector = make_connector(name, vision_size, hidden_size)
     fill(projector, "multi_modal_projector", found, folder, dtype, device, unit_norm)
     if c.get("model_type") == TINY and c.get("text_config", {}).get("model_type") == "gemma":
-        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the first layer by
-        # sqrt(hidden size), image tokens too; our decoder, as transformers 5, words alone. The last map takes the rest.
+        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the
+        # first layer by sqrt(hidden size), image tokens too; our decoder, as transformers 5, words
+        # alone. The last map takes the rest.
         for p in list(projector.children())[-1].parameters():
             p.data *= hidden_size ** 0.5
     return projector
 
 
 def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
-    """The norm on a Q-Former's queries where a file has none (TinyLLaVA's): its weights change nothing."""
+    """The norm on a Q-Former's queries where a file has none (TinyLLaVA's): its weights change
+    nothing."""
     if name.startswith("bert.embeddings.LayerNorm."):
         return torch.full(shape, float(name.endswith("weight")))
 
 
 def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
-    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns the maps from
-    another vision encoder or to another language model, which stay new. What reads text there is left out. Raises
-    UserError for any other difference."""
+    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns
+    the maps from another vision encoder or to another language model, which stay new. What reads
+    text there is left out. Raises UserError for any other difference."""
     prefix, own = "multi_modal_projector.", dict(qformer.named_parameters())
-    found = {name: place for name, place in find_tensors(folder).items() if name.removeprefix(prefix) in own}
+    found = {name: place for name, place in find_tensors(folder).items()
+             if name.removeprefix(prefix) in own}
     shapes = {name: tensor.shape for name, tensor in read_tensors(found)}
     for name, shape in shapes.items():
         if BETWEEN.match(name) and shape != own[name.removeprefix(prefix)].shape:
@@ -231,7 +250,8 @@ def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
 
 
 def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu", found=None) -> None:
-    """Add to `llm` the MoCa layers that a stage-1 checkpoint stores beside its projector, if it stores any."""
+    """Add to `llm` the MoCa layers that a stage-1 checkpoint stores beside its projector, if it
+    stores any."""
     found = found or find_tensors(folder)
     if any(name.startswith("language_model.moca.") for name in found):
         with torch.device("meta"):

@@ -2,9 +2,10 @@
 
     data.json ─ elements (.jsonl: lines) ─→ samples ─ entry ─→ .data.json.index ─ mapped ─→ SampleFile
 
-The index is made once, by reading the file from end to end, and is valid for one size and modification
-time of it. It holds what a run needs of all samples at its start: lengths, images, which are malformed.
-Every process of a machine maps the same pages of it, and reads a sample from the file when it is used.
+The index is made once, by reading the file from end to end, and is valid for one size and
+modification time of it. It holds what a run needs of all samples at its start: lengths, images,
+which are malformed. Every process of a machine maps the same pages of it, and reads a sample from
+the file when it is used.
 """
 import codecs
 import contextlib
@@ -30,7 +31,8 @@ SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
 BLOCK = 1 << 22                                                 # bytes read at a time
 DECODE = json.JSONDecoder().raw_decode
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")                         # as JSON defines it
-HEADER = struct.Struct("<8sqqII")               # VERSION, the data's size, mtime and crc, crc of the entries
+# VERSION, the data's size, mtime and crc, crc of the entries
+HEADER = struct.Struct("<8sqqII")
 VERSION = b"samples2"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
                   ("image", "<u8"),                             # image_key of its file; 0: text alone
@@ -116,7 +118,8 @@ class Window:
         return self.text[self.at:self.at + 1]
 
     def value(self):
-        """Read the JSON value that begins here. Raises ValueError with the byte that is not JSON."""
+        """Read the JSON value that begins here. Raises ValueError with the byte that is not
+        JSON."""
         size = self.block
         while True:
             try:
@@ -134,11 +137,13 @@ class Window:
             except RecursionError:
                 raise ValueError(f"nested too deeply: byte {self.start}") from None
             self.more(size)
-            size *= 2                                           # a long value is retried a few times only
+            # a long value is retried a few times only
+            size *= 2
 
 
 def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
-    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError with an invalid byte."""
+    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError with an
+    invalid byte."""
     window = Window(file, block)
     try:
         if window.peek() != "[":
@@ -178,14 +183,15 @@ def lines(file, path: Path) -> Iterator[tuple]:
 
 # --------------------------------------------------------------------------------------- its index
 def make_index(path: Path) -> bytes:
-    """Return the index of a file: HEADER and an ENTRY a sample. Raises UserError if it has no samples."""
+    """Return the index of a file: HEADER and an ENTRY a sample. Raises UserError if it has no
+    samples."""
     parts = []
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
         file.seek(len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0)
         found = lines(file, path) if path.suffix == ".jsonl" else elements(file, path)
-        with tqdm(total=stat.st_size, desc=f"index of {path.name}", unit="B", unit_scale=True, delay=2,
-                  leave=False) as bar:
+        with tqdm(total=stat.st_size, desc=f"index of {path.name}", unit="B", unit_scale=True,
+                  delay=2, leave=False) as bar:
             while rows := [entry(*f) for f in islice(found, 1 << 14)]:
                 parts.append(np.array(rows, ENTRY).tobytes())
                 bar.update(file.tell() - bar.n)
@@ -196,19 +202,22 @@ def make_index(path: Path) -> bytes:
 
 
 def write_index(path: Path, place: Path, index: bytes) -> None:
-    """Write an index whole or not at all: other processes may read and write there at the same time."""
+    """Write an index whole or not at all: other processes may read and write there at the same
+    time."""
     place.parent.mkdir(parents=True, exist_ok=True)
     left = list(place.parent.glob(f"{place.name}.*.tmp"))
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp", delete=False) as out:
         lock(out)
-        for other in left:                                      # of a killed process if nobody has locked it
+        # of a killed process if nobody has locked it
+        for other in left:
             with contextlib.suppress(OSError), open(other, "a") as file:
                 if lock(file):
                     other.unlink()
         try:
             out.write(index)
             out.flush()
-            os.chmod(out.name, path.stat().st_mode & 0o666)     # who may read the data may read its index
+            # who may read the data may read its index
+            os.chmod(out.name, path.stat().st_mode & 0o666)
             os.replace(out.name, place)
         except BaseException:
             Path(out.name).unlink(missing_ok=True)
@@ -216,8 +225,8 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
 
 
 def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
-    """Map the entries of an index; return them and the crc of the data. None if it is absent, damaged,
-    or not of this state of the file."""
+    """Map the entries of an index; return them and the crc of the data. None if it is absent,
+    damaged, or not of this state of the file."""
     stat = path.stat()
     try:
         with open(place, "rb") as f:
@@ -230,9 +239,9 @@ def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
 
 
 def open_index(path: Path) -> tuple[np.ndarray, int]:
-    """Map the index of a file: (samples,) of ENTRY, and the crc of the file. Made on first use, beside
-    the file or, where that folder cannot be written, in the user's cache. Raises UserError if neither
-    has room."""
+    """Map the index of a file: (samples,) of ENTRY, and the crc of the file. Made on first use,
+    beside the file or, where that folder cannot be written, in the user's cache. Raises UserError
+    if neither has room."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
@@ -300,8 +309,8 @@ class SampleFile:
         return np.isin(self.column("image"), np.array([image_key(n) for n in names], np.uint64))
 
     def lengths(self) -> np.ndarray:
-        """Return the characters of each sample, (n,) int32, negative for text alone: enough to batch
-        samples of about the same length."""
+        """Return the characters of each sample, (n,) int32, negative for text alone: enough to
+        batch samples of about the same length."""
         size = np.maximum(self.column("characters"), 1).astype(np.int32)
         return np.where(self.column("image") != 0, size, -size)
 
@@ -323,8 +332,8 @@ def read_samples(path: str | Path) -> tuple[SampleFile, int]:
 
 # -------------------------------------------------------------------------------------- questions
 def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
-    """Read JSONL of {question_id, image, text, answer, category}. All but `text` may be absent: then
-    the line's number, no image, no answer, "all". Raises UserError with the invalid line."""
+    """Read JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
+    then the line's number, no image, no answer, "all". Raises UserError with the invalid line."""
     rows, seen = [], set()
     for n, r in enumerate(read_jsonl(Path(path)), 1):
         if not isinstance(r, dict) or not isinstance(r.get("text"), str):
@@ -334,9 +343,11 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
             raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
         seen.add(str(r["question_id"]))
         if not isinstance(r["image"], str | None):
-            raise UserError(f"{path} line {n} has image {str(r['image'])[:60]}: give the name of one file")
+            raise UserError(f"{path} line {n} has image {str(r['image'])[:60]}: give the name "
+                            "of one file")
         if r["image"] is not None and images is None:
-            raise UserError(f"{path} line {n} names an image: say with --images in which folder it is")
+            raise UserError(f"{path} line {n} names an image: say with --images in which "
+                            "folder it is")
         rows.append(r)
     if not rows:
         raise UserError(f"{path} is empty: it holds no question")
@@ -353,5 +364,6 @@ def question_file(ckpt: Path, data: str | None, images: str | None, default: str
         return Path(data), None if images is None else Path(images)
     toy = ckpt.parent / "data"
     if not (toy / default).is_file():
-        raise UserError(f"say with --data FILE.jsonl --images DIR what to ask: {ckpt} has no toy data beside it")
+        raise UserError(f"say with --data FILE.jsonl --images DIR what to ask: {ckpt} has no toy "
+                        "data beside it")
     return toy / default, toy / "images"

@@ -18,20 +18,25 @@ from common.flags import UserError
 from common.parallel import whole
 
 CODE_VERSION = 1                    # of our checkpoints
-DIGESTS = "digests.json"            # beside a checkpoint's weights: the name of a tensor → its digest
+# beside a checkpoint's weights: the name of a tensor → its digest
+DIGESTS = "digests.json"
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-ITEM_BYTES = {**dict.fromkeys("BOOL U8 I8 F8_E4M3 F8_E5M2".split(), 1), **dict.fromkeys("I16 U16 F16 BF16".split(), 2),
-              **dict.fromkeys("I32 U32 F32".split(), 4), **dict.fromkeys("I64 U64 F64 C64".split(), 8)}
+ITEM_BYTES = {**dict.fromkeys("BOOL U8 I8 F8_E4M3 F8_E5M2".split(), 1),
+              **dict.fromkeys("I16 U16 F16 BF16".split(), 2),
+              **dict.fromkeys("I32 U32 F32".split(), 4),
+              **dict.fromkeys("I64 U64 F64 C64".split(), 8)}
 MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise UserError unless the file is as long as its header says. (The library's own messages name no cause.)"""
+    """Raise UserError unless the file is as long as its header says. (The library's own messages
+    name no cause.)"""
     check_download(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
-        length = struct.unpack("<Q", f.read(8))[0]                      # of the header, which follows
+        # of the header, which follows
+        length = struct.unpack("<Q", f.read(8))[0]
         if length <= MAX_HEADER and size < 8 + length:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
         header = f.read(length) if length <= MAX_HEADER else b""
@@ -44,15 +49,17 @@ def check_safetensors(path: Path) -> None:
 
 
 def header_problem(header, size: int, start: int) -> str | None:
-    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after it, from
-    `start`. Tensors must fill those bytes one after the other, each with as many as its shape says."""
+    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after
+    it, from `start`. Tensors must fill those bytes one after the other, each with as many as its
+    shape says."""
     spans = []
     for name, t in header.items() if isinstance(header, dict) else [("", None)]:
         if name == "__metadata__":
             continue
         fields = [t.get(k) for k in ("dtype", "shape", "data_offsets")] if isinstance(t, dict) else []
         if len(fields) != 3 or not isinstance(fields[0], str) or not all(
-                isinstance(f, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in f) for f in fields[1:]):
+                isinstance(f, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in f)
+                for f in fields[1:]):
             return f"is not a safetensors file (unreadable header, at {name[:60]!r})"
         dtype, shape, offsets = fields
         if dtype not in ITEM_BYTES:
@@ -70,14 +77,15 @@ def header_problem(header, size: int, start: int) -> str | None:
 
 
 def is_mapped(path: Path) -> bool:
-    """True if tensors are read from the file on access. A .bin from before PyTorch 1.6 is no zip: it is read whole."""
+    """True if tensors are read from the file on access. A .bin from before PyTorch 1.6 is no zip:
+    it is read whole."""
     with open(path, "rb") as f:
         return path.suffix == ".safetensors" or f.read(2) == b"PK"
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises UserError for anything but
-    a dict of tensors; no code in the file is run."""
+    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises
+    UserError for anything but a dict of tensors; no code in the file is run."""
     value = unpickle(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
@@ -86,13 +94,14 @@ def read_bin(path: Path) -> dict[str, torch.Tensor]:
             hint = " (save what is under that key)" if isinstance(t, dict) else ""
             raise UserError(f"{path} does not hold a dict of tensors: {key!r} is a {type(t).__name__}{hint}")
         if t.is_quantized or t.layout != torch.strided or t.device.type != "cpu":
-            raise UserError(f"{path}: {key} is a quantised, sparse or empty tensor: save it as plain numbers")
+            raise UserError(f"{path}: {key} is a quantised, sparse or empty tensor: save it as "
+                            "plain numbers")
     return value
 
 
 def unpickle(path: Path):
-    """Return what torch.save wrote, mapped into memory where its format allows; no code in it is run.
-    Raises UserError for any other file, and for a packed one, which could fill the memory."""
+    """Return what torch.save wrote, mapped into memory where its format allows; no code in it is
+    run. Raises UserError for any other file, and for a packed one, which could fill the memory."""
     check_download(path)
     zipped = is_mapped(path)
     try:
@@ -102,13 +111,14 @@ def unpickle(path: Path):
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
             if unpacked > path.stat().st_size:
-                raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save packs nothing")
+                raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save "
+                                "packs nothing")
         return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except UserError:
         raise
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds Python objects other than tensors, and loading those can run code: re-save it "
-                        "as safetensors on a machine you trust") from None
+        raise UserError(f"{path} holds Python objects other than tensors, and loading those can "
+                        "run code: re-save it as safetensors on a machine you trust") from None
     except Exception as e:                                      # a spoiled pickle raises anything
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UserError(f"{path} cannot be read ({reason}): download it again") from None
@@ -116,7 +126,8 @@ def unpickle(path: Path):
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator:
-    """Open a file of weights: an object with keys() and get_tensor(name). Raises UserError for a damaged file."""
+    """Open a file of weights: an object with keys() and get_tensor(name). Raises UserError for a
+    damaged file."""
     if path.suffix == ".safetensors":
         check_safetensors(path)
         digests = path.parent / DIGESTS
@@ -126,7 +137,8 @@ def open_tensors(path: Path) -> Iterator:
                 tensor = f.get_tensor(name)
                 if wanted.get(name, "") not in ("", digest(tensor)):
                     raise UserError(f"{path}: {name} is not what was saved, by its digest in {DIGESTS}: take another "
-                                    f"checkpoint, or remove {DIGESTS} if you changed the tensor yourself")
+                                    f"checkpoint, or remove {DIGESTS} if you changed the "
+                                    "tensor yourself")
                 return tensor
             yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:
@@ -135,12 +147,14 @@ def open_tensors(path: Path) -> Iterator:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes: it shows a single changed bit, and reads 5 GB a second."""
+    """Return the CRC-32 of a tensor's bytes: it shows a single changed bit, and reads 5 GB a
+    second."""
     return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()):08x}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True if no number of a tensor is NaN or infinite. One pass without a copy: NaN is both least and greatest."""
+    """True if no number of a tensor is NaN or infinite. One pass without a copy: NaN is both least
+    and greatest."""
     return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
@@ -150,31 +164,36 @@ def check_weight(path: Path, key: str, tensor: torch.Tensor) -> None:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.itemsize == 1:
             kind += ": 8-bit weights are not supported"
-        raise UserError(f"{path}: {key} is stored in {kind}; get the model in floats of 16, 32 or 64 bits")
+        raise UserError(f"{path}: {key} is stored in {kind}; get the model in floats of 16, 32 "
+                        "or 64 bits")
     if not is_finite(tensor):
-        raise UserError(f"{path}: {key} holds numbers that are not finite: take an earlier checkpoint, or download it "
-                        "again")
+        raise UserError(f"{path}: {key} holds numbers that are not finite: take an earlier "
+                        "checkpoint, or download it again")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights; safetensors win over .bin. Raises UserError if there are none.
-    Never matches *.bin: optimizer states end in .bin too."""
+    """Return the files that hold a folder's weights; safetensors win over .bin. Raises UserError if
+    there are none. Never matches *.bin: optimizer states end in .bin too."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
             return [single]
         if index.is_file():
             places = read_json(index, dict).get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(shard, str) for shard in places.values()):
+            if not isinstance(places, dict) or not all(isinstance(shard, str)
+                                                       for shard in places.values()):
                 raise UserError(f"{index} has no weight_map of file names: download it again")
             shards = sorted(set(places.values()))
             absent = [s for s in shards if not (folder / s).is_file()]
             if absent:
-                raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not there: "
+                raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are "
+                                "not there: "
                                 f"{', '.join(absent[:3])}; download them too")
             return [folder / s for s in shards]
-    # TinyLLaVA Factory keeps each part in a folder of its own; LLaVA's stage 1 saves the projector alone.
-    names = [f"{part}/pytorch_model.bin" for part in ("language_model", "vision_tower", "connector")]
+    # TinyLLaVA Factory keeps each part in a folder of its own; LLaVA's stage 1 saves the projector
+    # alone.
+    names = [f"{part}/pytorch_model.bin"
+             for part in ("language_model", "vision_tower", "connector")]
     parts = [folder / name for name in [*names, "mm_projector.bin"] if (folder / name).is_file()]
     if parts:
         return parts
@@ -182,9 +201,10 @@ def weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no model.safetensors, pytorch_model.bin or index of shards; it holds {holds}")
 
 
-def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None, write: bool = True,
-                 limit: float = 5e9) -> dict[str, str]:
-    """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging Face hub has them.
+def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None,
+                 write: bool = True, limit: float = 5e9) -> dict[str, str]:
+    """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging
+    Face hub has them.
 
     dtype, write: see write_tensors. Returns the digest of each tensor written."""
     shards, size, total, digests = [[]], 0, 0, {}
@@ -199,10 +219,12 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
     places = {}
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        digests |= write_tensors(folder / file, {name: tensors[name] for name in names}, dtype, write)
+        digests |= write_tensors(folder / file, {name: tensors[name] for name in names}, dtype,
+                                 write)
         places |= dict.fromkeys(names, file)
     if write and len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": {"total_size": total}, "weight_map": places})
     return digests
 
 
@@ -210,23 +232,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dty
                   write: bool = True) -> dict[str, str]:
     """Write a safetensors file tensor by tensor: no more than one is copied to the host at a time.
 
-    dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every rank must call, with
-    write=False on all but the one that writes. The bytes are those of the library's save_file. Returns the digest of
-    each tensor written."""
+    dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every
+    rank must call, with write=False on all but the one that writes. The bytes are those of the
+    library's save_file. Returns the digest of each tensor written."""
     def kind(name: str) -> torch.dtype:
         return dtype or tensors[name].dtype
-    order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))      # wide ones first: all are aligned
+    # wide ones first: all are aligned
+    order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))
     digests = {}
     if not write:
         for name in order:
             whole(tensors[name].detach())
         return digests
 
-    # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the tensors.
+    # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the
+    # tensors.
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in order:
         begin, end = end, end + tensors[name].numel() * kind(name).itemsize
-        header[name] = {"dtype": DTYPES[kind(name)], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPES[kind(name)], "shape": list(tensors[name].shape),
+                        "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:

@@ -21,9 +21,10 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's type
 
 
 def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits: bool = True) -> Tokenizer:
-    """Return the tokenizer of a folder. Raises UserError if it is missing, cannot be read, or (fits)
-    has ids that the model does not embed. plain_specials: <s>, </s> and their like in a user's text
-    are text; None: as the checkpoint was trained, else control tokens, as LLaVA-1.5 has them.
+    """Return the tokenizer of a folder. Raises UserError if it is missing, cannot be read, or
+    (fits) has ids that the model does not embed. plain_specials: <s>, </s> and their like in a
+    user's text are text; None: as the checkpoint was trained, else control tokens, as LLaVA-1.5 has
+    them.
 
     Llama's family prefers tokenizer.model: what its tokenizer.json says about spaces depends on the
     version of transformers that wrote it. The others prefer tokenizer.json."""
@@ -55,14 +56,16 @@ def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
                         "merges.txt: copy it there from where the weights came from")
     if getattr(tokenizer.model, "dropout", None):
-        tokenizer.model.dropout = None                          # random merges: the same text would get other ids
+        # random merges: the same text would get other ids
+        tokenizer.model.dropout = None
     if plain_specials is None:
         plain_specials = bool(c.get("plain_specials"))
     tokenizer.encode_special_tokens = plain_specials
     rows, vocabulary = c.get("vocab_size"), tokenizer.get_vocab()
     last = max(vocabulary, key=vocabulary.get, default="")
     if fits and isinstance(rows, int) and vocabulary and vocabulary[last] >= rows:
-        raise UserError(f"{folder}: the tokenizer has {last[:40]!r} as {vocabulary[last]}, but the model embeds "
+        raise UserError(f"{folder}: the tokenizer has {last[:40]!r} as {vocabulary[last]}, but "
+                        "the model embeds "
                         f"{rows} tokens: they are not of one model")
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -70,15 +73,17 @@ def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits:
 
 
 def language_config(folder: Path) -> dict:
-    """Return the part of a folder's config.json that is of its language model; without the file, LLaMA's."""
+    """Return the part of a folder's config.json that is of its language model; without the file,
+    LLaMA's."""
     c = read_config(folder) if (folder / "config.json").is_file() else {"model_type": "llama"}
     top = {name: c.get(name) for name in ("model_type", "template", "plain_specials")}
     return {**top, **(c.get("text_config") or c)}
 
 
 def family_template(folder: str | Path) -> str:
-    """Return the template that a folder's config.json names (our checkpoints and exports do), else the one that its
-    language model was tuned with; v1 for all others. Raises UserError if the tokenizer cannot be read."""
+    """Return the template that a folder's config.json names (our checkpoints and exports do), else
+    the one that its language model was tuned with; v1 for all others. Raises UserError if the
+    tokenizer cannot be read."""
     folder = Path(folder)
     c = language_config(folder)
     if c.get("template"):
@@ -96,17 +101,20 @@ def family_template(folder: str | Path) -> str:
 
 
 def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
-    """Raise UserError if a text is split by a regular expression that repeats a group, such as (a+)+:
-    the time that one takes can double with every character."""
+    """Raise UserError if a text is split by a regular expression that repeats a group, such as
+    (a+)+: the time that one takes can double with every character."""
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
-        for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"', part.__getstate__().decode() if part else ""):
+        for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"',
+                                part.__getstate__().decode() if part else ""):
             if re.search(r"(?<!\\)\)[*+{]", json.loads(f'"{regex}"')):
-                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a group and may "
-                                "take for ever: it belongs to none of the supported families")
+                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a "
+                                "group and may take for ever: it belongs to none of the "
+                                "supported families")
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
-    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError if they do not fit."""
+    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError if they do not
+    fit."""
     try:
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:
@@ -114,7 +122,8 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
-        tokenizer.add_special_tokens(["<|endoftext|>"])         # in vocab.json, never part of a text
+        # in vocab.json, never part of a text
+        tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
 
 
@@ -131,7 +140,8 @@ def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             flags = {k: t.get(k, False) for k in ("lstrip", "rstrip", "single_word", "special")}
             extra[int(i)] = AddedToken(t["content"], normalized=False, **flags)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
-        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json does not list tokens as "
+        raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json does not list "
+                        "tokens as "
                         f"transformers does ({e}): download them again") from None
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
     for i, token in sorted(extra.items()):
@@ -139,13 +149,15 @@ def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             tokenizer.add_tokens([token])
         got = tokenizer.token_to_id(token.content)
         if got != i:
-            raise UserError(f"{folder}: added token {token.content!r} has number {i}, but with this "
+            raise UserError(f"{folder}: added token {token.content!r} has number {i}, but "
+                            "with this "
                             f"vocabulary it would be {got}: download the files of one tokenizer")
 
 
 # ---------------------------------------------------------------------------------- SentencePiece
 def read_message(data: bytes) -> Iterator[tuple]:
-    """Yield (number, int or bytes) of each field of a protobuf message. Raises IndexError if it is cut off."""
+    """Yield (number, int or bytes) of each field of a protobuf message. Raises IndexError if it is
+    cut off."""
     at = 0
 
     def varint() -> int:
@@ -172,7 +184,8 @@ def read_message(data: bytes) -> Iterator[tuple]:
 
 
 def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return pieces (text, score, type), and the fields of trainer and normalizer. Raises UserError."""
+    """Return pieces (text, score, type), and the fields of trainer and normalizer. Raises
+    UserError."""
     data = path.read_bytes()
     pieces, trainer, normalizer = [], {}, {}
     try:
@@ -189,14 +202,16 @@ def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
     except (AttributeError, KeyError, TypeError, ValueError, struct.error):
         pieces = []                                             # another kind of file
     if not any(kind == UNKNOWN for _, _, kind in pieces):
-        raise UserError(f"{path} is not a SentencePiece model; it starts with {data[:40]!r}: download it again")
+        raise UserError(f"{path} is not a SentencePiece model; it starts with {data[:40]!r}: "
+                        "download it again")
     if not (trainer and normalizer):                            # they follow the pieces
         raise UserError(f"{path} is cut off ({len(data)} bytes): download it again")
     return pieces, trainer, normalizer
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
-    """Convert a SentencePiece BPE model to a Tokenizer of the same ids. Raises UserError if it cannot."""
+    """Convert a SentencePiece BPE model to a Tokenizer of the same ids. Raises UserError if it
+    cannot."""
     pieces, trainer, normalizer = read_model(path)
     special = [p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
     user = [p for p, _, kind in pieces if kind == USER_DEFINED]
@@ -206,10 +221,12 @@ def read_sentencepiece(path: Path) -> Tokenizer:
             (trainer.get(3) != 2, "is not a BPE model (but unigram, word or char)"),
             (normalizer.get(2), "changes characters by a table (charsmap)"),
             (normalizer.get(4, True), "removes extra spaces"),
-            (not normalizer.get(5, True) or trainer.get(24), "writes spaces in another way than Llama's"),
+            (not normalizer.get(5, True)
+             or trainer.get(24), "writes spaces in another way than Llama's"),
             (prefix and user, "has both user-defined symbols and a space put in front of a text")]:
         if refused:
-            raise UserError(f"{path} {what}, which is not supported: use the model's tokenizer.json in its place")
+            raise UserError(f"{path} {what}, which is not supported: use the model's "
+                            "tokenizer.json in its place")
 
     # SentencePiece merges the pair that gives the piece with the best score. Llama's runs of spaces
     # all have the same score: of those it prefers the longer left half.

@@ -1,7 +1,7 @@
 """Next-token cross-entropy, the objective of LLaVA-1.5.
 
-Improved Baselines with Visual Instruction Tuning (LLaVA-1.5), arXiv 2310.03744.
-The same loss is eq. 2 of VDEP (2502.09093), eq. 1 of VISTA (2505.10917) and eq. 3 of BASIC (2508.06895).
+Improved Baselines with Visual Instruction Tuning (LLaVA-1.5), arXiv 2310.03744. The same loss is
+eq. 2 of VDEP (2502.09093), eq. 1 of VISTA (2505.10917) and eq. 3 of BASIC (2508.06895).
 
     L = − (1/m) Σ_{t: y_t supervised} log p(y_t | y_<t, image)                                        (1)
     p(· | y_<t, image) = softmax(W h_{t−1} + b)                                                       (2)
@@ -70,12 +70,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def next_token_loss(hidden_states: Tensor, labels: Tensor, head_weight: Tensor, head_bias: Tensor | None = None,
                     chunk: int = 1024, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(total, count): the summed cross-entropy, in nats, of the supervised tokens, and their number.
+    """(total, count): the summed cross-entropy, in nats, of the supervised tokens, and their
+    number.
 
-    hidden_states (B,T,D), labels (B,T) with -100 ignored (not shifted: position t−1 predicts label t),
-    head_weight (V,D), head_bias (V,). Peak memory is that of `chunk` rows of logits. Without a supervised token the
-    total is 0 and still in the graph, so that every rank's head gets a gradient. places (2,m): sample and position t−1
-    of each supervised token, if they are known; finding them waits for a GPU."""
+    hidden_states (B,T,D), labels (B,T) with -100 ignored (not shifted: position t−1 predicts label
+    t), head_weight (V,D), head_bias (V,). Peak memory is that of `chunk` rows of logits. Without a
+    supervised token the total is 0 and still in the graph, so that every rank's head gets a
+    gradient. places (2,m): sample and position t−1 of each supervised token, if they are known;
+    finding them waits for a GPU."""
     supervised = labels[:, 1:] != -100                                          # (B,T-1)
     sample, t = supervised.nonzero().T if places is None else places            # (m,) twice
     h = hidden_states[sample, t]                                                # (m,D)

@@ -40,14 +40,16 @@ class LoRALinear(nn.Linear):
 
 
 def linear(in_features: int, out_features: int, c, bias: bool = False) -> nn.Linear:
-    """A map of a decoder's layer, as its config `c` wants it. bias: it has one even if the others have none."""
+    """A map of a decoder's layer, as its config `c` wants it. bias: it has one even if the others
+    have none."""
     if c.lora_rank:
         return LoRALinear(in_features, out_features, bias or c.bias, c.lora_rank, c.lora_alpha)
     return nn.Linear(in_features, out_features, bias=bias or c.bias)
 
 
 def lora_start(name: str, shape: torch.Size, seed: int) -> Tensor | None:
-    """What A or B are before training, by their name, the same on every rank; None for other tensors."""
+    """What A or B are before training, by their name, the same on every rank; None for other
+    tensors."""
     if name.endswith("lora_B"):
         return torch.zeros(shape)
     if name.endswith("lora_A"):
@@ -57,7 +59,8 @@ def lora_start(name: str, shape: torch.Size, seed: int) -> Tensor | None:
 
 @torch.no_grad()
 def merge(decoder: nn.Module) -> None:
-    """Puts every update into its weight: what is left are plain linear maps, and a config without LoRA."""
+    """Puts every update into its weight: what is left are plain linear maps, and a config without
+    LoRA."""
     for module in list(decoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LoRALinear):

@@ -1,6 +1,7 @@
 """MoCa, modality calibration: an affine map of the image tokens at the end of every layer.
 
-Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality Integration Rate, arXiv 2410.07167.
+Deciphering Cross-Modal Alignment in Large Vision-Language Models with Modality Integration Rate,
+arXiv 2410.07167.
 
     ψ_k(f) = u_k · f + v_k   for image tokens f of layer k;  text tokens stay as they are               (5)
 

@@ -1,8 +1,8 @@
 """Q-Former: learned queries read the patches through a small BERT, and are the image tokens.
 
 BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
-Models, arXiv 2301.12597. As a connector of LLaVA: table 4 of the MIR paper, arXiv 2410.07167. BLIP-2
-draws its blocks and writes no equations; these are BERT's (arXiv 1810.04805):
+Models, arXiv 2301.12597. As a connector of LLaVA: table 4 of the MIR paper, arXiv 2410.07167.
+BLIP-2 draws its blocks and writes no equations; these are BERT's (arXiv 1810.04805):
 
     z_0 = LN(q)                                                                              (1)
     a = LN(z_l + MHA(z_l, z_l))                                                              (2)

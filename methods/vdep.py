@@ -1,7 +1,7 @@
 """VDEP: the language model predicts the next image token, as the projector made it.
 
-From Visuals to Vocabulary: Establishing Equivalence Between Image and Text Token Through Autoregressive Pre-training
-in MLLMs (VDEP), arXiv 2502.09093.
+From Visuals to Vocabulary: Establishing Equivalence Between Image and Text Token Through
+Autoregressive Pre-training in MLLMs (VDEP), arXiv 2502.09093.
 
     L = L_t + α L_i,  α = 0.001                                                                       (11)
     L_i = 1/(N−1) Σ_{i<N} d(h_i, x_{i+1})     h: final hidden states;  x: the "dynamic embeddings", the projector's
@@ -41,10 +41,11 @@ from torch import Tensor
 def reconstruction_loss(hidden_states: Tensor, image_embeds: Tensor,
                         distance: Literal["l2", "inverse", "sigmoid"] = "l2",
                         reduce: Literal["mean", "sum"] = "mean", shift: Literal[0, 1] = 1) -> tuple[Tensor, Tensor]:
-    """(total, count): each sample's mean distance over its N − shift predicted positions, summed; and the samples.
+    """(total, count): each sample's mean distance over its N − shift predicted positions, summed;
+    and the samples.
 
-    hidden_states (B,N,D) at the image positions, image_embeds (B,N,D). Position i predicts token i + shift. reduce is
-    over D. No gradient reaches the targets."""
+    hidden_states (B,N,D) at the image positions, image_embeds (B,N,D). Position i predicts token i
+    + shift. reduce is over D. No gradient reaches the targets."""
     for name, value, known in [("distance", distance, ("l2", "inverse", "sigmoid")),
                                ("reduce", reduce, ("mean", "sum")), ("shift", shift, (0, 1))]:
         if value not in known:

@@ -1,6 +1,7 @@
 """VISTA: the word embeddings of an answer stay close to the state at the last image token.
 
-VISTA: Enhancing Vision-Text Alignment in MLLMs via Cross-Modal Mutual Information Maximization, arXiv 2505.10917.
+VISTA: Enhancing Vision-Text Alignment in MLLMs via Cross-Modal Mutual Information Maximization,
+arXiv 2505.10917.
 
     L = L_CE + (1/m) Σ_{t=1..m} f(t) d(x_t, S_n)                                                      (9)
     f(t) = t/m,  d(x, S) = ‖x − S‖²                                                                   (10)
@@ -33,11 +34,13 @@ from torch import Tensor
 def alignment_loss(text_embeds: Tensor, text_mask: Tensor, visual_state: Tensor,
                    weighting: Literal["t/m", "t", "1"] = "t/m", distance: Literal["l2", "cosine"] = "l2",
                    reduce: Literal["mean", "sum"] = "mean", places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(total, count): the second term of eq. (9) summed over samples, and the samples that have text.
+    """(total, count): the second term of eq. (9) summed over samples, and the samples that have
+    text.
 
-    text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text adds nothing. For one
-    without an image, text_mask must be all False. reduce is over D, for distance "l2" alone. places (2,M): sample and
-    position of each text token, if they are known; finding them waits for a GPU."""
+    text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text adds
+    nothing. For one without an image, text_mask must be all False. reduce is over D, for distance
+    "l2" alone. places (2,M): sample and position of each text token, if they are known; finding
+    them waits for a GPU."""
     for name, value, known in [("weighting", weighting, ("t/m", "t", "1")), ("distance", distance, ("l2", "cosine")),
                                ("reduce", reduce, ("mean", "sum"))]:
         if value not in known:

@@ -14,7 +14,8 @@ from common.files import read_json
 from common.flags import UserError, run
 
 ONE, TWO = "pretrain", "finetune"
-FIRST = ["ce", "vdep", "vista", "basic", "moca"]        # the order of the columns; other methods follow
+# the order of the columns; other methods follow
+FIRST = ["ce", "vdep", "vista", "basic", "moca"]
 T_ROWS = ("mean", "unseen pairs", "caption CE, 1", "MIR, 2")
 FILES = {"test": ("accuracy", "test"), "unseen pairs": ("accuracy", "composition"),
          "test, images shuffled": ("shuffled", "test")}
@@ -28,7 +29,8 @@ def numbers_of(results: dict) -> dict[str, float]:
         unseen = results["accuracy"]["composition"]
         rows |= results["accuracy"]["test"]
         rows |= {"unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
-                 "unseen adversarial": unseen["adversarial"], "shuffled": results["shuffled"]["test"]["mean"]}
+                 "unseen adversarial": unseen["adversarial"],
+                 "shuffled": results["shuffled"]["test"]["mean"]}
     rows["caption CE, 1"] = results["stages"][ONE]["ce"]
     for n, stage in [(1, ONE), (2, TWO)]:
         if stage in results["stages"]:
@@ -66,7 +68,8 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
         paths = [folder / "results.json"] if (folder / "results.json").is_file() else \
             sorted(folder.glob("*/results.json"))
         if not paths:
-            raise UserError(f"{folder} has no results.json, and no folder in it has one: give runs of the toy")
+            raise UserError(f"{folder} has no results.json, and no folder in it has one: give "
+                            "runs of the toy")
         for path in paths:
             method = path.parent.name.rsplit("-", 1)[0]
             runs.setdefault(method, []).append(read_json(path))
@@ -77,7 +80,8 @@ def compare(runs: dict[str, list[dict]]) -> str:
     """Return the table with a column per method."""
     names = [n for n in FIRST if n in runs] + sorted(set(runs) - set(FIRST))
     numbers = {name: [numbers_of(r) for r in runs[name]] for name in names}
-    lines = ["| | " + " | ".join(f"{n} (n = {len(runs[n])})" for n in names) + " |", "|---" * (len(names) + 1) + "|"]
+    lines = ["| | " + " | ".join(f"{n} (n = {len(runs[n])})" for n in names) + " |",
+             "|---" * (len(names) + 1) + "|"]
     values = {}                                            # row → method → values
     for name in names:
         for row in numbers[name]:

@@ -2,9 +2,10 @@
 
     python -m runs.figures --run out/figures/*-[0-9] --out out/figures
 
-Prints one table, mean ± standard deviation over the seeds of an objective. Writes figures.json; attention.png and
-similarity.png (one line an objective: the picture, then every layer); inside.html and runs.html, pages of look/. Scenes
-are drawn here, so that it is known where each object is; none of them was trained on.
+Prints one table, mean ± standard deviation over the seeds of an objective. Writes figures.json;
+attention.png and similarity.png (one line an objective: the picture, then every layer); inside.html
+and runs.html, pages of look/. Scenes are drawn here, so that it is known where each object is; none
+of them was trained on.
 """
 import random
 import statistics
@@ -57,7 +58,8 @@ def measure_scene(look: dict, scene: tuple, thing: tuple) -> dict[str, float]:
     similarity = look["similarity"]                                             # (L+1,M,N)
     prompt = similarity[:, :last + 1].mean(1)                                   # (L+1,N)
     others = [i for i in range(9) if i != at]
-    numbers = {f"attention on the object asked for, layer {k + 1}, %": 100 * share[k, at].item() for k in range(L)}
+    numbers = {f"attention on the object asked for, layer {k + 1}, %": 100 * share[k, at].item()
+               for k in range(L)}
     numbers[f"brightest patch is that object, layer {L}, %"] = 100.0 * (share[-1].argmax().item() == at)
     for k, name in ((0, "projector"), (L, f"layer {L}")):
         numbers[f"cosine of its word with its patch, {name}"] = similarity[k, word, at].item()
@@ -67,7 +69,8 @@ def measure_scene(look: dict, scene: tuple, thing: tuple) -> dict[str, float]:
     for k in range(L + 1):
         numbers[f"whole words, layer {k}, %"] = 100 * look["meaningful"][k]
     for k in (0, L):
-        named = [bool({c, s} & {look["words"][w].strip() for w in look["nearest"][k, patch_of((r, col))].tolist()})
+        named = [bool({c, s} & {look["words"][w].strip()
+                                for w in look["nearest"][k, patch_of((r, col))].tolist()})
                  for r, col, c, s in scene]
         numbers[f"objects with their colour or shape among the nearest 3, layer {k}, %"] = 100 * statistics.fmean(named)
     numbers["answers right, %"] = 100.0 * bool(exact(look["answer"], thing[2]))
@@ -79,7 +82,8 @@ def measure_scene(look: dict, scene: tuple, thing: tuple) -> dict[str, float]:
 
 
 def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]:
-    """The means over all scenes, with the run's MIR and distances; and the look of the first with three objects."""
+    """The means over all scenes, with the run's MIR and distances; and the look of the first with
+    three objects."""
     assistant = Assistant.from_checkpoint(checkpoints(run, "finetune")[-1], "cpu", torch.float32)
     rows, first = [], None
     for scene, picture, thing in scenes:
@@ -98,11 +102,12 @@ def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]
 
 
 def sheet(path: Path, looks: dict[str, dict], kind: str) -> None:
-    """One line an objective: the picture, then the map of every layer; of attention that of the question's last token,
-    of similarity the mean over the prompt."""
+    """One line an objective: the picture, then the map of every layer; of attention that of the
+    question's last token, of similarity the mean over the prompt."""
     size, gap, left, top = 144, 6, 60, 24
     columns = ["picture"] + [f"layer {k}" for k in range(kind == "attention", 5)]
-    page = Image.new("RGB", (left + len(columns) * (size + gap), top + len(looks) * (size + gap)), "white")
+    page = Image.new("RGB", (left + len(columns) * (size + gap), top + len(looks) * (size + gap)),
+                     "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for x, column in enumerate(columns):
         pen.text((left + x * (size + gap) + size / 2, top / 2), column, "black", font, "mm")
@@ -130,7 +135,8 @@ def main() -> None:
         found.setdefault(loss, []).append(numbers)
         looks.setdefault(loss, look)
     names = sorted(found, key=["ce", "vdep", "vista", "basic"].index)
-    print("| | " + " | ".join(f"{n} (n = {len(found[n])})" for n in names) + " |\n" + "|---" * (len(names) + 1) + "|")
+    print("| | " + " | ".join(f"{n} (n = {len(found[n])})" for n in names) + " |\n"
+          + "|---" * (len(names) + 1) + "|")
     for number in next(iter(found.values()))[0]:
         cells = []
         for name in names:
@@ -141,7 +147,8 @@ def main() -> None:
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "figures.json", found)
-    write_page(out / "inside.html", f"“{looks[names[0]]['prompt']}”", [looks[name] for name in names])
+    write_page(out / "inside.html", f"“{looks[names[0]]['prompt']}”",
+               [looks[name] for name in names])
     write_page(out / "runs.html", "the papers' objectives on the toy",
                run={"groups": group_runs([Path(r) for r in cfg.run]), "answers": []})
     for kind in ("attention", "similarity"):

@@ -20,10 +20,11 @@ from mir import measure
 from toy import world
 
 STAGES = ("pretrain", "finetune")
-NS, SEEDS = (10, 20, 50, 100, 200), range(10)            # the paper draws ten sets of each size, too
+# the paper draws ten sets of each size, too
+NS, SEEDS = (10, 20, 50, 100, 200), range(10)
 
 
-# ------------------------------------------------------------------------------------------------ pairs
+# -------------------------------------------------------------------------------------------- pairs
 def new_pictures(split: str, n: int, folder: Path) -> list[dict]:
     """n pairs of new pictures of a split and their captions; the pictures are written to
     `folder`."""
@@ -42,7 +43,7 @@ def shifted(pairs: list[dict]) -> list[dict]:
     return [{**p, "conversations": text} for p, text in zip(pairs, texts)]
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# ---------------------------------------------------------------------------------------- measuring
 def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Path) -> dict:
     """All measurements of the last checkpoint of a stage, by name; "samples" holds MIR by number of
     pairs."""
@@ -51,7 +52,8 @@ def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Pa
     model = load_model(ckpt)
 
     def on(pairs: list[dict], where: Path, template: str = "v1", as_released: bool = False, **options) -> dict:
-        return measure(model, pair_batches(ckpt, pairs, where, template, as_released=as_released), **options)
+        return measure(model, pair_batches(ckpt, pairs, where, template, as_released=as_released),
+                       **options)
 
     questions = read_pairs(data / "val.jsonl", images, 100)
     # Captions alone, as the unseen ones are.
@@ -80,7 +82,7 @@ def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Pa
     return results
 
 
-# ------------------------------------------------------------------------------------------------ tables
+# ------------------------------------------------------------------------------------------- tables
 def show(run: Path, results: dict) -> None:
     """Print one run: a row a measurement, its layers, its curve."""
     print(f"\n{run}{'':30}after stage 1        after stage 2")
@@ -131,11 +133,13 @@ def main() -> None:
         unseen = {split: new_pictures(split, 100, folder) for split in ("val", "composition")}
         for run in runs:
             found = {stage: study_stage(run, stage, unseen, folder) for stage in STAGES}
-            found["curve"] = [line for line in read_jsonl(run / "metrics.jsonl") if line.get("kind") == "mir"]
+            found["curve"] = [line for line in read_jsonl(run / "metrics.jsonl")
+                              if line.get("kind") == "mir"]
             found["accuracy"] = json.loads((run / "results.json").read_text())["accuracy"]
             results[str(run)] = found
             show(run, found)
-    print("\nrun: MIR, |V|, CE on questions after stage 1; the same after stage 2; accuracy on test, on unseen pairs")
+    print("\nrun: MIR, |V|, CE on questions after stage 1; the same after stage 2; accuracy on "
+          "test, on unseen pairs")
     for run, found in results.items():
         row = []
         for stage in STAGES:

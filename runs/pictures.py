@@ -2,7 +2,8 @@
 
     python -m runs.pictures --ckpt out/toy --out docs
 
-Needs a finished run of the toy (`python train.py`). Makes data-path.png and toy.png in --out, in seconds.
+Needs a finished run of the toy (`python train.py`). Makes data-path.png and toy.png in --out, in
+seconds.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from hub.checkpoint import checkpoint_folder
 from look.gather import answer
 from toy.world import CATEGORIES, COLUMNS, ROWS
 
-BLUE, AMBER, VIOLET, GREEN = (37, 99, 235), (217, 119, 6), (109, 40, 217), (5, 122, 85)     # image, text, both, losses
+# image, text, both, losses
+BLUE, AMBER, VIOLET, GREEN = (37, 99, 235), (217, 119, 6), (109, 40, 217), (5, 122, 85)
 INK, GREY, LINE, WHITE, RED = (30, 41, 59), (100, 116, 139), (203, 213, 225), (255, 255, 255), (185, 28, 28)
 SCALE = 2                       # drawn this much larger than saved, so that edges are smooth
 
@@ -30,7 +32,7 @@ class Config:
     layer: int = option(4, "the decoder layer whose attention is shown")
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------------ drawing
 class Canvas:
     """A white picture, drawn SCALE times larger than it is saved. Coordinates are those of the saved picture."""
     def __init__(self, width: int, height: int):
@@ -38,11 +40,12 @@ class Canvas:
         self.pen = ImageDraw.Draw(self.image)
 
     def text(self, x: float, y: float, text: str, size: int = 15, colour=INK, anchor: str = "mm") -> None:
-        self.pen.text((SCALE * x, SCALE * y), text, colour, ImageFont.load_default(SCALE * size), anchor)
+        self.pen.text((SCALE * x, SCALE * y), text, colour, ImageFont.load_default(SCALE * size),
+                      anchor)
 
     def box(self, x: float, y: float, w: float, h: float, colour, fill=None, radius: int = 8, width: int = 2) -> None:
-        self.pen.rounded_rectangle([SCALE * v for v in (x, y, x + w, y + h)], SCALE * radius, fill, colour,
-                                   SCALE * width)
+        self.pen.rounded_rectangle([SCALE * v for v in (x, y, x + w, y + h)], SCALE * radius, fill,
+                                   colour, SCALE * width)
 
     def module(self, x: float, y: float, w: float, h: float, colour, name: str, *notes: str) -> None:
         """A box that computes something: its name, and smaller lines below."""
@@ -69,7 +72,8 @@ class Canvas:
         self.pen.polygon([(SCALE * x, SCALE * y) for x, y in head], colour)
 
     def paste(self, image: Image.Image, x: float, y: float, size: int) -> None:
-        self.image.paste(image.resize((SCALE * size, SCALE * size), Image.Resampling.NEAREST), (SCALE * x, SCALE * y))
+        self.image.paste(image.resize((SCALE * size, SCALE * size), Image.Resampling.NEAREST),
+                         (SCALE * x, SCALE * y))
 
     def save(self, path: Path, colours: int | None = None) -> None:
         """Save a PNG at its own size; with `colours`, as a palette of so many, which is smaller."""
@@ -84,11 +88,12 @@ def pale(colour: tuple, share: float = 0.10) -> tuple:
     return tuple(round(255 - share * (255 - c)) for c in colour)
 
 
-# ------------------------------------------------------------------------------------------------ the data path
+# ------------------------------------------------------------------------------------ the data path
 def draw_data_path(path: Path) -> None:
     """One batch: image and text enter Llava, hidden states leave it, a loss reads them."""
     c = Canvas(1200, 480)
-    top, bottom, middle = 100, 284, 192                     # the rows of the image, of the text, and of both
+    # the rows of the image, of the text, and of both
+    top, bottom, middle = 100, 284, 192
 
     c.tensor(84, top, "pixel_values", "(B, 3, H, W)", BLUE)
     c.arrow((150, top), (184, top))
@@ -111,20 +116,24 @@ def draw_data_path(path: Path) -> None:
     c.module(768, middle - 62, 150, 124, VIOLET, "Decoder", *notes)
     c.arrow((918, middle), (1050, middle))
     c.tensor(984, middle - 28, "hidden_states", "(B, T, D)", VIOLET)
-    c.module(1052, middle - 62, 128, 124, GREEN, "losses.py", "ce, vdep,", "vista, das, sds:", "a sum each")
-    # The losses read the embeddings too: VDEP and BASIC those of the image, VISTA those of the text.
+    c.module(1052, middle - 62, 128, 124, GREEN, "losses.py", "ce, vdep,", "vista, das, sds:",
+             "a sum each")
+    # The losses read the embeddings too: VDEP and BASIC those of the image, VISTA those of the
+    # text.
     c.arrow((672, top), (672, 34), (1116, 34), (1116, middle - 64), colour=BLUE)
     c.arrow((672, bottom), (672, 344), (1116, 344), (1116, middle + 64), colour=AMBER)
 
     # One sample, token by token: what image_mask and labels mark.
-    words = ["<s>", "...", "USER:", "v1", "v2", "v3", "...", "vN", "Which", "row", "...", "ASSISTANT:", "top", "</s>"]
+    words = ["<s>", "...", "USER:", "v1", "v2", "v3", "...", "vN", "Which", "row", "...",
+             "ASSISTANT:", "top", "</s>"]
     x, y, h = 128, 392, 38
     c.text(64, y + h / 2, "one sample", 16, GREY)
     for i, word in enumerate(words):
         image, answer = 3 <= i <= 7, i >= 12
         w = 112 if word == "ASSISTANT:" else 71
         colour = BLUE if image else GREEN if answer else AMBER
-        c.box(x, y, w - 5, h, colour, pale(colour, 0.28 if image or answer else 0.10), radius=5, width=1)
+        c.box(x, y, w - 5, h, colour, pale(colour, 0.28 if image or answer else 0.10), radius=5,
+              width=1)
         c.text(x + (w - 5) / 2, y + h / 2, word, 15)
         if i in (3, 12):
             c.text(x, y + h + 20, "image_mask: N positions" if image else "labels: supervised", 15, colour, "lm")
@@ -132,10 +141,10 @@ def draw_data_path(path: Path) -> None:
     c.save(path, 128)
 
 
-# ------------------------------------------------------------------------------------------------ the toy
+# ------------------------------------------------------------------------------------------ the toy
 def ask(assistant: Assistant, image: Image.Image, question: str, layer: int) -> tuple[str, torch.Tensor]:
-    """Ask about an image. Returns the answer, and how the attention of the prompt's last token in a layer, averaged
-    over heads, divides over the image tokens: (N,), sum 1."""
+    """Ask about an image. Returns the answer, and how the attention of the prompt's last token in a
+    layer, averaged over heads, divides over the image tokens: (N,), sum 1."""
     inside = answer(assistant, image, question, 8)
     if layer > len(inside.attention):
         raise UserError(f"--layer {layer}: the decoder has layers 1 to {len(inside.attention)}")
@@ -146,7 +155,8 @@ def ask(assistant: Assistant, image: Image.Image, question: str, layer: int) -> 
 
 
 def draw_card(c: Canvas, x: int, y: int, image: Image.Image, row: dict, answer: str, attention: torch.Tensor) -> None:
-    """A scene beside itself under a veil that is thin where the model looks; the question and the answer below."""
+    """A scene beside itself under a veil that is thin where the model looks; the question and the
+    answer below."""
     size, cells, shares = 144, len(ROWS), attention.tolist()
     most, right = max(shares), answer == row["answer"]
     c.box(x, y, 2 * size + 40, size + 96, LINE, radius=10, width=1)
@@ -180,7 +190,8 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
     assistant = Assistant.from_checkpoint(folder)
     rows = read_jsonl(data / "test.jsonl")
     c = Canvas(1056, 588)
-    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the attention of the prompt's "
+    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the "
+             "attention of the prompt's "
              f"last token divides over the 9 image tokens (layer {layer}).")
     c.text(24, 28, title, 14, GREY, "lm")
     for n, category in enumerate(CATEGORIES):

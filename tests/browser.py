@@ -1,6 +1,7 @@
 """A headless Chromium spoken to over a pipe: opens a page, moves the pointer, takes screenshots, collects complaints.
 
-Chrome DevTools Protocol: JSON messages that end in a zero byte, on file descriptors 3 (to it) and 4 (from it)."""
+Chrome DevTools Protocol: JSON messages that end in a zero byte, on file descriptors 3 (to it) and 4
+(from it)."""
 import base64
 import json
 import os
@@ -23,14 +24,17 @@ class Browser:
         self.read_end, to_write = os.pipe()
         # The shell gives the browser's ends of the pipes the numbers that it wants.
         start = f'exec "$@" 3<&{to_read} 4>&{to_write}'
-        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe",
-                 "--disable-background-networking", "--no-first-run", f"--user-data-dir={self.profile}"]
-        self.process = subprocess.Popen(["bash", "-c", start, "bash", CHROMIUM, *flags, "about:blank"],
+        flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                 "--remote-debugging-pipe", "--disable-background-networking", "--no-first-run",
+                 f"--user-data-dir={self.profile}"]
+        self.process = subprocess.Popen(["bash", "-c", start, "bash", CHROMIUM, *flags,
+                                         "about:blank"],
                                         pass_fds=(to_read, to_write), stderr=subprocess.DEVNULL)
         os.close(to_read)
         os.close(to_write)
         self.session = None
-        target = next(t for t in self.ask("Target.getTargets")["targetInfos"] if t["type"] == "page")
+        target = next(t for t in self.ask("Target.getTargets")["targetInfos"]
+                      if t["type"] == "page")
         self.session = self.ask("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
@@ -75,7 +79,8 @@ class Browser:
             self.complaints.append(f"request to {p['request']['url']}")
 
     def resize(self, width: int, height: int) -> None:
-        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height,
+                 deviceScaleFactor=1, mobile=False)
 
     def open(self, path: Path, fragment: str = "") -> None:
         self.ask("Page.navigate", url="about:blank")
@@ -88,23 +93,28 @@ class Browser:
 
     def run(self, expression: str):
         """The value of a JavaScript expression. Raises AssertionError if it throws."""
-        got = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        got = self.ask("Runtime.evaluate", expression=expression, returnByValue=True,
+                       awaitPromise=True)
         assert "exceptionDetails" not in got, got["exceptionDetails"]
         return got["result"].get("value")
 
     def settle(self) -> None:
         """Wait for two frames, and for the charts, which follow when the pointer rests."""
-        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done, 150))))")
+        self.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => "
+                 "setTimeout(done, 150))))")
 
     def hover(self, selector: str, x: float = 0.5, y: float = 0.5) -> None:
         """Move the pointer over a place in an element, given in shares of its width and height."""
-        box = self.run(f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = e.getBoundingClientRect(); "
+        box = self.run(f"(e => {{ e.scrollIntoView({{block: 'center'}}); const b = "
+                       "e.getBoundingClientRect(); "
                        f"return [b.x, b.y, b.width, b.height]; }})(document.querySelector({json.dumps(selector)}))")
-        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + x * box[2], y=box[1] + y * box[3])
+        self.ask("Input.dispatchMouseEvent", type="mouseMoved", x=box[0] + x * box[2],
+                 y=box[1] + y * box[3])
         self.settle()
 
     def press(self, key: str) -> None:
-        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key, text=key if len(key) == 1 else "")
+        self.ask("Input.dispatchKeyEvent", type="keyDown", key=key,
+                 text=key if len(key) == 1 else "")
         self.ask("Input.dispatchKeyEvent", type="keyUp", key=key)
         self.settle()
 

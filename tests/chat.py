@@ -1,7 +1,7 @@
 """Tokenizers built as those of Qwen2, Llama-3 and SmolLM2 are, with a small vocabulary, and their published templates.
 
-The regexes, normalizers, special tokens and templates are the published ones; the vocabulary is learned from a few
-lines, so that nothing has to be downloaded.
+The regexes, normalizers, special tokens and templates are the published ones; the vocabulary is
+learned from a few lines, so that nothing has to be downloaded.
 """
 import json
 from pathlib import Path
@@ -11,23 +11,27 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
          r"\s+(?!\S)|\s+")
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
+           "<|eot_id|>"]
 SYSTEMS = {"qwen2": "You are a helpful assistant.",
            "qwen2_5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
            "smollm2": "You are a helpful AI assistant named SmolLM, trained by Hugging Face"}
-MODEL_TYPES = {"qwen2": "qwen2", "qwen2_5": "qwen2", "smollm2": "llama", "llama_3": "llama", "llama_3_1": "llama"}
-TEXT = ["Is there a red circle? Answer with one word.", "You are a helpful assistant. system user assistant",
+MODEL_TYPES = {"qwen2": "qwen2", "qwen2_5": "qwen2", "smollm2": "llama", "llama_3": "llama",
+               "llama_3_1": "llama"}
+TEXT = ["Is there a red circle? Answer with one word.", "You are a helpful assistant. system user "
+                                                        "assistant",
         "A chat between a curious user, what's 12 and 2026?\n\n", "The quick brown fox. Yes. No.\n"]
 JINJA_CHATML = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
-    "SYSTEM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
-    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ "
+    "'<|im_start|>system\nSYSTEM<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + "
+    "'\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt "
+    "%}{{ '<|im_start|>assistant\n' }}{% endif %}")
 JINJA_LLAMA_3 = (
-    "{{ bos_token }}DATE{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>"
-    "\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
-    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
-DATE = ("{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: "
-        "26 Jul 2024\n\n<|eot_id|>' }}")
+    "{{ bos_token }}DATE{% for message in messages %}{{ '<|start_header_id|>' + message['role'] + "
+    "'<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{% endfor %}{% if "
+    "add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}")
+DATE = ("{{ '<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December "
+        "2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>' }}")
 
 
 def chat_template(name: str) -> str:
@@ -42,7 +46,8 @@ def chat_tokenizer(name: str) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(ignore_merges=llama))
     if name == "smollm2":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
     else:
         regex = WORDS.replace("{1,DIGITS}", "{1,3}" if llama else "")
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -53,11 +58,13 @@ def chat_tokenizer(name: str) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(TEXT * 9, trainers.BpeTrainer(
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in (HEADERS if llama else CHATML)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False)
+                                  for t in (HEADERS if llama else CHATML)])
     if llama:
         bos = tokenizer.token_to_id("<|begin_of_text|>")
         tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), (
-            processors.TemplateProcessing(single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", bos)]))])
+            processors.TemplateProcessing(single="<|begin_of_text|> $A",
+                                          special_tokens=[("<|begin_of_text|>", bos)]))])
     return tokenizer
 
 
@@ -70,6 +77,7 @@ def write_chat_folder(folder: Path, name: str) -> Path:
     if name == "smollm2":
         tokens["bos_token"] = "<|im_start|>"                # named, never put in front
     (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template(name), **tokens}))
+        {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": chat_template(name),
+         **tokens}))
     (folder / "config.json").write_text(json.dumps({"model_type": MODEL_TYPES[name]}))
     return folder

@@ -11,7 +11,8 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers
 from toy import world
 
 STEPS = 12                                      # of a run of `command`
-torch.set_num_threads(1)                        # the inputs are tiny: a second thread would cost more than it gives
+# the inputs are tiny: a second thread would cost more than it gives
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,20 +20,24 @@ def program_server():
     start_server()
 
 
-# Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization reach.
+# Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization
+# reach.
 LLAMA_PIECES = {
-    "USER": 11889, "▁US": 3148, "ER": 1001, ":": 29901, "▁": 29871, "What": 5618, "▁is": 338, "▁this": 445, "?": 29973,
-    "▁A": 319, "SS": 1799, "IST": 9047, "ANT": 13566, "▁cat": 6635, ".": 29889, "▁chat": 13563, "▁between": 1546,
-    "▁a": 263, "▁curious": 12758, "▁user": 1404, "▁and": 322, "▁an": 385, "▁artificial": 23116, "▁intelligence": 21082,
-    "▁assistant": 20255, "▁The": 450, "▁gives": 4076, "▁helpful": 8444, ",": 29892, "▁detailed": 13173, "▁pol": 1248,
-    "ite": 568, "▁answers": 6089, "▁to": 304, "▁the": 278, "'": 29915, "s": 29879, "▁questions": 5155, "US": 3308,
-    "▁Why": 3750, "▁Because": 7311, "▁on": 373, "▁mat": 1775}
+    "USER": 11889, "▁US": 3148, "ER": 1001, ":": 29901, "▁": 29871, "What": 5618, "▁is": 338,
+    "▁this": 445, "?": 29973, "▁A": 319, "SS": 1799, "IST": 9047, "ANT": 13566, "▁cat": 6635,
+    ".": 29889, "▁chat": 13563, "▁between": 1546, "▁a": 263, "▁curious": 12758, "▁user": 1404,
+    "▁and": 322, "▁an": 385, "▁artificial": 23116, "▁intelligence": 21082, "▁assistant": 20255,
+    "▁The": 450, "▁gives": 4076, "▁helpful": 8444, ",": 29892, "▁detailed": 13173, "▁pol": 1248,
+    "ite": 568, "▁answers": 6089, "▁to": 304, "▁the": 278, "'": 29915, "s": 29879,
+    "▁questions": 5155, "US": 3308, "▁Why": 3750, "▁Because": 7311, "▁on": 373, "▁mat": 1775}
 
 
 @pytest.fixture(scope="session")
 def llama_tokenizer() -> Tokenizer:
-    """Llama-2's tokenizer, cut down to those pieces: each is built by merging its characters from the left."""
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}, **LLAMA_PIECES}
+    """Llama-2's tokenizer, cut down to those pieces: each is built by merging its characters from
+    the left."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)},
+             **LLAMA_PIECES}
     merges = []
     for piece in sorted(LLAMA_PIECES, key=lambda p: not p.startswith("▁")):
         for part in [piece[0]] + [piece[:n] for n in range(2, len(piece) + 1)]:
@@ -40,13 +45,16 @@ def llama_tokenizer() -> Tokenizer:
                 merges.append((part[:-1], part[-1]))
             for p in (part, part[-1]):
                 vocab.setdefault(p, 40000 + len(vocab))
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True,
+                                     fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
+                                  for t in ("<unk>", "<s>", "</s>")])
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ what runs leave
+# ---------------------------------------------------------------------------------- what runs leave
 def losses_of(out: Path, stage: str) -> list[float]:
     """Return the loss of each step of a run."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -68,7 +76,7 @@ def same(a, b) -> bool:
     return a == b
 
 
-# ------------------------------------------------------------------------------------------------ a small world
+# ------------------------------------------------------------------------------------ a small world
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory) -> Path:
     """A small toy data set: 96 pictures, 6 pictures per question file."""
@@ -78,9 +86,11 @@ def small_world(tmp_path_factory) -> Path:
 
 
 def command(small_world, out, stage="finetune", steps=STEPS, **options) -> list[str]:
-    """Return the command line of a run on the small world, with rates at which it learns quickly."""
-    defaults = {"stage": stage, "data": small_world / f"{stage}.json", "images": small_world / "images", "out": out,
-                "global-batch": 16, "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32"}
+    """Return the command line of a run on the small world, with rates at which it learns
+    quickly."""
+    defaults = {"stage": stage, "data": small_world / f"{stage}.json",
+                "images": small_world / "images", "out": out, "global-batch": 16,
+                "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32"}
     if stage == "pretrain":
         defaults["lr"] = 5e-3
     else:
@@ -93,7 +103,8 @@ def command(small_world, out, stage="finetune", steps=STEPS, **options) -> list[
 
 @pytest.fixture(scope="session")
 def trained(small_world, tmp_path_factory) -> dict[str, Path]:
-    """A run of each stage, by one process with one micro-batch a step: what others must equal. Read only."""
+    """A run of each stage, by one process with one micro-batch a step: what others must equal. Read
+    only."""
     outs = {}
     for stage in ("pretrain", "finetune"):
         outs[stage] = tmp_path_factory.mktemp("trained") / stage

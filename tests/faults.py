@@ -29,14 +29,18 @@ LIMIT = 170                     # seconds that anything may take
 
 class Run:
     """A stage-2 run of 12 steps on a small toy data set, in a folder of its own, that can be disturbed and resumed."""
-    def __init__(self, data: Path, out: Path, ranks: int = 1, *flags, program=("train.py",), env=None):
-        self.out, self.ranks, self.env = out, ranks, {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-        options = {"stage": "finetune", "data": data / "finetune.json", "images": data / "images", "out": out,
-                   "projector": "random", "global-batch": 16, "lr": 5e-4, "projector-scale": 8, "max-steps": STEPS,
-                   "workers": 0, "dtype": "float32", "save-every": 2, "keep-last": 2}
+    def __init__(self, data: Path, out: Path, ranks: int = 1, *flags, program=("train.py",),
+                 env=None):
+        self.out, self.ranks, self.env = out, ranks, {**os.environ, "OMP_NUM_THREADS": "1",
+                                                      **(env or {})}
+        options = {"stage": "finetune", "data": data / "finetune.json", "images": data / "images",
+                   "out": out, "projector": "random", "global-batch": 16, "lr": 5e-4,
+                   "projector-scale": 8, "max-steps": STEPS, "workers": 0, "dtype": "float32",
+                   "save-every": 2, "keep-last": 2}
         self.command = [sys.executable]
         if ranks > 1:
-            self.command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            self.command += ["-m", "torch.distributed.run", "--standalone",
+                             f"--nproc_per_node={ranks}"]
         self.command += program
         for name, value in options.items():
             self.command += [f"--{name}", str(value)]
@@ -44,8 +48,9 @@ class Run:
         self.process = None
 
     def start(self, *flags, **options) -> "Run":
-        self.process = subprocess.Popen([*self.command, *flags], cwd=ROOT, env=self.env, stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, start_new_session=True, **options)
+        self.process = subprocess.Popen([*self.command, *flags], cwd=ROOT, env=self.env,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                        start_new_session=True, **options)
         return self
 
     def at(self, step: int) -> "Run":
@@ -63,21 +68,24 @@ class Run:
         return self
 
     def children(self) -> list[int]:
-        """Return the process ids of the ranks under torchrun, or without it of the processes that prepare batches."""
+        """Return the process ids of the ranks under torchrun, or without it of the processes that
+        prepare batches."""
         return [int(p) for p in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
 
     def end(self, within: float = LIMIT) -> tuple[int, str, float]:
         """Wait for the end. Returns (exit code, the lines of its error, seconds that passed)."""
         began = time.time()
         out, err = self.process.communicate(timeout=within)
-        lines = [line[max(0, line.find("[rank")):] for line in err.splitlines() if "error: " in line]
+        lines = [line[max(0, line.find("[rank")):]
+                 for line in err.splitlines() if "error: " in line]
         return self.process.returncode, "\n".join(lines) or err[-2000:] + out[-500:], time.time() - began
 
     def losses(self) -> list[float]:
         return [json.loads(line)["loss"] for line in (self.out / "metrics.jsonl").open()]
 
     def finish(self, like: "Run", *flags) -> str:
-        """Resume, and check that every step and every weight equals those of `like`. Returns the output."""
+        """Resume, and check that every step and every weight equals those of `like`. Returns the
+        output."""
         out, err = self.start("--resume", *flags).process.communicate(timeout=LIMIT)
         assert self.process.returncode == 0, err
         assert self.losses() == like.losses(), "a step differs from those of the undisturbed run"
@@ -93,8 +101,9 @@ def undisturbed(data: Path, out: Path, ranks: int) -> Run:
     return run
 
 
-# ------------------------------------------------------------------------------------------------ the rows
-# Each takes (data, a new folder, the undisturbed runs by number of ranks), and returns what the user saw.
+# ----------------------------------------------------------------------------------------- the rows
+# Each takes (data, a new folder, the undisturbed runs by number of ranks), and returns what the
+# user saw.
 def killed_rank(data, out, whole):
     """kill -9 of one of two ranks that share the model"""
     run = Run(data, out, 2).start().at(5)
@@ -176,8 +185,8 @@ def full_disk(data, out, whole):
 
 def full_quota(data, out, whole):
     """a file may not grow beyond 2 MB (ulimit -f), as with a full quota"""
-    run = Run(data, out, program=("-c", "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-              "resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY));"
+    run = Run(data, out, program=("-c", "import resource, signal; signal.signal(signal.SIGXFSZ, "
+                                        "signal.SIG_IGN);resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY));"
               "import train; from common.flags import run; run(train.main)"))
     code, message, _ = run.start().end()
     assert code == 2 and "could not be saved" in message, message
@@ -215,11 +224,13 @@ def clock_jump(data, out, whole):
     (out.parent / "clock").mkdir()
     (out.parent / "clock" / "sitecustomize.py").write_text(
         "import time\nreal, calls = time.time, [0]\n"
-        "def jumping():\n    calls[0] += 1\n    return real() + 86400 * (-1) ** calls[0]\ntime.time = jumping\n")
+        "def jumping():\n    calls[0] += 1\n    return real() + 86400 * (-1) ** "
+        "calls[0]\ntime.time = jumping\n")
     run = Run(data, out, env={"PYTHONPATH": str(out.parent / "clock")}).start().at(5)
     run.process.kill()
     run.end()
-    for n, path in enumerate(sorted(out.glob("finetune-*"), key=lambda p: int(p.name.split("-")[1]))):
+    for n, path in enumerate(sorted(out.glob("finetune-*"),
+                                    key=lambda p: int(p.name.split("-")[1]))):
         os.utime(path, (time.time() + 1e6 * (-1) ** n,) * 2)
     run.finish(whole[1])
     return "nothing: checkpoints are ordered by step, and time is measured with a monotonic clock"
@@ -293,7 +304,8 @@ def changed_data(data, out, whole):
 
 
 def full_disk_at_the_start(data, out, whole):
-    """the disk is full at the first write of `train.py --out OUT` (a tmpfs of 8 kB), then the same command"""
+    """the disk is full at the first write of `train.py --out OUT` (a tmpfs of 8 kB), then the same
+    command"""
     out.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(out)], check=True)
     try:
@@ -322,22 +334,25 @@ def infinite_weights(data, out, whole):
 
 
 def refused_inputs(data, out, whole):
-    """spoiled files, impossible flags, places that cannot be written and a full disk, for every command"""
-    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], capture_output=True, text=True)
+    """spoiled files, impossible flags, places that cannot be written and a full disk, for every
+    command"""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout.replace("\n", "\n    ").rstrip()
 
 
-ROWS = [killed_rank, silent_rank, killed_all, terminated, interrupted, killed_while_saving, full_disk, full_quota,
-        corrupt_newest, dead_worker, clock_jump, nan_sample, second_run, flipped_bit, changed_data,
-        full_disk_at_the_start, infinite_weights, refused_inputs]
+ROWS = [killed_rank, silent_rank, killed_all, terminated, interrupted, killed_while_saving,
+        full_disk, full_quota, corrupt_newest, dead_worker, clock_jump, nan_sample, second_run,
+        flipped_bit, changed_data, full_disk_at_the_start, infinite_weights, refused_inputs]
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         world.make(base / "world", seed=1, images=96, conversations=1, scenes=6)
-        whole = {ranks: undisturbed(base / "world", base / f"whole{ranks}", ranks) for ranks in (1, 2)}
+        whole = {ranks: undisturbed(base / "world", base / f"whole{ranks}", ranks)
+                 for ranks in (1, 2)}
         for row in ROWS:
             if sys.argv[1:] and row.__name__ not in sys.argv[1:]:
                 continue

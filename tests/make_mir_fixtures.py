@@ -1,9 +1,10 @@
 """Writes tests/fixtures/mir/distances.json: Fréchet distances of small token sets, by scipy.linalg.sqrtm.
 
-Run by hand, where scipy and mpmath are installed (the tests need neither): python tests/make_mir_fixtures.py
-Nothing here reads the code under test. A case is a recipe (seeds of numpy's default_rng, shapes, a spectrum), so that
-no tokens are stored. `sqrtm` is eq. (3) with scipy's square root of Σ_v Σ_t; where that matrix is singular, sqrtm is no
-better than about 1e-8 (it warns), so `value` is beside it: the same formula in 60 digits (mpmath).
+Run by hand, where scipy and mpmath are installed (the tests need neither): python
+tests/make_mir_fixtures.py Nothing here reads the code under test. A case is a recipe (seeds of
+numpy's default_rng, shapes, a spectrum), so that no tokens are stored. `sqrtm` is eq. (3) with
+scipy's square root of Σ_v Σ_t; where that matrix is singular, sqrtm is no better than about 1e-8
+(it warns), so `value` is beside it: the same formula in 60 digits (mpmath).
 """
 import json
 import warnings
@@ -14,7 +15,8 @@ import numpy as np
 import scipy
 
 OUT = Path(__file__).resolve().parent / "fixtures" / "mir" / "distances.json"
-CASES = {                   # n, m: tokens; d: dimensions; rank: of both sets; decay: decades that their scales span
+# n, m: tokens; d: dimensions; rank: of both sets; decay: decades that their scales span
+CASES = {
     "more tokens than dimensions": dict(n=90, m=70, d=16),
     "as many tokens as dimensions": dict(n=16, m=16, d=16),
     "fewer tokens than dimensions": dict(n=9, m=7, d=16),
@@ -45,11 +47,13 @@ def by_sqrtm(x, y):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         root = scipy.linalg.sqrtm(a @ b)
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a) + np.trace(b) - 2 * np.trace(root).real)
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(a)
+                 + np.trace(b) - 2 * np.trace(root).real)
 
 
 def in_60_digits(x, y):
-    """The same with Σ singular values of A Bᵀ for the centred tokens A, B: the roots of the eigenvalues of Σ_v Σ_t."""
+    """The same with Σ singular values of A Bᵀ for the centred tokens A, B: the roots of the
+    eigenvalues of Σ_v Σ_t."""
     mpmath.mp.dps = 60
     sets, means, traces = [], [], []
     for t in (x, y):
@@ -71,7 +75,8 @@ def in_60_digits(x, y):
             factors.append(s.T)
     product = factors[0].T * factors[1]
     product = product if product.rows <= product.cols else product.T
-    roots = mpmath.fsum(mpmath.sqrt(max(v, 0)) for v in mpmath.eigsy(product * product.T, eigvals_only=True))
+    roots = mpmath.fsum(mpmath.sqrt(max(v, 0))
+                        for v in mpmath.eigsy(product * product.T, eigvals_only=True))
     between = mpmath.fsum((a - b) ** 2 for a, b in zip(*means))
     return float(between + traces[0] + traces[1] - 2 * roots)
 

@@ -21,10 +21,12 @@ def pass_on(ckpt: Path, kind: str, out: Path) -> None:
     cfg = TrainConfig(**read_json(ckpt / "config.json")["settings"])
     ranks = over(start(torch.device("cpu"), torch.float32, 2), kind == "fsdp", kind == "hsdp")
     model = build(cfg, ckpt, ranks)
-    held = sum(local(p).numel() for b in model.language_model.model["layers"] for p in b.parameters())
+    held = sum(local(p).numel() for b in model.language_model.model["layers"]
+               for p in b.parameters())
     whole = sum(p.numel() for b in model.language_model.model["layers"] for p in b.parameters())
     objective = wrap(Objective(model, cfg), ranks)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad],
+                                  weight_decay=0.0, fused=True)
     load_optimizer(optimizer, ckpt)
     torch.manual_seed(0)
     n = model.vision_tower.config.image_tokens

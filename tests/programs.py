@@ -32,13 +32,16 @@ from common.flags import run
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 170                                   # seconds that a program may take
-QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+QUIET = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["programs", "train", "toy.report", "hub.check", "hub.export", "hub.inspect"])
+SERVER.set_forkserver_preload(["programs", "train", "toy.report", "hub.check", "hub.export",
+                               "hub.inspect"])
 
 
 def start_server() -> None:
-    """Start the server that programs are forked from, with the environment that they are to have."""
+    """Start the server that programs are forked from, with the environment that they are to
+    have."""
     before = dict(os.environ)
     os.environ.update(QUIET)
     forkserver.ensure_running()
@@ -61,7 +64,8 @@ class Program:
             if ranks > 1:
                 env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            process = SERVER.Process(target=be_program, args=(words, env, str(cwd), self.folder / str(rank), set_up))
+            process = SERVER.Process(target=be_program,
+                                     args=(words, env, str(cwd), self.folder / str(rank), set_up))
             process.start()
             self.processes.append(process)
 
@@ -93,7 +97,8 @@ class Program:
         for process in self.processes:
             process.join()
         codes = [p.exitcode for p in self.processes]
-        out, err = ("".join(self.read(rank, kind) for rank in range(len(codes))) for kind in ("out", "err"))
+        out, err = ("".join(self.read(rank, kind) for rank in range(len(codes)))
+                    for kind in ("out", "err"))
         shutil.rmtree(self.folder)
         failed = [code for code in codes if code]
         assert failed or not late, f"{' '.join(self.words)} did not end within {TIMEOUT} s\n{out}\n{err}"
@@ -105,16 +110,19 @@ class Program:
 
 
 def be_program(words: list[str], env: dict[str, str], cwd: str, output: Path, set_up) -> None:
-    """The life of a forked process: `python WORDS`, printing to OUTPUT.out and OUTPUT.err. set_up(): called first."""
+    """The life of a forked process: `python WORDS`, printing to OUTPUT.out and OUTPUT.err.
+    set_up(): called first."""
     for number, kind in [(1, "out"), (2, "err")]:
         f = os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT)
         os.dup2(f, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False)
+                              for number in (1, 2))
     signal.signal(signal.SIGINT, signal.default_int_handler)        # the server ignores it
     os.environ.update(env)
     os.chdir(cwd)
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())                       # its own is shared by processes: a semaphore left behind
+    # its own is shared by processes: a semaphore left behind
+    tqdm.set_lock(threading.RLock())
     code = 0
     try:
         if set_up is not None:
@@ -149,25 +157,29 @@ def launch(*words, ranks: int = 1, **options) -> subprocess.CompletedProcess:
 
 
 def shell(*words, ranks: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a program in a new Python, or as ranks of torchrun itself: for tests of what a shell sees."""
+    """Run a program in a new Python, or as ranks of torchrun itself: for tests of what a shell
+    sees."""
     python = [sys.executable]
     if ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    process = subprocess.Popen([*python, *map(str, words)], cwd=cwd, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | QUIET)
+    process = subprocess.Popen([*python, *map(str, words)], cwd=cwd, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | QUIET)
     try:
         out, err = process.communicate(timeout=TIMEOUT)
     except subprocess.TimeoutExpired:
-        process.terminate()                                # torchrun hands this on to its ranks; kill() would not
+        # torchrun hands this on to its ranks; kill() would not
+        process.terminate()
         out, err = process.communicate()
         raise AssertionError(f"{' '.join(map(str, words))} did not end within {TIMEOUT} s\n{out}\n{err}") from None
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def call(script: str, *arguments) -> subprocess.CompletedProcess:
-    """Run a program inside this process: the cheapest way, for one process and no signals. script: "train.py", or
-    "hub" for `python -m hub`."""
-    module = importlib.import_module(script.removesuffix(".py") if script.endswith(".py") else f"{script}.__main__")
+    """Run a program inside this process: the cheapest way, for one process and no signals. script:
+    "train.py", or "hub" for `python -m hub`."""
+    module = importlib.import_module(script.removesuffix(".py") if script.endswith(".py")
+                                     else f"{script}.__main__")
     out, err, code = io.StringIO(), io.StringIO(), 0
     before = sys.argv, os.getcwd()
     sys.argv = [script, *map(str, arguments)]
@@ -180,4 +192,5 @@ def call(script: str, *arguments) -> subprocess.CompletedProcess:
     finally:
         sys.argv = before[0]
         os.chdir(before[1])
-    return subprocess.CompletedProcess([script, *arguments], code or 0, out.getvalue(), err.getvalue())
+    return subprocess.CompletedProcess([script, *arguments], code or 0, out.getvalue(),
+                                       err.getvalue())

@@ -2,7 +2,8 @@
 
     python tests/refusals.py          every row with its command and its line, about half a minute
 
-Each row runs in a forked process, within 60 s and 1 GiB (fuzz.py). `python tests/faults.py` runs them too.
+Each row runs in a forked process, within 60 s and 1 GiB (fuzz.py). `python tests/faults.py` runs
+them too.
 """
 import base64
 import io
@@ -19,6 +20,7 @@ from pathlib import Path
 import fuzz
 import torch
 from fuzz import ASK, BENCH, CHECK, FINETUNE, LOOK, LOOK_DATA, MIR, OWN, PRETRAIN, RESUME
+from safetensors.torch import save_file
 
 
 def put(name, content):
@@ -80,54 +82,72 @@ CELLS = "index\tquestion\thint\tA\tB\tanswer\tcategory\tl2-category\timage\tspli
 MARKED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "<image>"}]
 FLAGS = [("train --workers 999999", "--workers must be"), ("train --lr inf", "--lr must be"), (
     "train --seed " + str(2**70), "--seed must be"), ("train --timeout 1e15", "--timeout must be"),
-    ("evaluate --limit -1", "--limit must be"), ("mir --n -1", "--n must be"), ("look --show nan", "invalid int")]
+    ("evaluate --limit -1", "--limit must be"), ("mir --n -1", "--n must be"),
+    ("look --show nan", "invalid int")]
 # (what is wrong, how it comes about, the command, what its line says)
 ROWS = [
     ("PostScript called a.png", put("images/a.png", SCRIPT), ASK, "not an image"),
-    ("PostScript called a.png, checked", put("images/a.png", SCRIPT), CHECK.format("data.json", "llm"), "not an image"),
+    ("PostScript called a.png, checked", put("images/a.png", SCRIPT),
+     CHECK.format("data.json", "llm"), "not an image"),
     ("a picture of 70,000 x 1", put("images/a.png", WIDE), ASK, "70000 x 1 pixels"),
-    ("a picture of 70,000 x 1, checked", put("images/a.png", WIDE), CHECK.format("data.json", "llm"), "70000 x 1"),
+    ("a picture of 70,000 x 1, checked", put("images/a.png", WIDE),
+     CHECK.format("data.json", "llm"), "70000 x 1"),
     ("a picture of 70,000 x 1, trained on", put("images/a.png", WIDE), PRETRAIN, "70000 x 1"),
-    ("a base64 cell of 70,000 x 1", put("mmbench_dev_20230712.tsv", CELLS.format(base64.b64encode(WIDE).decode())),
-     BENCH, "70000 x 1 pixels"),
-    ("a list of images that does not end", put("mmbench_dev_20230712.tsv", CELLS.format("[" * 99)), BENCH,
-     "row 1 has no"),
-    ("a FIFO for a picture", become("images/a.png", os.mkfifo), CHECK.format("data.json", "llm"), "not a file"),
+    ("a base64 cell of 70,000 x 1",
+     put("mmbench_dev_20230712.tsv", CELLS.format(base64.b64encode(WIDE).decode())), BENCH,
+     "70000 x 1 pixels"),
+    ("a list of images that does not end", put("mmbench_dev_20230712.tsv", CELLS.format("[" * 99)),
+     BENCH, "row 1 has no"),
+    ("a FIFO for a picture", become("images/a.png", os.mkfifo), CHECK.format("data.json", "llm"),
+     "not a file"),
     ("a FIFO for questions", become("q.jsonl", os.mkfifo), OWN, "q.jsonl"),
-    ("/dev/zero for a config", become("llm/config.json", lambda p: p.symlink_to("/dev/zero")), PRETRAIN,
-     "is not a file"),
-    ("a .bin that unpacks to gigabytes", packed, PRETRAIN.replace("--llm llm", "--llm bin"), "unpacks to"),
+    ("/dev/zero for a config", become("llm/config.json", lambda p: p.symlink_to("/dev/zero")),
+     PRETRAIN, "is not a file"),
+    ("a .bin that unpacks to gigabytes", packed, PRETRAIN.replace("--llm llm", "--llm bin"),
+     "unpacks to"),
     ("a .bin with odd keys", odd_keys, PRETRAIN.replace("--llm llm", "--llm bin"), "3 is a Tensor"),
-    ("1e9 layers", change("llm/config.json", num_hidden_layers=10**9), PRETRAIN, "which no model has"),
+    ("1e9 layers", change("llm/config.json", num_hidden_layers=10**9), PRETRAIN,
+     "which no model has"),
     ("a list for a width", change("ckpt/config.json", vision_config={"hidden_size": [96]}), ASK,
      "hidden_size is '[96]'"),
     ("a config of null", put("llm/config.json", "null"), PRETRAIN, "is not a JSON object but null"),
-    ("a config nested 100,000 deep", put("ckpt/config.json", "[" * 100_000), ASK, "nested too deeply"),
-    ("a checkpoint's config without a field", change("ckpt/config.json", template=None), ASK, "has no template"),
-    ("a varint without an end", put("sp/tokenizer.model", b"\x80" * 4_000_000), CHECK.format("data.json", "sp"),
-     "is not a SentencePiece model"),
+    ("a config nested 100,000 deep", put("ckpt/config.json", "[" * 100_000), ASK,
+     "nested too deeply"),
+    ("a checkpoint's config without a field", change("ckpt/config.json", template=None), ASK,
+     "has no template"),
+    ("a varint without an end", put("sp/tokenizer.model", b"\x80" * 4_000_000),
+     CHECK.format("data.json", "sp"), "is not a SentencePiece model"),
     ("a tokenizer larger than the embeddings", larger, PRETRAIN, "but the model embeds 547 tokens"),
-    ("a header of null", put("llm/model.safetensors", header(b"null")), PRETRAIN, "unreadable header"),
+    ("a header of null", put("llm/model.safetensors", header(b"null")), PRETRAIN,
+     "unreadable header"),
     ("overlapping tensors", put("llm/model.safetensors", header(json.dumps({k: {
-        "dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}).encode()) + bytes(4)), PRETRAIN,
+        "dtype": "F32", "shape": [1], "data_offsets": [0, 4]} for k in "ab"}).encode()) + bytes(4)),
+        PRETRAIN,
      "wrong about"),
-    ("half a character in a question", put("q.jsonl", '{"text": "\\ud800"}\n'), OWN, "half a character"),
+    ("half a character in a question", put("q.jsonl", '{"text": "\\ud800"}\n'), OWN,
+     "half a character"),
     ("a question about image 7", put("q.jsonl", '{"text": "a", "image": 7}\n'), OWN, "has image 7"),
-    ("the same, for MIR", put("q.jsonl", '{"text": "a", "image": 7}\n'), MIR.format("q.jsonl"), "has image 7"),
-    ("<image> in an answer", put("data.json", samples(image="a.png", conversations=MARKED)), FINETUNE, "in an answer"),
-    ("the same, looked at", put("data.json", samples(image="a.png", conversations=MARKED)), LOOK_DATA, "in an answer"),
-    ("a log of NULs", put("run/metrics.jsonl", b"\0" * 4096 + b"\n"), "look --run run", "line 1 cannot be read"),
-    ("the state of another model", become("run/pretrain-1/state.pt", lambda p: torch.save({"optimizer": {}}, p)),
-     RESUME, "is not the state of this model's optimizer"),
+    ("the same, for MIR", put("q.jsonl", '{"text": "a", "image": 7}\n'), MIR.format("q.jsonl"),
+     "has image 7"),
+    ("<image> in an answer", put("data.json", samples(image="a.png", conversations=MARKED)),
+     FINETUNE, "in an answer"),
+    ("the same, looked at", put("data.json", samples(image="a.png", conversations=MARKED)),
+     LOOK_DATA, "in an answer"),
+    ("a log of NULs", put("run/metrics.jsonl", b"\0" * 4096 + b"\n"), "look --run run",
+     "line 1 cannot be read"),
+    ("the state of another model",
+     become("run/pretrain-1/optimizer.safetensors", lambda p: save_file({"0.exp_avg": torch.zeros(3)}, p)), RESUME, "is not what was saved"),
     *((f"{words}: a number that cannot be", None, words, says) for words, says in FLAGS),
 ]
 # Commands that write, OUT being the place.
 WRITERS = [PRETRAIN.replace("--out new", "--out OUT"), OWN.replace("--out new", "--out OUT"),
            MIR.format("data.json") + " --out OUT", "hub export ckpt OUT",
            CHECK.format("data.json", "llm") + " --out OUT",
-           [*LOOK, "--out", "OUT"], [*LOOK, "--out", "new.html", "--json", "OUT"], "look --run run --out OUT"]
-PLACES = {"inside a file": "data.json/x", "a name that is too long": "n" * 300, "a dangling link": "link/x",
-          "a read-only folder": "closed/x", "a folder that is not there": "absent/a/x", "a folder": "images"}
+           [*LOOK, "--out", "OUT"], [*LOOK, "--out", "new.html", "--json", "OUT"],
+           "look --run run --out OUT"]
+PLACES = {"inside a file": "data.json/x", "a name that is too long": "n" * 300,
+          "a dangling link": "link/x", "a read-only folder": "closed/x",
+          "a folder that is not there": "absent/a/x", "a folder": "images"}
 
 
 def run(base: Path, what: str, spoil, command, limit: int | None = None) -> tuple[int, str]:
@@ -169,7 +189,8 @@ def every_place(base: Path) -> None:
         for command in WRITERS:
             if what != "a read-only folder" or os.geteuid():        # root may write everywhere
                 may = what == "a folder that is not there" or (what == "a folder" and command == WRITERS[1])
-                code, _ = run(base, f"--out is {what}", lambda case: (case / "link").symlink_to("gone"),
+                code, _ = run(base, f"--out is {what}",
+                              lambda case: (case / "link").symlink_to("gone"),
                               put_out(command, place))
                 assert code == 2 or may, f"{command} wrote to {what}"
     assert (base / "data.json").read_bytes() == before

@@ -9,7 +9,8 @@ B, N, D, V = 3, 4, 6, 15
 def example():
     """v, v_hat, degree (the last sample: none, it has no image), embedding."""
     g = torch.Generator().manual_seed(0)
-    v, v_hat = (torch.randn(B, N, D, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    v, v_hat = (torch.randn(B, N, D, generator=g, dtype=torch.float64, requires_grad=True)
+                for _ in range(2))
     degree = torch.rand(B, N, generator=g, dtype=torch.float64)
     degree[0, 2] = 0
     degree[2] = 0
@@ -38,7 +39,8 @@ def naive_semantic(v, v_hat, a, E):
     return total
 
 
-@pytest.mark.parametrize("scheme, wanted", [("increasing", [1, 4, 9, 16]), ("constant", [1, 1, 1, 1]),
+@pytest.mark.parametrize("scheme, wanted",
+                         [("increasing", [1, 4, 9, 16]), ("constant", [1, 1, 1, 1]),
                                             ("decreasing", [16, 9, 4, 1])])
 def test_layers_weigh_as_the_square_of_their_depth(scheme, wanted):
     w = layer_weights(4, scheme)
@@ -55,13 +57,16 @@ def test_the_degree_is_the_share_of_text_attention_that_a_patch_gets():
         of_all = sum(attention[0, r, j] for r in (0, 2, 3) for j in range(N))
         assert degree[0, i] == pytest.approx((sum(seen) / of_all).item())
     assert degree[0].sum() == pytest.approx(1) and (degree[1] == 0).all(), "no text: no degree, and no NaN"
-    torch.testing.assert_close(supervision_degree(7 * attention, rows), degree)      # a sum over layers or their mean
+    # a sum over layers or their mean
+    torch.testing.assert_close(supervision_degree(7 * attention, rows), degree)
 
 
 def test_both_losses_and_their_gradients_are_those_of_the_definition():
     v, v_hat, a, E = example()
-    for (total, count), wanted in [(direction_loss(v, v_hat, a), naive_direction(v, v_hat.detach(), a)),
-                                   (semantic_loss(v, v_hat, a, E), naive_semantic(v, v_hat.detach(), a, E.detach()))]:
+    for (total, count), wanted in [(direction_loss(v, v_hat, a),
+                                    naive_direction(v, v_hat.detach(), a)),
+                                   (semantic_loss(v, v_hat, a, E),
+                                    naive_semantic(v, v_hat.detach(), a, E.detach()))]:
         assert count == 2
         torch.testing.assert_close(total, wanted, atol=1e-12, rtol=0)
         (got,), (grad,) = torch.autograd.grad(3 * total, [v]), torch.autograd.grad(3 * wanted, [v])
@@ -86,7 +91,8 @@ def test_gradients_reach_the_projectors_output_alone():
 
 def test_a_patch_that_nobody_looks_at_adds_nothing():
     v, v_hat, a, E = example()
-    for loss in (lambda v: direction_loss(v, v_hat, a)[0], lambda v: semantic_loss(v, v_hat, a, E)[0]):
+    for loss in (lambda v: direction_loss(v, v_hat, a)[0],
+                 lambda v: semantic_loss(v, v_hat, a, E)[0]):
         changed = v.detach().clone()
         changed[0, 2] += 5
         changed[2] -= 5
@@ -105,7 +111,8 @@ def test_the_divergence_is_zero_at_equality_and_positive_elsewhere():
 
 @pytest.mark.parametrize("std", [0.02, 0.06, 0.1])
 def test_near_the_target_autocast_costs_no_accuracy(std):
-    """v 2 % away from v̂, word embeddings of this std: rounded logits of the two would hardly differ."""
+    """v 2 % away from v̂, word embeddings of this std: rounded logits of the two would hardly
+    differ."""
     g = torch.Generator().manual_seed(0)
     v_hat = torch.randn(2, 32, 256, generator=g)
     v = (v_hat + 0.02 * torch.randn(v_hat.shape, generator=g)).requires_grad_()
@@ -116,7 +123,8 @@ def test_near_the_target_autocast_costs_no_accuracy(std):
         low, _ = semantic_loss(v, v_hat, degree, E)
     assert low.dtype == torch.float32 and low.item() == pytest.approx(exact.item(), rel=3e-4)
     (got,), (wanted,) = torch.autograd.grad(low, v), torch.autograd.grad(exact, v)
-    cosine = torch.nn.functional.cosine_similarity(got.double().flatten(), wanted.double().flatten(), dim=0)
+    cosine = torch.nn.functional.cosine_similarity(got.double().flatten(),
+                                                   wanted.double().flatten(), dim=0)
     assert cosine >= 0.9998, cosine
 
 
@@ -128,7 +136,8 @@ def test_it_is_the_targets_divergence_from_ours_and_not_the_other_way_round():
 
 def test_direction_ignores_length_and_is_bounded():
     v, v_hat, a, _ = example()
-    torch.testing.assert_close(direction_loss(100 * v, v_hat, a)[0], direction_loss(v, 0.1 * v_hat, a)[0])
+    torch.testing.assert_close(direction_loss(100 * v, v_hat, a)[0],
+                               direction_loss(v, 0.1 * v_hat, a)[0])
     opposite = direction_loss(v, -3 * v, a)[0].item()
     assert opposite == pytest.approx(2 * 2 ** 2), "2 samples, each at distance 2"
 

@@ -28,13 +28,15 @@ from model import Llava, Projector
 
 def run(case, root, *flags, out="out"):
     images = ["--images", root / "images"] if (root / "images").is_dir() else []
-    return call("evaluate.py", "--bench", case.bench, "--data", root, *images, "--out", root / out, *case.flags, *flags)
+    return call("evaluate.py", "--bench", case.bench, "--data", root, *images, "--out", root / out,
+                *case.flags, *flags)
 
 
 def answer(case, root, answers=None, name="answers.jsonl"):
     """Write a file of answers as LLaVA's scripts do."""
     ids = case.ids or range(1, len(case.prompts) + 1)
-    jsonl(root / name, [{"question_id": i, "prompt": p, "text": a, "answer_id": "x", "model_id": "m", "metadata": {}}
+    jsonl(root / name, [{"question_id": i, "prompt": p, "text": a, "answer_id": "x",
+                         "model_id": "m", "metadata": {}}
                         for i, p, a in zip(ids, case.prompts, answers or case.answers)])
     return root / name
 
@@ -65,7 +67,7 @@ def refuses(done, *says):
         assert text in lines[0]
 
 
-# ------------------------------------------------------------------------------------------------ every benchmark
+# ---------------------------------------------------------------------------------- every benchmark
 @pytest.mark.parametrize("make", LLAVA + LMMS, ids=lambda f: f.__name__)
 def test_each_is_asked_to_the_character_and_scored_as_by_hand(make, tmp_path):
     if make in LMMS or make is make_benchmarks.realworldqa:
@@ -92,8 +94,8 @@ def test_each_is_asked_to_the_character_and_scored_as_by_hand(make, tmp_path):
 
 
 def test_the_table_has_all_benchmarks_and_only_scores_that_exist():
-    names = ("vqav2 okvqa gqa textvqa vizwiz realworldqa sqa docvqa pope mme mmbench_en mmbench_cn seed mmstar ai2d "
-             "mmmu mmt ocrbench mmvet refcoco refcoco+ refcocog own")
+    names = ("vqav2 okvqa gqa textvqa vizwiz realworldqa sqa docvqa pope mme mmbench_en "
+             "mmbench_cn seed mmstar ai2d mmmu mmt ocrbench mmvet refcoco refcoco+ refcocog own")
     assert sorted(BENCHMARKS) == sorted(names.split())
     for name, b in BENCHMARKS.items():
         assert b.score in SCORES and b.summary in SUMMARIES, name
@@ -102,7 +104,8 @@ def test_the_table_has_all_benchmarks_and_only_scores_that_exist():
 
 def test_unparsed_answers_and_those_found_by_an_options_text_are_counted(tmp_path):
     case = make_benchmarks.mmstar(tmp_path)
-    run(case, tmp_path, "--score-only", answer(case, tmp_path, ["A", "maybe", "no, nothing", "(D)"]))
+    run(case, tmp_path, "--score-only",
+        answer(case, tmp_path, ["A", "maybe", "no, nothing", "(D)"]))
     results = result(tmp_path)
     assert (results["n_unparsed"], results["n_text_matched"]) == (1, 1)
     assert results["metrics"]["accuracy"] == 75.0
@@ -130,18 +133,20 @@ def test_a_missing_answer_is_wrong_even_if_an_empty_one_would_be_a_yes(tmp_path)
 
 
 def four_options(root):
-    """As in MMBench dev 20230712: own rows first, then their rotations. Question 9 has four options and three of them.
-    Question 12 has all four, and the answer to its last is wrong."""
+    """As in MMBench dev 20230712: own rows first, then their rotations. Question 9 has four options
+    and three of them. Question 12 has all four, and the answer to its last is wrong."""
     rows, cell = [], b64(1)
     for rotation in range(4):
-        for question, names in [(1, "cat dog cow"), (9, "up down in out"), (12, "red blue pink grey")]:
+        for question, names in [(1, "cat dog cow"), (9, "up down in out"),
+                                (12, "red blue pink grey")]:
             names = names.split()
             if rotation < (4 if question == 12 else 3):
                 turned = names[rotation:] + names[:rotation]
-                rows.append({"index": question + rotation * MILLION, "question": "Which?", "hint": "",
-                             **dict(zip("ABCD", turned + [""])), "answer": "ABCD"[turned.index(names[0])],
-                             "category": "object", "image": cell, "source": "s", "l2-category": "fine",
-                             "comment": "", "split": "dev"})
+                rows.append({"index": question + rotation * MILLION, "question": "Which?",
+                             "hint": "", **dict(zip("ABCD", turned + [""])),
+                             "answer": "ABCD"[turned.index(names[0])], "category": "object",
+                             "image": cell, "source": "s", "l2-category": "fine", "comment": "",
+                             "split": "dev"})
     tsv(root / "mmbench_dev_20230712.tsv", rows)
     answers = [{"question_id": r["index"], "text": r["answer"]} for r in rows]
     answers[-1]["text"] = "B" if rows[-1]["answer"] == "A" else "A"
@@ -153,14 +158,16 @@ def four_options(root):
 def test_a_question_of_four_options_with_three_rotations_is_scored_by_those_that_the_file_has(tmp_path):
     done = call(*four_options(tmp_path))
     assert done.returncode == 0, done.stderr
-    agrees(result(tmp_path)["metrics"], {"circular": 200 / 3, "vanilla": 100.0, "groups": 3, "dropped": 0})
+    agrees(result(tmp_path)["metrics"],
+           {"circular": 200 / 3, "vanilla": 100.0, "groups": 3, "dropped": 0})
     assert "warning: 1 questions with fewer rotations than options" in done.stdout
 
 
 def test_rotations_are_counted_before_the_limit(tmp_path):
     done = call(*four_options(tmp_path), "--limit", 9)
     assert done.returncode == 0, done.stderr
-    agrees(result(tmp_path)["metrics"], {"circular": 100.0, "vanilla": 100.0, "groups": 2, "dropped": 1})
+    agrees(result(tmp_path)["metrics"],
+           {"circular": 100.0, "vanilla": 100.0, "groups": 2, "dropped": 1})
 
 
 def test_lmms_evals_chinese_prompt_allows_fewer_tokens(tmp_path):
@@ -177,8 +184,8 @@ def test_lmms_evals_chinese_prompt_allows_fewer_tokens(tmp_path):
     (["one", "two", "nan", "nan"], "A", ["one", "two"]),
     (["one", "two", "three", "nan"], "D", ["one", "two", "three", "nan"])])
 def test_options_that_read_none_or_nan_are_options_and_empty_cells_are_not(tmp_path, cells, answer, wanted):
-    row = {"index": 1, "question": "How many?", "hint": "", **dict(zip("ABCD", cells)), "answer": answer,
-           "image": b64(1), "l2-category": "x"}
+    row = {"index": 1, "question": "How many?", "hint": "", **dict(zip("ABCD", cells)),
+           "answer": answer, "image": b64(1), "l2-category": "x"}
     tsv(tmp_path / "mmbench_dev_20230712.tsv", [row])
     assert load_benchmark("mmbench_en", tmp_path).samples[0].options == wanted
 
@@ -187,7 +194,8 @@ def test_references_that_read_nan_or_a_question_mark_are_counted_aloud(tmp_path)
     jsonl(tmp_path / "mine.jsonl", [{"text": "a?", "answer": "nan"}, {"text": "b?", "answer": "?"},
                                     {"text": "c?", "answer": "nan."}, {"text": "d?"}])
     jsonl(tmp_path / "answers.jsonl", [{"question_id": n, "text": "nan"} for n in range(1, 5)])
-    done = call("evaluate.py", "--data", tmp_path / "mine.jsonl", "--score-only", tmp_path / "answers.jsonl")
+    done = call("evaluate.py", "--data", tmp_path / "mine.jsonl", "--score-only",
+                tmp_path / "answers.jsonl")
     assert done.returncode == 0, done.stderr
     assert "warning: 2 reference answers that read nan or ?" in done.stdout and "n_scored 1" in done.stdout
 
@@ -198,7 +206,7 @@ def test_the_ten_references_of_a_question_are_normalised_once_each(monkeypatch):
     assert metrics.vqa_norm.cache_info().misses == 3
 
 
-# ------------------------------------------------------------------------------------------------ byte order marks
+# --------------------------------------------------------------------------------- byte order marks
 @pytest.mark.parametrize("make", ["pope", "sqa", "own", "mme", "mmbench_en"])
 def test_files_that_begin_with_a_byte_order_mark_are_read(make, tmp_path):
     case = getattr(make_benchmarks, make)(tmp_path)
@@ -225,7 +233,8 @@ def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
 
 def test_a_spreadsheet_keeps_texts_as_texts(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
-    write_xlsx(tmp_path / "t.xlsx", [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 ", "B": "=1+1"}])
+    write_xlsx(tmp_path / "t.xlsx",
+               [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 ", "B": "=1+1"}])
     sheet = openpyxl.load_workbook(tmp_path / "t.xlsx").active
     assert list(sheet.values) == [("index", "question", "A", "B"), (1, "a < b &\nc", " 是 ", "=1+1")]
     assert sheet["D2"].data_type == "s", "no formula"
@@ -234,15 +243,17 @@ def test_a_spreadsheet_keeps_texts_as_texts(tmp_path):
 def test_without_openpyxl_one_line_says_so_before_any_question_is_asked(tmp_path, monkeypatch, ckpt):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     case = make_benchmarks.mmbench_test(tmp_path)
-    monkeypatch.setattr(evaluate.Assistant, "generate", lambda *_: pytest.fail("a question was asked"))
+    monkeypatch.setattr(evaluate.Assistant, "generate",
+                        lambda *_: pytest.fail("a question was asked"))
     refuses(run(case, tmp_path, "--ckpt", ckpt), "needs openpyxl: pip install openpyxl")
     (tmp_path / "dev").mkdir()
-    case = make_benchmarks.mmbench_en(tmp_path / "dev")         # answers are public: the score needs no spreadsheet
+    # answers are public: the score needs no spreadsheet
+    case = make_benchmarks.mmbench_en(tmp_path / "dev")
     done = run(case, tmp_path / "dev", "--score-only", answer(case, tmp_path / "dev"))
     assert done.returncode == 0 and "warning: no spreadsheet" in done.stdout and "circular 50.00" in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 def test_a_tables_image_cell_may_name_another_row(tmp_path):
     make_benchmarks.mmbench_en(tmp_path)
     samples = load_benchmark("mmbench_en", tmp_path).samples
@@ -281,8 +292,10 @@ def test_shards_are_one_table_whose_rows_are_numbered_over_the_whole_split(make,
 def test_scoring_reads_no_image_of_a_parquet_file(tmp_path, monkeypatch):
     pq = pytest.importorskip("pyarrow.parquet")
     case, read, iterate = make_benchmarks.mmmu_lmms(tmp_path), [], pq.ParquetFile.iter_batches
-    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, *a, **k: read.append(k) or iterate(self, *a, **k))
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a, **k: pytest.fail("an image was read"))
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, *a, **k: read.append(k)
+                        or iterate(self, *a, **k))
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda *a,
+                        **k: pytest.fail("an image was read"))
     done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
     assert done.returncode == 0, done.stderr
     columns = [name for k in read for name in k["columns"]]
@@ -304,12 +317,15 @@ def test_one_rank_reads_the_images_to_group_questions_and_the_others_follow_it(t
             asked.extend(share)
             return []
 
-    q = Questions("pope", "pope", BENCHMARKS["pope"], loaded, samples, {"max_new_tokens": 1}, tmp_path)
+    q = Questions("pope", "pope", BENCHMARKS["pope"], loaded, samples, {"max_new_tokens": 1},
+                  tmp_path)
     groups = group_by_image(samples)
-    monkeypatch.setattr(answers, "group_by_image", lambda samples: pytest.fail("this rank read the images too"))
+    monkeypatch.setattr(answers, "group_by_image",
+                        lambda samples: pytest.fail("this rank read the images too"))
     monkeypatch.setattr(Ranks, "gather", lambda self, value: [groups, value])
     assert groups == [list(range(7)), [7], [8], [9]], "MMStar's first image is POPE's"
-    answers.answer_share(Stub(), q, {"7": "done"}, 4, Ranks(1, 2, torch.device("cpu"), torch.float32))
+    answers.answer_share(Stub(), q, {"7": "done"}, 4,
+                         Ranks(1, 2, torch.device("cpu"), torch.float32))
     assert [s.id for s in asked] == ["9"], "of four groups the second and fourth, less what is done"
     monkeypatch.undo()
     asked.clear()
@@ -328,7 +344,8 @@ def test_of_several_images_the_first_named_one_is_shown_and_such_questions_are_c
     assert "warning: 1 samples of which only the first image is shown" in done.stdout
 
 
-@pytest.mark.parametrize("region, at, colour", [("bbox", (2, 3), (255, 0, 0)), ("seg", (9, 9), (255, 255, 255))])
+@pytest.mark.parametrize("region, at, colour",
+                         [("bbox", (2, 3), (255, 0, 0)), ("seg", (9, 9), (255, 255, 255))])
 def test_a_region_is_drawn_in_a_line_of_one_pixel(tmp_path, region, at, colour):
     pytest.importorskip("pyarrow")
     make_benchmarks.refcoco(tmp_path)
@@ -342,11 +359,12 @@ def test_without_pyarrow_one_line_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     (tmp_path / "data").mkdir()
     (tmp_path / "data/test-00000-of-00001.parquet").write_bytes(b"PAR1")
-    refuses(call("evaluate.py", "--bench", "ai2d", "--data", tmp_path, "--score-only", ROOT / "README.md"),
+    refuses(call("evaluate.py", "--bench", "ai2d", "--data", tmp_path, "--score-only",
+                 ROOT / "README.md"),
             "needs pyarrow", "pip install pyarrow", "JSONL")
 
 
-# ------------------------------------------------------------------------------------------------ files that do not fit
+# ---------------------------------------------------------------------------- files that do not fit
 def spoil_pope_text(root):
     path = root / "coco/coco_pope_random.json"
     path.write_text(path.read_text().replace("dog", "dig"))
@@ -384,7 +402,9 @@ def spoil_mme(root):
     path = root / "MME_Benchmark_release_version/landmark/questions_answers_YN/1.txt"
     path.write_text(path.read_text().splitlines()[0])
     path = root / "llava_mme.jsonl"
-    path.write_text("".join(x for x in path.read_text().splitlines(keepends=True) if "1 Bonn" not in x))
+    path.write_text("".join(x
+                            for x in path.read_text().splitlines(keepends=True)
+                            if "1 Bonn" not in x))
 
 
 def spoil_column(root):
@@ -415,19 +435,25 @@ def spoil_names(root):
 
 
 @pytest.mark.parametrize("make, spoil, says", [
-    ("pope", spoil_pope_text, ["1 of 6 questions of llava_pope_test.jsonl have no label in coco_pope_adversarial.json",
-                               "random · coco_val2014_000000310196.jpg · is there a dog", "different releases"]),
-    ("pope", spoil_pope_extra, ["1 labels of", "have no question in llava_pope_test.jsonl", "popular · x.jpg"]),
+    ("pope", spoil_pope_text,
+     ["1 of 6 questions of llava_pope_test.jsonl have no label in coco_pope_adversarial.json",
+                               "random · coco_val2014_000000310196.jpg · is there a dog",
+                               "different releases"]),
+    ("pope", spoil_pope_extra,
+     ["1 labels of", "have no question in llava_pope_test.jsonl", "popular · x.jpg"]),
     ("pope", spoil_pope_twice, ["different labels for one question, popular", "is there a cup"]),
-    ("pope", spoil_labels, ["holds no labels for llava_pope_test.jsonl", "coco_pope_*.json", "--labels"]),
-    ("mmbench_en", spoil_rotation, ["1 of 2 MMBench questions lack rotations", "question 1 has rows [1, 2000001]"]),
+    ("pope", spoil_labels, ["holds no labels for llava_pope_test.jsonl", "coco_pope_*.json",
+                            "--labels"]),
+    ("mmbench_en", spoil_rotation,
+     ["1 of 2 MMBench questions lack rotations", "question 1 has rows [1, 2000001]"]),
     ("mmbench_en", spoil_tail, ["row 5 has fewer cells than the header", "cut off"]),
     ("mmbench_en", spoil_pointer, ["row 2 has its image in row '3', which is not there"]),
     ("mme", spoil_mme, ["1 of 3 MME images do not have exactly 2 questions", "landmark/1.jpg"]),
     ("vqav2", spoil_column, ["row 1 has no column 'question'; its columns are", "query"]),
     ("sqa", spoil_split, ["3 of 3 questions of llava_test_CQM-A.json have no label in problems.json"]),
     ("vizwiz_test", spoil_id, ["question id 0 is there twice"]),
-    ("docvqa", spoil_names, ["holds no file of docvqa: looked for val_v1.0*.json", "there is", "validation.json"])])
+    ("docvqa", spoil_names, ["holds no file of docvqa: looked for val_v1.0*.json", "there is",
+                             "validation.json"])])
 def test_files_that_do_not_belong_together_end_in_one_line(make, spoil, says, tmp_path):
     case = getattr(make_benchmarks, make)(tmp_path)
     path = answer(case, tmp_path)
@@ -442,10 +468,12 @@ def test_a_file_of_another_benchmark_or_split_is_refused_by_its_name_or_its_spli
     flags = "--score-only", answer(case, tmp_path)
     refuses(call("evaluate.py", "--bench", "mmbench_en", "--data", table, *flags),
             "is by its name of mmbench_cn, split dev, not of mmbench_en")
-    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", table, "--split", "test", *flags),
+    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", table, "--split", "test",
+                 *flags),
             "is by its name of mmbench_cn, split dev, not of mmbench_cn, split test")
     shutil.copy(table, tmp_path / "mine.tsv")
-    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", tmp_path / "mine.tsv", "--split", "test", *flags),
+    refuses(call("evaluate.py", "--bench", "mmbench_cn", "--data", tmp_path / "mine.tsv", "--split",
+                 "test", *flags),
             "holds split dev, not test: --split dev?")
 
 
@@ -455,8 +483,8 @@ def test_of_two_releases_in_one_folder_the_user_must_choose(tmp_path):
     path = answer(case, tmp_path)
     refuses(run(case, tmp_path, "--score-only", path),
             "holds mmbench_dev_20230712.tsv, mmbench_dev_20231003.tsv: choose")
-    done = call("evaluate.py", "--bench", case.bench, "--data", tmp_path / "mmbench_dev_20231003.tsv", "--score-only",
-                path)
+    done = call("evaluate.py", "--bench", case.bench, "--data",
+                tmp_path / "mmbench_dev_20231003.tsv", "--score-only", path)
     assert done.returncode == 0, done.stderr
 
 
@@ -464,7 +492,8 @@ def test_a_question_that_is_asked_twice_gets_its_labels_in_order(tmp_path):
     case = make_benchmarks.textvqa(tmp_path)
     for name in ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_0.5.1_val.json"):
         text = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(re.sub("what year is it", "what is the brand", text, flags=re.I))
+        (tmp_path / name).write_text(re.sub("what year is it", "what is the brand", text,
+                                            flags=re.I))
     samples = load_benchmark("textvqa", tmp_path, Reading(tmp_path / "images")).samples
     assert [s.answer[0] for s in samples] == ["nous", "1999", "poe"] and case.ids[0] == case.ids[1]
 
@@ -472,7 +501,8 @@ def test_a_question_that_is_asked_twice_gets_its_labels_in_order(tmp_path):
 @pytest.mark.parametrize("lines, says", [
     ([{"question_id": 1, "text": "No"}, {"question_id": 1, "text": "Yes"}],
      "line 2: a second, different answer to question 1"),
-    ([{"question_id": 1, "answer": "No"}], "line 1 has neither text nor prediction: it has question_id, answer"),
+    ([{"question_id": 1, "answer": "No"}], "line 1 has neither text nor prediction: it has "
+                                           "question_id, answer"),
     ([{"text": "No"}], "line 1 has no question_id"), ([["x"]], "line 1 is not a JSON object"),
     ([{"question_id": 99, "text": "No"}], "answers none of the 6 questions")])
 def test_answers_that_do_not_belong_to_the_questions_end_in_one_line(tmp_path, lines, says):
@@ -492,7 +522,8 @@ def test_a_cut_off_last_line_unknown_ids_and_repeats_are_counted(tmp_path):
     results = result(tmp_path)
     assert results["n_missing"] == 1 and "n_missing 1" in done.stdout
     assert {"1 answers to questions that are not asked", "1 answers given twice"} <= set(results["warnings"])
-    assert any("6 questions; the released files have 9000 or 8910" in w for w in results["warnings"])
+    assert any("6 questions; the released files have 9000 or 8910" in w
+               for w in results["warnings"])
 
 
 def test_a_limit_is_marked_and_drops_incomplete_groups(tmp_path):
@@ -505,7 +536,8 @@ def test_a_limit_is_marked_and_drops_incomplete_groups(tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--bench", "pope"], ["--bench pope needs --data"]),
-    (["--bench", "pope", "--data", "absent", "--score-only", "x"], ["--data absent does not exist"]),
+    (["--bench", "pope", "--data", "absent", "--score-only", "x"],
+     ["--data absent does not exist"]),
     (["--bench", "poppe"], ["--bench", "'poppe'"]),
     (["--bench", "pope", "--metric", "vqa"], ["--metric is for your own questions"]),
     (["--split", "val"], ["--split needs --bench"]),
@@ -523,7 +555,8 @@ def test_ocr_and_style_must_be_possible(tmp_path):
     done = run(case, tmp_path, "--score-only", answer(case, tmp_path))
     assert result(tmp_path)["settings"]["ocr"] == "on" and "ocr on" in done.stdout
     case = make_benchmarks.okvqa(tmp_path / "ok")
-    done = run(case, tmp_path / "ok", "--score-only", answer(case, tmp_path / "ok"), "--style", "lmms")
+    done = run(case, tmp_path / "ok", "--score-only", answer(case, tmp_path / "ok"), "--style",
+               "lmms")
     row = json.loads(written(tmp_path / "ok", "pred.jsonl").read_text())
     assert "respond with 'Unanswerable'.\nAnswer the question" in row["prompt"]
 
@@ -539,7 +572,7 @@ def test_results_side_by_side_warn_of_settings_that_differ(tmp_path):
     assert "warning: textvqa's ocr differs: on in " in done.stdout
 
 
-# ------------------------------------------------------------------------------------------------ with a model
+# ------------------------------------------------------------------------------------- with a model
 @pytest.fixture(scope="module")
 def ckpt(tmp_path_factory):
     """A whole checkpoint: the toy's backbones and an untrained projector. It answers something."""
@@ -548,8 +581,8 @@ def ckpt(tmp_path_factory):
     vision, decoder = load_vision(clip, torch.float32), load_llm(llm, torch.float32)
     model = Llava(vision, Projector(vision.config.hidden_size, decoder.config.hidden_size), decoder)
     folder = tmp_path_factory.mktemp("run") / "finetune-1"
-    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
-              "vision": str(clip), "llm": str(llm)}
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True,
+              "after_special": "4.31", "vision": str(clip), "llm": str(llm)}
     save_checkpoint(folder, model, {n for n, _ in model.named_parameters()}, config, {})
     return folder
 
@@ -559,11 +592,13 @@ ASK = "Is there a circle?", "What colour is the circle?", "How many objects are 
 
 @pytest.fixture
 def world(tmp_path):
-    """Questions of different lengths about three images or none, those about one image not in a row."""
+    """Questions of different lengths about three images or none, those about one image not in a
+    row."""
     rows = []
     for n in range(14):
         image = {} if n % 5 == 4 else {"image": f"{n % 3}.png"}
-        rows.append({"question_id": n, "text": ASK[n % 4] + " Really?" * (n % 3), "answer": "Yes", **image})
+        rows.append({"question_id": n, "text": ASK[n % 4] + " Really?" * (n % 3), "answer": "Yes",
+                     **image})
     jsonl(tmp_path / "mine.jsonl", rows)
     for n in range(3):
         picture(tmp_path / f"images/{n}.png", n)
@@ -572,7 +607,8 @@ def world(tmp_path):
 
 def ask(root, ckpt, *flags):
     return call("evaluate.py", "--ckpt", ckpt, "--bench", "own", "--data", root / "mine.jsonl",
-                "--images", root / "images", "--out", root / "out", "--max-new-tokens", 5, "--dtype", "float32", *flags)
+                "--images", root / "images", "--out", root / "out", "--max-new-tokens", 5,
+                "--dtype", "float32", *flags)
 
 
 def predictions(root, out="out/mine"):
@@ -581,7 +617,8 @@ def predictions(root, out="out/mine"):
 
 def test_answers_do_not_depend_on_batches_and_a_batch_encodes_each_image_once(world, ckpt, monkeypatch):
     encoded, embed = [], Llava.embed_images
-    monkeypatch.setattr(Llava, "embed_images", lambda self, x: encoded.append(len(x)) or embed(self, x))
+    monkeypatch.setattr(Llava, "embed_images", lambda self, x: encoded.append(len(x))
+                        or embed(self, x))
     assert ask(world, ckpt, "--batch-size", 1).returncode == 0
     one = predictions(world)
     encoded.clear()
@@ -641,7 +678,8 @@ def test_another_checkpoint_question_or_setting_is_refused_unless_overwritten(wo
         (other / "model.safetensors").write_bytes(data)
         (other / "digests.json").unlink(missing_ok=True)
     says = {"question": "questions", "answer length": "max_new_tokens", "weights": "checkpoint"}.get(change, change)
-    refuses(ask(world, other, *flags), f"was made with another {says}: --overwrite, or another --out")
+    refuses(ask(world, other, *flags), f"was made with another {says}: --overwrite, or "
+                                       "another --out")
     assert ask(world, other, *flags, "--overwrite").returncode == 0
 
 
@@ -663,7 +701,8 @@ def test_two_ranks_resume_what_one_process_left_print_once_and_equal_it(world, c
     assert alone.returncode == 0, alone.stderr
     lines = (world / "out/mine/pred.rank0of1.jsonl").read_text().splitlines(keepends=True)
     (world / "two/mine").mkdir(parents=True)
-    (world / "two/mine/pred.rank0of1.jsonl").write_text("".join(lines[:4]))        # the settings and three answers
+    # the settings and three answers
+    (world / "two/mine/pred.rank0of1.jsonl").write_text("".join(lines[:4]))
     done = launch(*own, "--out", world / "two", "--batch-size", 3, ranks=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout == alone.stdout.replace(str(world / "out"), str(world / "two")), "one process prints, the same"
@@ -686,9 +725,11 @@ def test_a_benchmark_runs_with_a_model_and_its_pictures(ckpt, tmp_path):
     assert run(pope, tmp_path / "pope", *flags).returncode == 0
     (tmp_path / "pope/images/COCO_val2014_000000310196.jpg").write_bytes(b"nothing")
     done = run(pope, tmp_path / "pope", *flags, "--overwrite")
-    assert done.returncode == 2 and done.stderr.endswith("COCO_val2014_000000310196.jpg: not an image\n")
+    assert done.returncode == 2 and done.stderr.endswith("COCO_val2014_000000310196.jpg: not "
+                                                         "an image\n")
     (tmp_path / "pope/images/COCO_val2014_000000310196.jpg").unlink()
-    refuses(run(pope, tmp_path / "pope", *flags), "1 of 1 images are not there, such as", "is --images the folder")
+    refuses(run(pope, tmp_path / "pope", *flags), "1 of 1 images are not there, such as",
+            "is --images the folder")
 
 
 def test_the_image_comes_first_unless_the_prompt_says_where(ckpt, tmp_path):
@@ -720,14 +761,17 @@ def test_a_checkpoint_that_has_learned_captions_alone_is_refused(ckpt, world, tm
     assert ask(world, other, "--template", "v1").returncode == 0
 
 
-@pytest.mark.parametrize("metric, by_hand", [("exact", [100, 0]), ("contains", [100, 100]), ("choice", [0, 0]),
+@pytest.mark.parametrize("metric, by_hand",
+                         [("exact", [100, 0]), ("contains", [100, 100]), ("choice", [0, 0]),
                                              ("anls", [100, 0]), ("vqa", [0, 0]), ("none", None)])
 def test_own_questions_are_scored_by_the_metric(tmp_path, metric, by_hand):
-    jsonl(tmp_path / "mine.jsonl", [{"text": "a?", "answer": "B"}, {"text": "b?", "answer": ["C", "D"]}])
-    jsonl(tmp_path / "answers.jsonl", [{"question_id": 1, "text": "b" if metric != "choice" else "so so"},
+    jsonl(tmp_path / "mine.jsonl",
+          [{"text": "a?", "answer": "B"}, {"text": "b?", "answer": ["C", "D"]}])
+    jsonl(tmp_path / "answers.jsonl",
+          [{"question_id": 1, "text": "b" if metric != "choice" else "so so"},
                                        {"question_id": 2, "text": "abcde and f"}])
-    done = call("evaluate.py", "--metric", metric, "--data", tmp_path / "mine.jsonl", "--score-only",
-                tmp_path / "answers.jsonl")
+    done = call("evaluate.py", "--metric", metric, "--data", tmp_path / "mine.jsonl",
+                "--score-only", tmp_path / "answers.jsonl")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(x) for x in (tmp_path / "answers.scored/mine/pred.jsonl").open()]
     assert [None if r["score"] is None else 100 * r["score"] for r in rows] == (by_hand or [None, None])

@@ -1,7 +1,8 @@
 """Each term's own gradient under bfloat16 autocast against float32, on the same weights.
 
-The sum of all terms would hide a bad one: cross-entropy is the largest. The model has LLaMA's scales: word embeddings
-of 0.02, norms that multiply by 1. A final state (about 1 a dimension) is then far from every word embedding.
+The sum of all terms would hide a bad one: cross-entropy is the largest. The model has LLaMA's
+scales: word embeddings of 0.02, norms that multiply by 1. A final state (about 1 a dimension) is
+then far from every word embedding.
 """
 import pytest
 import torch
@@ -14,8 +15,10 @@ from training.settings import TrainConfig
 WIDTH, N = 256, 16                                          # N image tokens
 FAMILIES = {
     "llama": {},
-    "phi": dict(norm="layer", parallel=True, gated=False, bias=True, head_bias=True, hidden_act="gelu_tanh"),
-    "gemma": dict(norm_plus_one=True, embed_scale=WIDTH ** 0.5, tie_word_embeddings=True, hidden_act="gelu_tanh")}
+    "phi": dict(norm="layer", parallel=True, gated=False, bias=True, head_bias=True,
+                hidden_act="gelu_tanh"),
+    "gemma": dict(norm_plus_one=True, embed_scale=WIDTH ** 0.5, tie_word_embeddings=True,
+                  hidden_act="gelu_tanh")}
 CASES = [(loss, stage, moca, "llama") for loss in LOSSES for stage in ("pretrain", "finetune")
          for moca in (False, True)]
 CASES += [(loss, "pretrain", False, family) for loss in LOSSES for family in ("phi", "gemma")]

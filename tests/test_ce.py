@@ -56,7 +56,8 @@ def test_the_first_label_has_nothing_to_be_predicted_from():
 
 
 def test_without_a_target_the_loss_is_zero_and_still_reaches_every_parameter():
-    """Else a rank whose micro-batch has no answer would leave the others waiting for its gradient."""
+    """Else a rank whose micro-batch has no answer would leave the others waiting for its
+    gradient."""
     h, labels, weight, bias = example(ignored=2.0)
     total, count = next_token_loss(h, labels, weight, bias)
     assert total == 0 and count == 0
@@ -81,7 +82,8 @@ def test_a_frozen_head_costs_no_gradient():
 
 def test_bfloat16_is_summed_in_float32():
     h = torch.zeros(1, 5001, 4, dtype=torch.bfloat16)
-    total, count = next_token_loss(h, torch.zeros(1, 5001, dtype=torch.int64), torch.zeros(8, 4, dtype=torch.bfloat16))
+    total, count = next_token_loss(h, torch.zeros(1, 5001, dtype=torch.int64),
+                                   torch.zeros(8, 4, dtype=torch.bfloat16))
     assert total.dtype == torch.float32
     assert abs(total / count - math.log(8)) < 1e-4, "a bfloat16 sum of 5000 terms stops growing long before its end"
 

@@ -12,10 +12,12 @@ from data import encode, eos_id, pieces
 from hub.tokenizer import family_template, load_tokenizer
 
 NAMES = list(MODEL_TYPES)
-TURNS = [("human", "Is there a red circle?\nAnswer with one word, 12 345."), ("gpt", "Yes, it's 1234.\n\nReally"),
+TURNS = [("human", "Is there a red circle?\nAnswer with one word, 12 345."),
+         ("gpt", "Yes, it's 1234.\n\nReally"),
          ("human", "héllo e\u0301 漢字"), ("gpt", "No.")]
 LLAVA = [{"from": who, "value": text} for who, text in TURNS]
-MESSAGES = [{"role": {"human": "user", "gpt": "assistant"}[who], "content": text} for who, text in TURNS]
+MESSAGES = [{"role": {"human": "user", "gpt": "assistant"}[who], "content": text}
+            for who, text in TURNS]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -34,7 +36,8 @@ def test_a_folder_is_known_by_its_tokens_and_its_chat_template(name, folder, tmp
     shutil.copytree(folder, bare)
     (bare / "tokenizer_config.json").unlink()
     assert family_template(bare) == {"qwen2_5": "qwen2", "llama_3_1": "llama_3"}.get(name, name)
-    (bare / "chat_template.jinja").write_text(chat_template(name))          # where transformers 5 keeps it
+    # where transformers 5 keeps it
+    (bare / "chat_template.jinja").write_text(chat_template(name))
     assert family_template(bare) == name
 
 
@@ -42,7 +45,8 @@ def test_a_text_begins_with_what_the_family_begins_with_and_ends_with_its_end(na
     tokenizer = load_tokenizer(folder)
     begin = ["<|begin_of_text|>"] if name.startswith("llama") else []
     assert [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] == begin
-    assert tokenizer.id_to_token(eos_id(tokenizer, name)) == ("<|eot_id|>" if begin else "<|im_end|>")
+    assert tokenizer.id_to_token(eos_id(tokenizer, name)) == ("<|eot_id|>" if begin
+                                                              else "<|im_end|>")
 
 
 def test_ids_are_those_of_the_text_encoded_as_it_is_published_and_answers_alone_are_labelled(name, folder):
@@ -68,5 +72,6 @@ def test_transformers_writes_and_encodes_the_same_conversation(name, folder):
     theirs, ours = hf.PreTrainedTokenizerFast.from_pretrained(folder), load_tokenizer(folder)
     for n in (1, 3, 4):
         asked = n < 4
-        ids = theirs.apply_chat_template(MESSAGES[:n], add_generation_prompt=asked, return_dict=False)
+        ids = theirs.apply_chat_template(MESSAGES[:n], add_generation_prompt=asked,
+                                         return_dict=False)
         assert encode(LLAVA[:n], ours, name, 2)[0].tolist() == ids

@@ -13,11 +13,12 @@ def batch(T: int) -> Batch:
     ids, masks, pixels = prompts([T, T - 1, T - 2])
     b = batch_of(ids, masks, pixels.float())
     labels = torch.where(b.attention_mask & (torch.arange(T) > 6), b.input_ids, -100)
-    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels.float(), b.image_mask.any(1),
-                 torch.tensor([False, False, True]))
+    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels.float(),
+                 b.image_mask.any(1), torch.tensor([False, False, True]))
 
 
-@pytest.mark.parametrize("loss", [loss if loss == "basic" else pytest.param(loss, marks=pytest.mark.slow)
+@pytest.mark.parametrize("loss",
+                         [loss if loss == "basic" else pytest.param(loss, marks=pytest.mark.slow)
                                   for loss in LOSSES])
 def test_twelve_lengths_make_two_graphs_and_the_same_losses(loss):
     graphs = []

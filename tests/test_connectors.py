@@ -44,7 +44,8 @@ def llava(name, **decoder) -> Llava:
 
 
 def batch_for(model) -> Batch:
-    """Three samples with an image, one of text, and one in VDEP mode, for the model's number of image tokens."""
+    """Three samples with an image, one of text, and one in VDEP mode, for the model's number of
+    image tokens."""
     g, n = torch.Generator().manual_seed(1), model.image_tokens
     ids = torch.randint(3, 50, (5, 14), generator=g)
     image = torch.zeros(5, 14, dtype=torch.bool)
@@ -53,10 +54,11 @@ def batch_for(model) -> Batch:
     there = torch.arange(14) < torch.tensor([[14], [12], [11], [9], [2 + n]])
     labels = ids.masked_fill(~(there & (torch.arange(14) > 8)), -100)
     pixels = torch.randn(5, 3, 16, 16, generator=g, dtype=torch.float64)
-    return Batch(ids, labels, image, there, pixels, image.any(1), torch.tensor([False] * 4 + [True]))
+    return Batch(ids, labels, image, there, pixels, image.any(1),
+                 torch.tensor([False] * 4 + [True]))
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 @pytest.mark.parametrize("name, wanted, tokens", [
     ("linear", Connector(1), 9), ("mlp2x", Connector(2), 9), ("mlp2x_gelu", Connector(2), 9),
     ("mlp4x", Connector(4), 9), ("qformer", Connector(0, 32, 768, 12), 32), ("qformer-64", Connector(0, 64), 64),
@@ -89,7 +91,7 @@ def test_n_linear_maps_have_gelu_between_them_alone():
     torch.testing.assert_close(p(x), x @ p.linear_1.weight.T + p.linear_1.bias, atol=1e-12, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ the Q-Former
+# ------------------------------------------------------------------------------------- the Q-Former
 def reference(p: dict, patches, layers: int, heads: int):
     """Equations (1) to (5), one query and one head at a time."""
     def norm(x, name):
@@ -104,7 +106,8 @@ def reference(p: dict, patches, layers: int, heads: int):
             parts = []
             for h in range(heads):
                 at = slice(h * d, (h + 1) * d)
-                weights = torch.stack([(q[i, at] * k[j, at]).sum() / math.sqrt(d) for j in range(len(x))]).exp()
+                weights = torch.stack([(q[i, at] * k[j, at]).sum() / math.sqrt(d)
+                                       for j in range(len(x))]).exp()
                 parts.append(sum(w * v[j, at] for j, w in enumerate(weights / weights.sum())))
             y = p[f"{name}.output.dense.weight"] @ torch.cat(parts) + p[f"{name}.output.dense.bias"]
             rows.append(norm(z[i] + y, f"{name}.output.LayerNorm"))
@@ -130,14 +133,16 @@ def test_the_q_former_is_its_equations():
     q = randomized(QFormer(6, 5, queries=3, width=128, layers=3).double(), 0.1)         # two heads
     x = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        torch.testing.assert_close(q(x), reference(dict(q.named_parameters()), x, 3, 2), atol=1e-11, rtol=0)
+        torch.testing.assert_close(q(x), reference(dict(q.named_parameters()), x, 3, 2), atol=1e-11,
+                                   rtol=0)
     assert q(x).shape == (2, 3, 5)
 
 
 def test_the_q_former_has_the_size_of_bert_base():
     with torch.device("meta"):
         q = QFormer(1408, 768)
-    # 12 layers of BERT-base, 6 cross-attentions to 1408 dimensions, 32 queries, a norm, the last map
+    # 12 layers of BERT-base, 6 cross-attentions to 1408 dimensions, 32 queries, a norm, the last
+    # map
     layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 768 + 3072 + 4 * 768
     cross = 2 * (768 * 768 + 768) + 2 * (1408 * 768 + 768) + 2 * 768
     wanted = 12 * layer + 6 * cross + 32 * 768 + 2 * 768 + 768 * 768 + 768
@@ -150,7 +155,7 @@ def test_image_tokens_of_a_q_former_do_not_depend_on_the_order_of_patches():
     torch.testing.assert_close(q(x), q(x[:, torch.randperm(7)]), atol=1e-12, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def blip2(name: str) -> str:
     """The name that transformers gives a tensor of the Q-Former."""
     if name.startswith("projector."):
@@ -159,8 +164,9 @@ def blip2(name: str) -> str:
     return name.replace("attention.self.", "attention.attention.")
 
 
-FORMS = {"MIR": lambda n: "model.mm_projector." + n.replace("projector.", "mm_mlp."), "BLIP-2": blip2,
-         "TinyLLaVA": lambda n: "connector._connector." + n, "TinyLLaVA, a part": lambda n: "_connector." + n,
+FORMS = {"MIR": lambda n: "model.mm_projector." + n.replace("projector.", "mm_mlp."),
+         "BLIP-2": blip2, "TinyLLaVA": lambda n: "connector._connector." + n,
+         "TinyLLaVA, a part": lambda n: "_connector." + n,
          "ours": lambda n: "multi_modal_projector." + n}
 
 
@@ -173,7 +179,8 @@ def test_a_q_former_loads_under_every_name_it_is_released_with(form, tmp_path):
         tensors["bert.embeddings.position_ids"] = torch.arange(3)[None]
         torch.nn.init.ones_(q.bert["embeddings"]["LayerNorm"].weight)
         torch.nn.init.zeros_(q.bert["embeddings"]["LayerNorm"].bias)
-    save_file({FORMS[form](n): t.data.clone() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    save_file({FORMS[form](n): t.data.clone() for n, t in tensors.items()},
+              tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"connector": "qformer-3-24x2"}))
     loaded = dict(load_projector(tmp_path, 16, 24).named_parameters())
     assert loaded.keys() == dict(q.named_parameters()).keys()
@@ -195,7 +202,8 @@ def test_linear_maps_load_under_llavas_names(name, tmp_path):
 
 
 def test_a_new_q_former_starts_from_one_of_other_neighbours(tmp_path):
-    old = randomized(QFormer(11, 20, 3, 24, 2))             # of another tower and another language model
+    # of another tower and another language model
+    old = randomized(QFormer(11, 20, 3, 24, 2))
     tensors = {blip2(n): t.data.clone() for n, t in old.named_parameters()}
     tensors["qformer.encoder.layer.0.intermediate.dense.weight"] = torch.zeros(96, 24)          # reads text
     tensors["qformer.embeddings.word_embeddings.weight"] = torch.zeros(9, 24)
@@ -203,8 +211,8 @@ def test_a_new_q_former_starts_from_one_of_other_neighbours(tmp_path):
     new = QFormer(16, 24, 3, 24, 2)
     fresh = {n: p.clone() for n, p in new.named_parameters()}
     left = start_qformer(new, tmp_path)
-    assert sorted(left) == sorted(["bert.encoder.layer.0.crossattention.self.key.weight", "projector.weight",
-                                   "bert.encoder.layer.0.crossattention.self.value.weight", "projector.bias"])
+    assert sorted(left) == sorted(["bert.encoder.layer.0.crossattention.self.key.weight",
+                                   "projector.weight", "bert.encoder.layer.0.crossattention.self.value.weight", "projector.bias"])
     for name, p in new.named_parameters():
         assert torch.equal(p, fresh[name] if name in left else dict(old.named_parameters())[name]), name
     with pytest.raises(UserError, match="query_tokens has shape"):
@@ -226,18 +234,21 @@ def test_mirs_q_former_which_reads_the_text_is_not_taken_for_one_that_does_not(t
 @torch.no_grad()
 def test_transformers_computes_the_same_q_former():
     hf = pytest.importorskip("transformers")
-    config = hf.Blip2QFormerConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2, intermediate_size=512,
-                                   encoder_hidden_size=6, cross_attention_frequency=2)
+    config = hf.Blip2QFormerConfig(hidden_size=128, num_hidden_layers=3, num_attention_heads=2,
+                                   intermediate_size=512, encoder_hidden_size=6,
+                                   cross_attention_frequency=2)
     theirs, ours = randomized(hf.Blip2QFormerModel(config), 0.1).eval(), QFormer(6, 5, 3, 128, 3)
-    state = {rename("qformer." + n).removeprefix("multi_modal_projector."): p for n, p in theirs.named_parameters()}
-    state |= {n: p for n, p in ours.named_parameters() if n == "query_tokens" or n.startswith("projector.")}
+    state = {rename("qformer." + n).removeprefix("multi_modal_projector."): p
+             for n, p in theirs.named_parameters()}
+    state |= {n: p for n, p in ours.named_parameters() if n == "query_tokens"
+              or n.startswith("projector.")}
     ours.load_state_dict(state)
     x = torch.randn(2, 4, 6)
     wanted = theirs(ours.query_tokens.expand(2, -1, -1), encoder_hidden_states=x).last_hidden_state
     assert (ours.projector(wanted) - ours(x)).abs().max() < 1e-5
 
 
-# ------------------------------------------------------------------------------------------------ objectives
+# --------------------------------------------------------------------------------------- objectives
 @pytest.mark.parametrize("moca", [False, True])
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 @pytest.mark.parametrize("loss", LOSSES)
@@ -247,19 +258,23 @@ def test_every_objective_trains_every_connector(name, loss, stage, moca):
     batch = batch_for(model)
     model.requires_grad_(False)
     model.multi_modal_projector.requires_grad_(True)
-    objective = Objective(model, TrainConfig(loss=loss, stage=stage, basic_k=2 if loss == "basic" else None))
+    objective = Objective(model,
+                          TrainConfig(loss=loss, stage=stage,
+                                      basic_k=2 if loss == "basic" else None))
     terms, counts = objective(batch), count_terms(loss, batch)
     assert {t.name for t in terms} <= set(counts)
     total = sum(t.weight * t.total / counts[t.name] for t in terms)
     total.backward()
     for n, p in model.multi_modal_projector.named_parameters():
         assert p.grad is not None and p.grad.isfinite().all(), n
-        assert (p.grad != 0).any() or n.endswith("key.bias"), n     # a constant in all scores: softmax does not see it
+        # a constant in all scores: softmax does not see it
+        assert (p.grad != 0).any() or n.endswith("key.bias"), n
 
 
 def images_of(h, batch, rows):
     """(B,T,D) → (len(rows),N,D) at the image positions of these samples, one after the other."""
-    return torch.stack([torch.stack([h[b, t] for t in batch.image_mask[b].nonzero()[:, 0]]) for b in rows])
+    return torch.stack([torch.stack([h[b, t] for t in batch.image_mask[b].nonzero()[:, 0]])
+                        for b in rows])
 
 
 def test_vdep_predicts_queries_and_basic_refines_them():
@@ -270,11 +285,13 @@ def test_vdep_predicts_queries_and_basic_refines_them():
         out = model(batch, lambda i, h, a: (layers.append(h), maps.append(a)), batch.places.text, 2)
         assert out.image_embeds.shape == (5, 3, 24) and model.vision_tower.config.image_tokens == 4
         terms = {t.name: t.total for t in Objective(model, TrainConfig(loss="vdep", stage="pretrain"))(batch)}
-        h = images_of(out.hidden_states, batch, [4])                                # the sample in VDEP mode
+        # the sample in VDEP mode
+        h = images_of(out.hidden_states, batch, [4])
         torch.testing.assert_close(terms["vdep"], reconstruction_loss(h, out.image_embeds[4:])[0])
         terms = {t.name: t.total for t in Objective(model, TrainConfig(loss="basic", basic_k=2))(batch)}
         w = layer_weights(2)
-        seen = [0, 1, 2]                                                            # text follows their images
+        # text follows their images
+        seen = [0, 1, 2]
         v_hat = sum(w[i] * images_of(layers[i], batch, seen) for i in range(2))
         assert maps[0].shape[2] == 3
         rows = (batch.text_after_image().sum(1)[:, None] > torch.arange(maps[0].shape[1]))[seen]
@@ -295,7 +312,8 @@ def test_mir_measures_the_queries():
     layers[-1] = out.hidden_states
     pairs = [(h[batch.image_mask], h[batch.text_after_image()]) for h in layers]
     assert len(pairs[0][0]) == 3 * 3
-    assert measure(model, [batch])["mir"] == pytest.approx(modality_integration_rate(pairs)[0], rel=1e-9)
+    assert measure(model, [batch])["mir"] == pytest.approx(modality_integration_rate(pairs)[0],
+                                                           rel=1e-9)
 
 
 def test_answers_of_many_prompts_are_those_of_each_alone():
@@ -303,11 +321,12 @@ def test_answers_of_many_prompts_are_those_of_each_alone():
     batch = batch_for(model)
     ids = [batch.input_ids[b, batch.attention_mask[b]] for b in range(3)]
     masks = [batch.image_mask[b, batch.attention_mask[b]] for b in range(3)]
-    alone = [model.generate(i, batch.pixel_values[b:b + 1], m, 5) for b, (i, m) in enumerate(zip(ids, masks))]
+    alone = [model.generate(i, batch.pixel_values[b:b + 1], m, 5)
+             for b, (i, m) in enumerate(zip(ids, masks))]
     assert generate(model, ids, batch.pixel_values[:3], 5, masks, None) == alone
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 @pytest.fixture(scope="module")
 def runs(small_world, tmp_path_factory):
     """Both stages with a Q-Former and MoCa, from a Q-Former on the disk."""
@@ -316,14 +335,15 @@ def runs(small_world, tmp_path_factory):
     old = {"multi_modal_projector." + n: p.data for n, p in q.named_parameters()}
     (out / "old").mkdir()
     save_file(old, out / "old" / "model.safetensors")
-    common = ["--images", small_world / "images", "--global-batch", 8, "--max-steps", 3, "--workers", 0, "--moca"]
-    first = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json", "--out", out / "1",
-                 "--loss", "vdep", "--connector", "qformer-4-96x2", "--projector", out / "old", *common,
-                 "--save-every", 2, "--keep-last", 2)
+    common = ["--images", small_world / "images", "--global-batch", 8, "--max-steps", 3,
+              "--workers", 0, "--moca"]
+    first = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json",
+                 "--out", out / "1", "--loss", "vdep", "--connector", "qformer-4-96x2",
+                 "--projector", out / "old", *common, "--save-every", 2, "--keep-last", 2)
     assert first.returncode == 0, first.stderr
     assert "but for 0 tensors" in first.stdout
-    second = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--out", out / "2",
-                  "--loss", "basic", "--projector", out / "1", *common,
+    second = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json",
+                  "--out", out / "2", "--loss", "basic", "--projector", out / "1", *common,
                   "--mir-every", 3, "--mir-data", small_world / "val.jsonl")
     assert second.returncode == 0, second.stderr
     return out
@@ -352,8 +372,9 @@ def test_the_other_programs_read_the_number_of_tokens_from_a_checkpoint(runs, sm
     done = call("hub", "inspect", runs / "2")
     assert "connector  qformer-4-96x2: 4 image tokens" in done.stdout and "problems   none" in done.stdout
     picture = next((small_world / "images").iterdir())
-    done = call("look", "--ckpt", runs / "2", "--image", picture, "--prompt", "Is there a circle?", "--out",
-                tmp_path / "page.html", "--json", tmp_path / "page.json", "--png", tmp_path / "png")
+    done = call("look", "--ckpt", runs / "2", "--image", picture, "--prompt", "Is there a circle?",
+                "--out", tmp_path / "page.html", "--json", tmp_path / "page.json", "--png",
+                tmp_path / "png")
     assert done.returncode == 0, done.stderr
     [look] = json.loads((tmp_path / "page.json").read_text())
     assert look["side"] == 2 and len(look["degree"]) == 4 and "4 image tokens are queries" in look["name"]
@@ -364,30 +385,34 @@ def test_the_other_programs_read_the_number_of_tokens_from_a_checkpoint(runs, sm
 def test_a_connector_that_llava_hf_has_no_place_for_is_refused_by_name(small_world, tmp_path):
     for name in ("linear", "mlp3x"):
         out = tmp_path / name
-        done = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json", "--images",
-                    small_world / "images", "--out", out, "--connector", name, "--global-batch", 8, "--max-steps", 1,
-                    "--workers", 0)
+        done = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json",
+                    "--images", small_world / "images", "--out", out, "--connector", name,
+                    "--global-batch", 8, "--max-steps", 1, "--workers", 0)
         assert done.returncode == 0, done.stderr
         done = call("hub", "export", out, tmp_path / "export")
         assert done.returncode == 2 and f"has the connector {name}: llava-hf's layout holds mlp2x alone" in done.stderr
 
 
 def test_a_connector_other_than_the_stored_one_is_refused(runs, small_world, tmp_path):
-    done = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--images",
-                small_world / "images", "--out", tmp_path / "x", "--projector", runs / "1", "--connector", "mlp2x",
-                "--global-batch", 8, "--max-steps", 1, "--workers", 0)
+    done = call("train.py", "--stage", "finetune", "--data", small_world / "finetune.json",
+                "--images", small_world / "images", "--out", tmp_path / "x", "--projector",
+                runs / "1", "--connector", "mlp2x", "--global-batch", 8, "--max-steps", 1,
+                "--workers", 0)
     assert done.returncode == 2 and "has qformer-4-96x2: leave the flag out" in done.stderr
 
 
 def test_a_run_with_a_q_former_resumes(runs, small_world, tmp_path):
     shutil.copytree(runs / "1", tmp_path / "1")
-    shutil.rmtree(tmp_path / "1" / "pretrain-3")                # as if it had been stopped after step 2
+    # as if it had been stopped after step 2
+    shutil.rmtree(tmp_path / "1" / "pretrain-3")
     args = ["train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json", "--images",
-            small_world / "images", "--loss", "vdep", "--connector", "qformer-4-96x2", "--projector", runs / "old",
-            "--global-batch", 8, "--workers", 0, "--moca", "--max-steps", 3, "--save-every", 2, "--keep-last", 2]
+            small_world / "images", "--loss", "vdep", "--connector", "qformer-4-96x2",
+            "--projector", runs / "old", "--global-batch", 8, "--workers", 0, "--moca",
+            "--max-steps", 3, "--save-every", 2, "--keep-last", 2]
     done = call(*args, "--out", tmp_path / "1", "--resume")
     assert done.returncode == 0, done.stderr
-    a, b = (load_file(folder / "1" / "pretrain-3" / "model.safetensors") for folder in (runs, tmp_path))
+    a, b = (load_file(folder / "1" / "pretrain-3" / "model.safetensors")
+            for folder in (runs, tmp_path))
     assert a.keys() == b.keys() and all(torch.equal(t, b[n]) for n, t in a.items())
 
 

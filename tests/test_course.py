@@ -21,7 +21,8 @@ PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_
 
 
 # One folder in the suite, the others with the slow tests.
-NAMES = [name if name == "vista" else pytest.param(name, marks=pytest.mark.slow) for name in ASSIGNMENTS]
+NAMES = [name if name == "vista" else pytest.param(name, marks=pytest.mark.slow)
+         for name in ASSIGNMENTS]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -52,7 +53,8 @@ def test_the_machinery_is_at_most_500_lines():
 
 def test_a_folder_fails_kindly_and_passes_with_the_solution(folder, tmp_path):
     result = subprocess.run(PYTEST, cwd=folder, capture_output=True, text=True)
-    failed, passed = (int((re.findall(rf"(\d+) {word}", result.stdout) or [0])[0]) for word in ("failed", "passed"))
+    failed, passed = (int((re.findall(rf"(\d+) {word}", result.stdout) or [0])[0])
+                      for word in ("failed", "passed"))
     assert failed >= 3 and not passed, result.stdout[-2000:]
     reasons = re.findall(r"^E +(.*)$", result.stdout, re.M)
     assert len(reasons) == failed, reasons
@@ -65,7 +67,8 @@ def test_a_folder_fails_kindly_and_passes_with_the_solution(folder, tmp_path):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert tested.returncode == 0, tested.stdout[-3000:]
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30, "30 s of computing"
-    worked = subprocess.run([sys.executable, "-m", "doctest", "handout.md"], cwd=solved, capture_output=True, text=True)
+    worked = subprocess.run([sys.executable, "-m", "doctest", "handout.md"], cwd=solved,
+                            capture_output=True, text=True)
     assert worked.returncode == 0, worked.stdout
     assert (folder / "handout.md").read_text().count(">>>") >= 3
 
@@ -74,14 +77,15 @@ def test_a_folder_holds_no_line_of_any_solution(folder):
     solution = set()
     for m in MODULES:
         solution |= lines_of_code(module(m)) - lines_of_code(handed_out(m))
-    solution = {line for line in solution if len(line) > 24 and not line.startswith(("return self.", "raise "))}
+    solution = {line for line in solution if len(line) > 24
+                and not line.startswith(("return self.", "raise "))}
     assert len(solution) > 50
     for path in folder.glob("*.py"):
         found = solution & lines_of_code(path.read_text())
         assert not found, f"{path.name} gives away {found}"
 
 
-# ------------------------------------------------------------------------------------------------ hostile submissions
+# ------------------------------------------------------------------------------ hostile submissions
 CORRECT = module("vista")
 ESCAPES = {
     "it exits": "import os\nos._exit(0)",
@@ -91,13 +95,15 @@ ESCAPES = {
     "it forks": "import os\nfor _ in range(100):\n    os.fork()",
     "it starts threads": "import threading\nt = threading.Thread(target=print)\nt.start()\nt.join()",
     "it eats memory": "x = [bytearray(1 << 30) for _ in range(64)]",
-    "it recurses": "def f(n):\n    return f(n + 1)\nimport sys\nsys.setrecursionlimit(10 ** 8)\nf(0)",
+    "it recurses": "def f(n):\n    return f(n + 1)\nimport sys\nsys.setrecursionlimit(10 "
+                   "** 8)\nf(0)",
     "it kills the grader": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)",
     "it kills everybody": "import os\nos.kill(-1, 9)",
     "it uses the network": "import socket\nsocket.create_connection(('127.0.0.1', 22), 1)",
     "it reads the solution": f"exec(open({str(ROOT / 'methods/vista.py')!r}).read())",
     "it reads the hidden tests": f"print(open({str(ROOT / 'course/hidden/vista.py')!r}).read())",
-    "it imports the solution": f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom methods.vista import *",
+    "it imports the solution": f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom "
+                               "methods.vista import *",
     "it imports the grader": "from course.grade import reference\nexec(reference('vista')['vista'])",
     "it reads the grader's memory": "import os\nopen(f'/proc/{os.getppid()}/mem', 'rb').read(8)",
     "it writes the checkout": f"open({str(ROOT / 'course/hacked')!r}, 'w')",
@@ -158,13 +164,16 @@ def key():
 
 @pytest.fixture(scope="module")
 def earned(key):
-    """Texts of vista.py, run one after another, and names of items → for each the items whose points it gets."""
+    """Texts of vista.py, run one after another, and names of items → for each the items whose
+    points it gets."""
     def run(texts: list[str], names: list[str]) -> list[list[str]]:
         chosen = [(item, want) for item, want in zip(key.items, key.want) if item.__name__ in names]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("course.grade.SECONDS", 2)
-            rows = execute([{"vista": text} for text in texts], [item for item, _ in chosen], key.seed)
-        return [[item.__name__ for (got, _), (item, want) in zip(row, chosen) if got and agree(got, want, item)]
+            rows = execute([{"vista": text} for text in texts], [item for item, _ in chosen],
+                           key.seed)
+        return [[item.__name__ for (got, _), (item, want) in zip(row, chosen) if got
+                 and agree(got, want, item)]
                 for row in rows]
     return run
 
@@ -224,15 +233,17 @@ def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
     assert not any("tensor(" in t["output"] or "\n" in t["output"] for t in lost)
 
 
-# ------------------------------------------------------------------------------------------------ a class
+# ------------------------------------------------------------------------------------------ a class
 def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path, capsys):
-    texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"), "eve": "import os\nos._exit(0)"}
+    texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"),
+             "eve": "import os\nos._exit(0)"}
     for student, text in texts.items():
         (tmp_path / "in" / student).mkdir(parents=True)
         (tmp_path / "in" / student / "vista.py").write_text(text)
     (tmp_path / "in" / "late").mkdir()
     grade_all("vista", tmp_path / "in", tmp_path / "grades.csv", seed=7)
-    totals = ["ada: 100 of 100 points", "bob: 70 of 100 points", "eve: 0 of 100 points", "late: 0 of 100 points"]
+    totals = ["ada: 100 of 100 points", "bob: 70 of 100 points", "eve: 0 of 100 points",
+              "late: 0 of 100 points"]
     assert capsys.readouterr().out.splitlines() == totals
     rows = (tmp_path / "grades.csv").read_text().splitlines()
     assert len(rows) == 5 and rows[0].startswith("student,total,distance") and rows[1].startswith("ada,100,15")
@@ -246,7 +257,8 @@ def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "course", "gradescope", "vista", "--out", str(tmp_path / "vista.zip")],
+    done = subprocess.run([sys.executable, "-m", "course", "gradescope", "vista", "--out",
+                           str(tmp_path / "vista.zip")],
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with zipfile.ZipFile(tmp_path / "vista.zip") as z:
@@ -279,8 +291,9 @@ def test_the_semester_is_one_command(tmp_path):
                           capture_output=True, text=True).returncode == 2
 
 
-# ------------------------------------------------------------------------------------------------ the grader's grade
-@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
+# ------------------------------------------------------------------------------- the grader's grade
+@pytest.mark.parametrize("name",
+                         [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
                                   for n in ASSIGNMENTS])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
     good, row, complaints = audit(name, seed=3)

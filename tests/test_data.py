@@ -15,8 +15,9 @@ from hub.configs import load_processor
 from hub.samples import read_samples
 
 IMG = -200                                             # LLaVA's own mark of an image position
-SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450, 20255, 4076, 8444,
-              29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915, 29879, 5155, 29889]
+SYSTEM_IDS = [1, 319, 13563, 1546, 263, 12758, 1404, 322, 385, 23116, 21082, 20255, 29889, 450,
+              20255, 4076, 8444, 29892, 13173, 29892, 322, 1248, 568, 6089, 304, 278, 1404, 29915,
+              29879, 5155, 29889]
 
 
 def human(text):
@@ -37,20 +38,23 @@ def ids_of(conversations, tokenizer, template="v1", image_tokens=1, **options):
     return shown.tolist(), labels[labels != -100].tolist(), labels.tolist()
 
 
-# ------------------------------------------------------------------------------------------------ ids and labels
+# ----------------------------------------------------------------------------------- ids and labels
 def test_one_round_gives_llavas_ids_and_supervises_the_answer_and_its_end_token(llama_tokenizer):
-    ids, supervised, labels = ids_of([human("<image>\nWhat is this?"), gpt("A cat.")], llama_tokenizer)
-    assert ids == SYSTEM_IDS + [3148, 1001, 29901, 29871, IMG, 29871, 13, 5618, 338, 445, 29973, 319, 1799, 9047, 13566,
-                                29901, 319, 6635, 29889, 2]
+    ids, supervised, labels = ids_of([human("<image>\nWhat is this?"), gpt("A cat.")],
+                                     llama_tokenizer)
+    assert ids == SYSTEM_IDS + [3148, 1001, 29901, 29871, IMG, 29871, 13, 5618, 338, 445, 29973,
+                                319, 1799, 9047, 13566, 29901, 319, 6635, 29889, 2]
     assert len(ids) == 51
     assert [i for i, label in enumerate(labels) if label != -100] == [47, 48, 49, 50]
     assert supervised == [319, 6635, 29889, 2]
 
 
-@pytest.mark.parametrize("rule, user", [("4.31", [3308, 1001]), ("4.37", [11889]), ("legacy", [3148, 1001])])
+@pytest.mark.parametrize("rule, user",
+                         [("4.31", [3308, 1001]), ("4.37", [11889]), ("legacy", [3148, 1001])])
 def test_later_rounds_follow_the_version_of_transformers(llama_tokenizer, rule, user):
-    ids, supervised, _ = ids_of([human("<image>\nWhat is this?"), gpt("A cat."), human("Why?"), gpt("Because."),
-                                 human("What is this?"), gpt("A mat")], llama_tokenizer, after_special=rule)
+    ids, supervised, _ = ids_of([human("<image>\nWhat is this?"), gpt("A cat."), human("Why?"),
+                                 gpt("Because."), human("What is this?"), gpt("A mat")],
+                                 llama_tokenizer, after_special=rule)
     middle = [29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311, 29889, 2]
     after_first_end = ids[ids.index(2) + 1:]
     assert after_first_end[:2 * len(user) + len(middle)] == user + middle + user
@@ -58,19 +62,23 @@ def test_later_rounds_follow_the_version_of_transformers(llama_tokenizer, rule, 
 
 
 def test_plain_template_is_the_image_and_the_caption_with_its_newline_and_no_end_token(llama_tokenizer):
-    ids, supervised, labels = ids_of([human("Describe.\n<image>"), gpt("a cat on a mat")], llama_tokenizer, "plain")
+    ids, supervised, labels = ids_of([human("Describe.\n<image>"), gpt("a cat on a mat")],
+                                     llama_tokenizer, "plain")
     assert ids == [1, IMG, 263, 6635, 373, 263, 1775, 13]
     assert labels == [-100, -100, 263, 6635, 373, 263, 1775, 13]
 
 
-@pytest.mark.parametrize("text", ["<image>\nWhat is this?", "What is this?\n<image>", "What <image>is this?"])
+@pytest.mark.parametrize("text",
+                         ["<image>\nWhat is this?", "What is this?\n<image>",
+                          "What <image>is this?"])
 def test_the_image_mark_moves_to_the_front_of_its_turn(llama_tokenizer, text):
     first = ids_of([human("<image>\nWhat is this?"), gpt("A cat.")], llama_tokenizer)
     assert ids_of([human(text), gpt("A cat.")], llama_tokenizer) == first
 
 
 def test_an_image_may_come_in_a_later_turn(llama_tokenizer):
-    ids, supervised, _ = ids_of([human("Why?"), gpt("Because."), human("What is this?\n<image>"), gpt("A cat.")],
+    ids, supervised, _ = ids_of([human("Why?"), gpt("Because."), human("What is this?\n<image>"),
+                                 gpt("A cat.")],
                                 llama_tokenizer, image_tokens=3)
     assert ids.count(IMG) == 3 and ids.index(IMG) > ids.index(2)
     assert supervised == [7311, 29889, 2, 319, 6635, 29889, 2]
@@ -78,7 +86,8 @@ def test_an_image_may_come_in_a_later_turn(llama_tokenizer):
 
 def test_text_alone_has_no_image_position(llama_tokenizer):
     ids, supervised, _ = ids_of([human("Why?"), gpt("Because.")], llama_tokenizer)
-    assert ids == SYSTEM_IDS + [3148, 1001, 29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311, 29889, 2]
+    assert ids == SYSTEM_IDS + [3148, 1001, 29901, 3750, 29973, 319, 1799, 9047, 13566, 29901, 7311,
+                                29889, 2]
     assert supervised == [7311, 29889, 2]
 
 
@@ -109,8 +118,10 @@ def test_long_conversations_are_cut_in_their_text(llama_tokenizer):
 
 
 def test_an_image_is_kept_whole_or_left_out(llama_tokenizer):
-    """An image that does not fit is left out with all that follows it. The text before it remains."""
-    turns = [human("Why?"), gpt("a cat on a mat " * 100), human("<image>\nWhat is this?"), gpt("A cat.")]
+    """An image that does not fit is left out with all that follows it. The text before it
+    remains."""
+    turns = [human("Why?"), gpt("a cat on a mat " * 100), human("<image>\nWhat is this?"),
+             gpt("A cat.")]
     at = ids_of(turns, llama_tokenizer, image_tokens=576)[0].index(IMG)
     for limit in (at - 1, at, at + 1, at + 575):
         ids, supervised, _ = ids_of(turns, llama_tokenizer, image_tokens=576, max_length=limit)
@@ -123,20 +134,24 @@ S = SYSTEM
 CHATML = [("qwen2", "You are a helpful assistant."),
           ("qwen2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
           ("smollm2", "You are a helpful AI assistant named SmolLM, trained by Hugging Face")]
-LLAMA_3 = [("llama_3", ""), ("llama_3_1", "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
+LLAMA_3 = [("llama_3", ""),
+           ("llama_3_1", "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: "
                              "December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>")]
 
 
 @pytest.mark.parametrize("template, text, supervised", [
     ("plain", "<image>A1\nA2\n", ["A1\n", "A2\n"]),
-    ("v1", f"{S} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>", [" A1</s>", " A2</s>"]),
+    ("v1", f"{S} USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>",
+     [" A1</s>", " A2</s>"]),
     ("phi", f"{S} USER: <image>\nQ1 ASSISTANT: A1<|endoftext|>USER: Q2 ASSISTANT: A2<|endoftext|>",
      [" A1<|endoftext|>", " A2<|endoftext|>"]),
-    ("gemma", f"{S} USER: <image>\nQ1 ASSISTANT: A1<eos>USER: Q2 ASSISTANT: A2<eos>", [" A1<eos>", " A2<eos>"]),
+    ("gemma", f"{S} USER: <image>\nQ1 ASSISTANT: A1<eos>USER: Q2 ASSISTANT: A2<eos>",
+     [" A1<eos>", " A2<eos>"]),
     ("llama_2", f"[INST] <<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n<image>\nQ1 [/INST] A1 </s>"
      "<s>[INST] Q2 [/INST] A2 </s>",
      [" A1 </s>", " A2 </s>"]),
-    ("mistral", "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>", [" A1 </s>", " A2 </s>"]),
+    ("mistral", "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>",
+     [" A1 </s>", " A2 </s>"]),
     ("phi3", "<|user|>\n<image>\nQ1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nQ2<|end|>\n<|assistant|>\nA2<|end|>",
      ["A1<|end|>", "A2<|end|>"]),
     *[(name, f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
@@ -155,8 +170,8 @@ def test_each_template_writes_a_conversation_as_its_family_does(template, text, 
 
 
 def test_every_template_has_an_example():
-    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3", "qwen2", "qwen2_5",
-                              "smollm2", "llama_3", "llama_3_1"}
+    assert set(TEMPLATES) == {"plain", "v1", "phi", "gemma", "llama_2", "mistral", "phi3", "qwen2",
+                              "qwen2_5", "smollm2", "llama_3", "llama_3_1"}
 
 
 def test_llama_3_trims_a_turn_and_chatml_does_not():
@@ -183,12 +198,13 @@ def test_a_family_without_a_begin_token_gets_none():
     assert ids.tolist() == [0, 0, 0, 1, 3] and mask.tolist() == [True, True, False, False, False]
 
 
-# ------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 def test_crop_keeps_the_centre_and_pad_keeps_everything():
     image = Image.new("RGB", (90, 30), (255, 0, 0))
     image.paste((0, 255, 0), (30, 0, 60, 30))          # a green square in the middle of a red strip
     processor = ImageProcessor(30, 30, False, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    assert torch.equal(processor(image, pad=False), torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 30, 30))
+    assert torch.equal(processor(image, pad=False),
+                       torch.tensor([0.0, 1, 0])[:, None, None].expand(3, 30, 30))
     padded = ImageProcessor(30, 30)(image, pad=True)
     assert padded.shape == (3, 30, 30)
     assert padded[:, :7].abs().max() < 0.02, "the padding is the mean colour, which normalises to about 0"
@@ -205,18 +221,20 @@ def test_every_kind_of_image_becomes_finite_pixels(mode, size):
 
 @pytest.mark.parametrize("resample", [3, 2])                # SigLIP: bicubic; SigLIP2: bilinear
 def test_siglip_stretches_to_a_square_and_normalises_by_halves(resample, tmp_path):
-    c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": resample,
-         "image_processor_type": "SiglipImageProcessor"}
+    c = {"size": {"height": 24, "width": 24}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+         "resample": resample, "image_processor_type": "SiglipImageProcessor"}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
     processor = load_processor(tmp_path)
     image = Image.effect_noise((70, 50), 80).convert("RGB")
     wanted = np.asarray(image.resize((24, 24), Image.Resampling(resample))) / 127.5 - 1
-    np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted, atol=2e-6)
+    np.testing.assert_allclose(processor(image, pad=False).permute(1, 2, 0).numpy(), wanted,
+                               atol=2e-6)
     assert processor(Image.new("RGB", (30, 90)), pad=True)[:, 12, 0].abs().max() < 0.01, "padded with grey 127"
 
 
 @pytest.mark.parametrize("form", [
-    {"size": 336, "crop_size": 224}, {"size": {"shortest_edge": 336}, "crop_size": {"height": 224, "width": 224}}])
+    {"size": 336, "crop_size": 224},
+    {"size": {"shortest_edge": 336}, "crop_size": {"height": 224, "width": 224}}])
 def test_old_and_new_forms_of_a_preprocessor_config_are_read(form, tmp_path):
     c = {**form, "image_mean": [0.1, 0.2, 0.3], "image_std": [1, 2, 3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(c))
@@ -240,18 +258,21 @@ def test_broken_images_are_found_by_reading_their_ends(tmp_path, kind):
     Image.effect_noise((64, 64), 90).convert("RGB").save(path)
     assert image_problem(path) is None
     whole = path.read_bytes()
-    for name, content in {"cut": whole[:len(whole) // 2], "empty": b"", "text": b"<html>not found</html>"}.items():
+    for name, content in {"cut": whole[:len(whole) // 2], "empty": b"",
+                          "text": b"<html>not found</html>"}.items():
         path.write_bytes(content)
         assert image_problem(path), f"{name} passes as an image"
     assert image_problem(tmp_path / "absent.png") == "missing"
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------------------ batches
 def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_path):
     Image.new("RGB", (20, 20)).save(tmp_path / "a.png")
-    samples = [{"id": "x", "image": "a.png", "conversations": [human("<image>\nWhy?"), gpt("A cat.")]},
+    samples = [{"id": "x", "image": "a.png",
+                "conversations": [human("<image>\nWhy?"), gpt("A cat.")]},
                {"id": "y", "conversations": [human("Why?"), gpt("A cat.")]}]
-    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
+    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16),
+                   Format("v1", 4, 2048, pad=True))
     batch = collate([data[0], data[1], data[-1]], 16)
     lengths = [len(data[i].input_ids) for i in (0, 1, -1)]
     assert batch.attention_mask.sum(1).tolist() == lengths and batch.input_ids.shape == (3, max(lengths))
@@ -264,14 +285,16 @@ def test_collate_pads_on_the_right_and_marks_everything(llama_tokenizer, tmp_pat
 
 def test_a_sample_whose_image_cannot_be_read_becomes_a_filler_and_is_named(llama_tokenizer, tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
-    samples = [{"id": "x", "image": "a.png", "conversations": [human("<image>\nWhy?"), gpt("A cat.")]}]
-    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
+    samples = [{"id": "x", "image": "a.png",
+                "conversations": [human("<image>\nWhy?"), gpt("A cat.")]}]
+    data = Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16),
+                   Format("v1", 4, 2048, pad=True))
     batch = collate([data[0]], 16)
     assert (batch.labels == -100).all() and batch.ids == ["x"]
     assert len(batch.bad) == 1 and "a.png" in batch.bad[0]
 
 
-# ------------------------------------------------------------------------------------------------ order
+# -------------------------------------------------------------------------------------------- order
 LENGTHS = np.random.default_rng(0).integers(5, 900, 103) * np.random.default_rng(1).choice([1, 1, -1], 103)
 
 
@@ -320,20 +343,25 @@ def test_batches_are_of_one_modality_and_sorted_by_length():
     assert mixed <= 1, "only the remainders may share a batch"
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 GOOD = '{"id": 1, "conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]}'
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "not JSON"), ("[", "not JSON"), ("[]", "non-empty list"), ('{"a": 1}', "non-empty list"), ("[1]", "sample 0"),
+    ("", "not JSON"), ("[", "not JSON"), ("[]", "non-empty list"), ('{"a": 1}', "non-empty list"),
+    ("[1]", "sample 0"),
     ('[{"id": "x"}]', "sample 0 (id x) lacks conversations"),
-    (f'[{GOOD}, {{"conversations": [{{"from": "system", "value": ""}}]}}]', "sample 1 has a turn from 'system'"),
+    (f'[{GOOD}, {{"conversations": [{{"from": "system", "value": ""}}]}}]',
+     "sample 1 has a turn from 'system'"),
     ('[{"conversations": [{"from": "human"}]}]', "without a text value"),
-    ('[{"image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "<image>"}]}]', "one image a sample"),
-    ('[{"image": "a", "conversations": [{"from": "human", "value": "<image><image>"}]}]', "has 2 <image> marks"),
+    ('[{"image": ["a.png", "b.png"], "conversations": [{"from": "human", "value": "<image>"}]}]',
+     "one image a sample"),
+    ('[{"image": "a", "conversations": [{"from": "human", "value": "<image><image>"}]}]',
+     "has 2 <image> marks"),
     ('[{"image": "a", "conversations": [{"from": "human", "value": "What?"}]}]', "no <image> mark"),
     ('[{"conversations": [{"from": "human", "value": "<image>"}]}]', "no file in image"),
-    ('[{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}]', "two turns in a row"),
+    ('[{"conversations": [{"from": "human", "value": "a"}, {"from": "human", "value": "b"}]}]',
+     "two turns in a row"),
 ])
 def test_a_file_in_another_format_is_refused_with_its_first_bad_sample(tmp_path, content, says):
     path = tmp_path / "data.json"

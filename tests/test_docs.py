@@ -41,19 +41,22 @@ def rows_under(header: str) -> str:
     return TEXT.split(header)[1].split("\n\n")[0]
 
 
-# ------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 def small_toy() -> None:
     """Let the toy draw 64 pictures, 6 per question file."""
     small = {"images": 64, "conversations": 1, "scenes": 6}
-    defaults = [p for p in inspect.signature(world.make).parameters.values() if p.default is not p.empty]
+    defaults = [p for p in inspect.signature(world.make).parameters.values()
+                if p.default is not p.empty]
     world.make.__defaults__ = tuple(small.get(p.name, p.default) for p in defaults)
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of the repository as a user has it, with a small world and the folders that the pages' commands name."""
+    """A copy of the repository as a user has it, with a small world and the folders that the pages'
+    commands name."""
     clone = tmp_path_factory.mktemp("clone") / "nanoalign"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "fixtures"))
+    shutil.copytree(ROOT, clone,
+                    ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "fixtures"))
     world.make(clone / "data/world", seed=1, images=64, conversations=1, scenes=6)
     for name, folder in [("clip-vit-large-patch14-336", "clip"), ("vicuna-7b-v1.5", "llm")]:
         shutil.copytree(clone / "toy" / folder, clone / "weights" / name)
@@ -62,7 +65,9 @@ def clone(tmp_path_factory) -> Path:
     samples = json.loads((clone / "data/world/finetune.json").read_text())
     for s in samples:
         s["image"] = "world/images/" + s["image"]
-    samples.append({"id": "text", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]})
+    samples.append({"id": "text",
+                    "conversations": [{"from": "human", "value": "Hi"},
+                                      {"from": "gpt", "value": "Ho"}]})
     (clone / "data/llava_v1_5_mix665k.json").write_text(json.dumps(samples))
     Image.new("RGB", (60, 40)).save(clone / "data/one.jpg")
     (clone / "questions.jsonl").write_text('{"image": "one.jpg", "text": "Is there a circle?", "answer": "No"}\n')
@@ -75,7 +80,8 @@ def clone(tmp_path_factory) -> Path:
 
 
 def play(line: str, clone: Path) -> None:
-    """Run a command as printed, except: two steps instead of all, two processes instead of eight, a small toy."""
+    """Run a command as printed, except: two steps instead of all, two processes instead of eight, a
+    small toy."""
     words, ranks = shlex.split(line), 1
     if words[0] in ("pip", "pytest"):
         assert line in (ROOT / ".ci" / "run").read_text().replace("--quiet ", ""), f".ci/run does not run `{line}`"
@@ -115,7 +121,7 @@ def test_every_command_of_docs_runs_after_those_of_readme(page, played):
         play(line, played)
 
 
-# ------------------------------------------------------------------------------------------------ what README lists
+# -------------------------------------------------------------------------------- what README lists
 def line_counts(text: str) -> dict[str, int]:
     """Return file → lines, as a tree, a table or a sentence gives them:
 
@@ -133,14 +139,16 @@ def line_counts(text: str) -> dict[str, int]:
         elif row := re.match(r"\| `?([\w/]+\.(?:py|md))`? \|.*\| (\d+) \|$", line):
             found[row[1]] = int(row[2])
         else:
-            found |= {name: int(n) for name, n in re.findall(r"`([\w/]+\.py)`[^`\n]*? (\d+) lines", line)}
+            found |= {name: int(n) for name, n in re.findall(r"`([\w/]+\.py)`[^`\n]*? (\d+) lines",
+                                                             line)}
     return found
 
 
 def test_a_tree_a_table_and_a_sentence_give_line_counts():
-    text = ("model.py   450  the model\nmethods/        one paper a file\n  ce.py  82  cross-entropy\n"
-            "| methods/vdep.py | VDEP | 50 |\nThe loop in `train.py` has 249 lines.")
-    assert line_counts(text) == {"model.py": 450, "methods/ce.py": 82, "methods/vdep.py": 50, "train.py": 249}
+    text = ("model.py   450  the model\nmethods/        one paper a file\n  ce.py  82  "
+            "cross-entropy\n| methods/vdep.py | VDEP | 50 |\nThe loop in `train.py` has 249 lines.")
+    assert line_counts(text) == {"model.py": 450, "methods/ce.py": 82, "methods/vdep.py": 50,
+                                 "train.py": 249}
 
 
 def test_readme_lists_the_files_of_the_story_with_their_lengths():
@@ -174,7 +182,7 @@ def test_every_equation_leads_to_code_and_to_a_test():
         assert found, f"{test_file} has no {test}: correct the row of {file} `{function}`"
 
 
-# ------------------------------------------------------------------------------------------------ objectives
+# --------------------------------------------------------------------------------------- objectives
 def test_every_objective_has_a_row():
     rows = re.findall(r"^\| `(\w+)` \|", rows_under("| `--loss` |"), re.M)
     for loss in LOSSES:
@@ -213,7 +221,7 @@ def test_every_field_of_the_log_has_a_row(trained):
             assert name in terms or f"`{name}`" in rows, f"add to the table of the log: | `{name}` | what it is |"
 
 
-# ------------------------------------------------------------------------------------------------ names
+# -------------------------------------------------------------------------------------------- names
 def test_every_flag_that_a_page_names_exists():
     known = ""
     for program in ("train.py", "evaluate.py", "mir.py"):
@@ -233,13 +241,15 @@ def test_every_file_that_a_page_names_exists(page):
     for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), f"{page.name} links to {link}, which does not exist"
     for name in re.findall(r"`python ((?:runs|bench)/\w+)\.py", text):
-        pytest.fail(f"{page.name}: write `python -m {name.replace('/', '.')}`; as a file it does not find the modules")
+        pytest.fail(f"{page.name}: write `python -m {name.replace('/', '.')}`; as a file it does "
+                    "not find the modules")
     for name in re.findall(r"`python -m ((?:tests|runs|bench)\.\w+)", text):
         assert (ROOT / (name.replace(".", "/") + ".py")).is_file(), f"{page.name} names {name}, which does not exist"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_lines_of_prose_are_at_most_120_characters_wide(page):
-    prose = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), page.read_text(), flags=re.S)
+    prose = re.sub(r"```.*?```", lambda block: "\n" * block[0].count("\n"), page.read_text(),
+                   flags=re.S)
     for number, line in enumerate(prose.splitlines(), 1):
         assert len(line) <= WIDTH or line.startswith("|"), f"{page.name}:{number} has {len(line)} characters: wrap it"

@@ -48,7 +48,7 @@ def test_a_wrong_command_line_is_one_line(script, arguments, says, tmp_path):
     assert not (tmp_path / "run").exists(), "something was written before the command line was understood"
 
 
-# ------------------------------------------------------------------------------------------------ data
+# --------------------------------------------------------------------------------------------- data
 @pytest.fixture
 def data(tmp_path):
     """A good data set of three samples, for tests to spoil."""
@@ -56,14 +56,17 @@ def data(tmp_path):
     for i in range(3):
         Image.effect_noise((40, 40), 90 + i).convert("RGB").save(tmp_path / f"{i}.png")
         samples.append({"id": f"s{i}", "image": f"{i}.png", "conversations": [
-            {"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "noise"}]})
+            {"from": "human", "value": "<image>\nWhat is this?"},
+            {"from": "gpt", "value": "noise"}]})
     return samples, tmp_path
 
 
 def train(samples, folder, *options, out="run"):
     (folder / "data.json").write_text(samples if isinstance(samples, str) else json.dumps(samples))
-    return call("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images", folder, "--out",
-                  folder / out, "--global-batch", "2", "--max-steps", "2", "--workers", "0", *options)
+    return call("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images",
+                folder, "--out",
+                  folder / out, "--global-batch", "2", "--max-steps", "2", "--workers", "0",
+                  *options)
 
 
 def test_data_that_cannot_be_used_is_one_line(data):
@@ -71,7 +74,8 @@ def test_data_that_cannot_be_used_is_one_line(data):
     refuses(train("{", folder), "data.json is not JSON")
     refuses(train([], folder, out="2"), "non-empty list")
     refuses(train([{"id": "a"}], folder, out="3"), "sample 0 (id a) lacks conversations")
-    only_questions = [{"conversations": s["conversations"][:1], "image": s["image"]} for s in samples]
+    only_questions = [{"conversations": s["conversations"][:1], "image": s["image"]}
+                      for s in samples]
     refuses(train(only_questions, folder, out="4"), "no samples left")
     # A run that was refused leaves nothing that would stop the next one.
     done = train(samples, folder)
@@ -83,8 +87,8 @@ def test_bad_images_are_listed_with_a_count_or_left_out_and_logged(data):
     whole = (folder / "1.png").read_bytes()
     (folder / "1.png").write_bytes(whole[:len(whole) // 2])
     (folder / "2.png").unlink()
-    refuses(train(samples, folder), "2 images cannot be used", "1.png: ", "truncated", "2.png: missing",
-            "--skip-bad-images")
+    refuses(train(samples, folder), "2 images cannot be used", "1.png: ", "truncated",
+            "2.png: missing", "--skip-bad-images")
     done = train(samples, folder, "--skip-bad-images")
     assert done.returncode == 0, done.stderr
     assert "2 left out for 2 bad images" in done.stdout
@@ -110,39 +114,47 @@ def test_an_image_that_is_broken_inside_is_named_when_it_is_decoded(data):
 def test_check_counts_the_samples_that_a_run_cannot_use(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
-    done = call("hub", "check", folder / "data.json", "--images", folder, "--out", folder / "bad.txt")
+    done = call("hub", "check", folder / "data.json", "--images", folder, "--out",
+                folder / "bad.txt")
     assert done.returncode == 0 and not done.stderr and (folder / "bad.txt").read_text() == ""
     text = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "Because."}]
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:700])
     (folder / "folder").mkdir()
-    spoiled = [*samples, *(dict(samples[0], image=n) for n in ("no.png", "no.png", "cut.png", "folder")),
-               {"conversations": text}, {"id": "x"}, {"conversations": text[:1]}, dict(samples[0], image=["a", "b"]),
+    spoiled = [*samples, *(dict(samples[0], image=n)
+                           for n in ("no.png", "no.png", "cut.png", "folder")),
+               {"conversations": text}, {"id": "x"}, {"conversations": text[:1]},
+               dict(samples[0], image=["a", "b"]),
                {"conversations": [{"from": "human", "value": "Why? " * 90}, text[1]]}]
     (folder / "data.json").write_text(json.dumps(spoiled))
     check = ["hub", "check", folder / "data.json", "--images", folder]
-    done = call(*check, "--llm", ROOT / "toy" / "llm", "--template", "v1", "--max-length", "300", "--image-tokens", "9",
-                "--out", folder / "list.txt")
-    refuses(done, "8 of 12 samples of", "the first is sample 3, which has image no.png: missing", "list.txt lists them")
+    done = call(*check, "--llm", ROOT / "toy" / "llm", "--template", "v1", "--max-length", "300",
+                "--image-tokens", "9", "--out", folder / "list.txt")
+    refuses(done, "8 of 12 samples of", "the first is sample 3, which has image no.png: missing",
+            "list.txt lists them")
     rows = dict(line.rsplit(maxsplit=1) for line in done.stdout.splitlines())
     assert {k: int(v) for k, v in rows.items()} == {
-        "samples": 12, "with an image": 7, "text alone": 3, "malformed": 2, "without an answer": 1, "image missing": 2,
-        "image corrupt": 1, "image unreadable": 1, "no answer within 300 positions": 1, "usable": 4}
+        "samples": 12, "with an image": 7, "text alone": 3, "malformed": 2, "without an answer": 1,
+        "image missing": 2, "image corrupt": 1, "image unreadable": 1,
+        "no answer within 300 positions": 1, "usable": 4}
     listed = (folder / "list.txt").read_text().splitlines()
     assert [int(line.split()[1]) for line in listed] == [3, 4, 5, 6, 8, 9, 10, 11]
     assert listed[4] == "sample 8 lacks conversations, a list of {from, value} turns"
     (folder / "no.png").write_bytes((folder / "0.png").read_bytes())
-    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")        # images are checked anew each time
+    # images are checked anew each time
+    refuses(call(*check), "5 of 12 samples", "--out FILE lists them")
 
 
 def test_a_wrong_command_line_of_check_is_one_line(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples))
     good = [folder / "data.json", "--images", folder]
-    for arguments, says in [([], "say python -m hub check FILE"), ([folder / "x.json"], "x.json cannot be read"),
+    for arguments, says in [([], "say python -m hub check FILE"),
+                            ([folder / "x.json"], "x.json cannot be read"),
                             (["--images", folder, folder / "data.json"], "unrecognized arguments"),
                             (good[:1], "names images: say with --images"),
                             ([*good[:2], folder / "x"], "x is not a folder"),
-                            ([*good, "--out", folder / "x" / "y"], "x is no folder, or is read-only"),
+                            ([*good, "--out", folder / "x" / "y"],
+                             "x is no folder, or is read-only"),
                             ([*good, "--llm", ROOT / "toy" / "llm", "--template", "gemma"],
                              "which template gemma needs")]:
         refuses(call("hub", "check", *arguments), says)
@@ -151,8 +163,8 @@ def test_a_wrong_command_line_of_check_is_one_line(data):
 def test_a_broken_file_ends_a_run_of_several_ranks_with_one_reason(data):
     samples, folder = data
     (folder / "data.json").write_text(json.dumps(samples)[:-9])
-    done = launch("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images", folder, "--out",
-                  folder / "run", "--global-batch", "2", ranks=2)
+    done = launch("train.py", "--stage", "pretrain", "--data", folder / "data.json", "--images",
+                  folder, "--out", folder / "run", "--global-batch", "2", ranks=2)
     said = [line for line in done.stderr.splitlines() if "error:" in line]
     assert done.returncode and said and all("data.json is not JSON" in line for line in said[:1]), done.stderr
     assert not (folder / "run").exists()
@@ -170,8 +182,10 @@ def test_a_run_is_never_written_over(data):
 def test_a_run_that_saved_nothing_can_be_replaced_and_one_with_a_checkpoint_cannot(data):
     samples, folder = data
     assert train(samples, folder).returncode == 0
-    refuses(train(samples, folder, "--overwrite"), "--overwrite replaces a run that has saved no checkpoint")
-    shutil.rmtree(folder / "run" / "pretrain-2")              # what a crash before the first checkpoint leaves
+    refuses(train(samples, folder, "--overwrite"), "--overwrite replaces a run that has saved no "
+                                                   "checkpoint")
+    # what a crash before the first checkpoint leaves
+    shutil.rmtree(folder / "run" / "pretrain-2")
     done = train(samples, folder, "--overwrite")
     assert done.returncode == 0, done.stderr
     assert (folder / "run" / "metrics.jsonl").read_text().count("\n") == 2
@@ -192,7 +206,8 @@ def test_a_checkpoint_of_another_stage_or_cut_off_is_refused(data):
             "finetune-2 is a finetune checkpoint; --projector takes a pretrain checkpoint")
     path = folder / "2" / "finetune-2" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    refuses(call("evaluate.py", "--ckpt", folder / "2", "--image", folder / "0.png", "--prompt", "What?"),
+    refuses(call("evaluate.py", "--ckpt", folder / "2", "--image", folder / "0.png", "--prompt",
+                 "What?"),
             "model.safetensors is cut off")
 
 
@@ -201,19 +216,22 @@ def test_a_cut_off_state_and_a_vision_folder_of_two_models_are_named(data):
     assert train(samples, folder, "--save-every", "1").returncode == 0
     ckpt = folder / "run" / "pretrain-2"
     config = json.loads((ckpt / "config.json").read_text())
-    (ckpt / "config.json").write_text(json.dumps({**config, "steps": 4}))       # as if killed half-way
+    (ckpt / "config.json").write_text(json.dumps({**config,
+                                                  "steps": 4}))  # as if killed half-way
     state = ckpt / "optimizer.safetensors"
     state.write_bytes(state.read_bytes()[:500])
-    refuses(train(samples, folder, "--save-every", "1", "--resume"), "pretrain-2/optimizer.safetensors is cut off",
-            "no older checkpoint")
+    refuses(train(samples, folder, "--save-every", "1", "--resume"),
+            "pretrain-2/optimizer.safetensors is cut off", "no older checkpoint")
     vision = folder / "vision"
     shutil.copytree(ROOT / "toy" / "clip", vision)
     processor = json.loads((vision / "preprocessor_config.json").read_text())
     (vision / "preprocessor_config.json").write_text(json.dumps({**processor, "crop_size": 32}))
-    refuses(train(samples, folder, "--vision", vision, out="2"), "images of 32 pixels, but config.json wants 48")
+    refuses(train(samples, folder, "--vision", vision, out="2"),
+            "images of 32 pixels, but config.json wants 48")
     del processor["size"]
     (vision / "preprocessor_config.json").write_text(json.dumps(processor))
-    refuses(train(samples, folder, "--vision", vision, out="2"), "preprocessor_config.json lacks size")
+    refuses(train(samples, folder, "--vision", vision, out="2"),
+            "preprocessor_config.json lacks size")
 
 
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py", "mir.py"])
@@ -235,7 +253,8 @@ def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
     refuses(shell("train.py", "--loss", "vosta"), "'vosta'")
 
 
-@pytest.mark.parametrize("command, flag", [("inspect DIR", "--help"), ("check FILE", "--max-length"),
+@pytest.mark.parametrize("command, flag",
+                         [("inspect DIR", "--help"), ("check FILE", "--max-length"),
                                            ("export CKPT OUT", "--vision")])
 def test_every_command_of_hub_explains_itself(command, flag):
     done = call("hub", command.split()[0], "--help")

@@ -16,9 +16,9 @@ from hub.samples import read_questions
 def run(small_world, tmp_path_factory):
     """A finetune checkpoint of five steps: it answers, if badly."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = call("train.py", "--stage", "finetune", "--projector", "random", "--data", small_world / "finetune.json",
-                "--images", small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3,
-                "--workers", 0)
+    done = call("train.py", "--stage", "finetune", "--projector", "random", "--data",
+                small_world / "finetune.json", "--images", small_world / "images", "--out", out,
+                "--global-batch", 8, "--max-steps", 5, "--lr", 1e-3, "--workers", 0)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -34,7 +34,8 @@ def lines(path):
 
 def test_answers_do_not_depend_on_the_batch(run, samples):
     assistant = Assistant.from_checkpoint(run)
-    answers = [[a for _, batch in assistant.answer_batches(samples, size, 8) for a in batch] for size in (1, 7, 64)]
+    answers = [[a for _, batch in assistant.answer_batches(samples, size, 8) for a in batch]
+               for size in (1, 7, 64)]
     assert answers[0] == answers[1] == answers[2] and len(answers[0]) == len(samples)
 
 
@@ -55,12 +56,14 @@ def test_accuracy_is_over_questions_and_the_mean_over_categories(samples):
 
 
 def test_own_questions_give_predictions_and_results_that_add_up(small_world, run, tmp_path):
-    rows = [{"question_id": "a", "image": "test_000000.png", "text": "Is there a circle?", "answer": "Yes"},
+    rows = [{"question_id": "a", "image": "test_000000.png", "text": "Is there a circle?",
+             "answer": "Yes"},
             {"question_id": "b", "text": "Why?", "answer": "because", "category": "text"},
             {"question_id": "c", "image": "test_000001.png", "text": "How many?"}]
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    command = ("evaluate.py", "--ckpt", run, "--data", tmp_path / "mine.jsonl", "--images", small_world / "images",
-               "--out", tmp_path / "eval", "--max-new-tokens", 8, "--shuffle-images")
+    command = ("evaluate.py", "--ckpt", run, "--data", tmp_path / "mine.jsonl", "--images",
+               small_world / "images", "--out", tmp_path / "eval", "--max-new-tokens", 8,
+               "--shuffle-images")
     done = call(*command)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].split() == ["all", "text", "mean"]
@@ -76,14 +79,15 @@ def test_own_questions_give_predictions_and_results_that_add_up(small_world, run
 
 
 def test_the_same_command_again_asks_nothing_and_another_setting_is_refused(small_world, run, tmp_path, monkeypatch):
-    command = ("evaluate.py", "--ckpt", run, "--data", small_world / "test.jsonl", "--images", small_world / "images",
-               "--out", tmp_path / "eval", "--max-new-tokens", 4)
+    command = ("evaluate.py", "--ckpt", run, "--data", small_world / "test.jsonl", "--images",
+               small_world / "images", "--out", tmp_path / "eval", "--max-new-tokens", 4)
     first = call(*command)
     with monkeypatch.context() as m:
         m.setattr(Assistant, "from_checkpoint", lambda *_: pytest.fail("the model was loaded"))
         again = call(*command)
     assert first.returncode == again.returncode == 0 and first.stdout == again.stdout
-    for flags, says in ((["--max-new-tokens", 5], "another max_new_tokens"), (["--metric", "contains"], "metric")):
+    for flags, says in ((["--max-new-tokens", 5], "another max_new_tokens"),
+                        (["--metric", "contains"], "metric")):
         other = call(*command, *flags)
         assert other.returncode == 2 and says in other.stderr and "--overwrite, or another --out" in other.stderr
         assert call(*command, *flags, "--overwrite").returncode == 0
@@ -96,12 +100,14 @@ def test_without_data_the_toys_questions_are_asked_with_right_and_with_shuffled_
     assert done.returncode == 0, done.stderr
     names = ["test", "test, images shuffled", "composition", "composition, images shuffled"]
     table = done.stdout.splitlines()
-    assert table[0].split() == ["existence", "adversarial", "count", "colour", "row", "column", "mean"]
+    assert table[0].split() == ["existence", "adversarial", "count", "colour", "row", "column",
+                                "mean"]
     for line, name in zip(table[1:5], names):
         assert line.startswith(name + "  ")
     assert table[5] == f"written to {tmp_path / 'toy/eval/finetune-5'}" and len(table) == 6
     folder = tmp_path / "toy/eval/finetune-5"
-    assert sorted(p.name for p in folder.iterdir()) == ["composition", "composition-shuffled", "test", "test-shuffled"]
+    assert sorted(p.name for p in folder.iterdir()) == ["composition", "composition-shuffled",
+                                                        "test", "test-shuffled"]
 
 
 def test_one_question_is_answered_on_the_terminal(small_world, run):
@@ -113,8 +119,10 @@ def test_one_question_is_answered_on_the_terminal(small_world, run):
 
 @pytest.mark.parametrize("content, says", [
     ("", "is empty"), ("{", "line 1: not JSON"), ('{"text": "a"}\n{"image": "b.png"}', "line 2 lacks a text"),
-    ('{"text": "a", "question_id": 1}\n{"text": "b", "question_id": 1}', "question_id 1 is there twice"),
-    ('{"text": "a", "image": "x.png"}', "1 of the images that .* names are not in .*, such as x.png")])
+    ('{"text": "a", "question_id": 1}\n{"text": "b", "question_id": 1}',
+     "question_id 1 is there twice"),
+    ('{"text": "a", "image": "x.png"}',
+     "1 of the images that .* names are not in .*, such as x.png")])
 def test_a_question_file_that_cannot_be_used_is_refused_by_line(tmp_path, content, says):
     (tmp_path / "q.jsonl").write_text(content)
     with pytest.raises(UserError, match=says):

@@ -33,22 +33,28 @@ from hub.tokenizer import load_tokenizer
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
 MODELS = ROOT / "tests" / "fixtures" / "models"
-TEXT = dict(vocab_size=547, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
-TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=48,
-             patch_size=16)
+TEXT = dict(vocab_size=547, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=4)
+TOWER = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+             image_size=48, patch_size=16)
 SIGLIP = dict(TOWER, class_token=False, hidden_act="gelu_tanh", layer_norm_eps=1e-3)
 MISTRAL = dict(TEXT, num_key_value_heads=2, rope_theta=50.0, sliding_window=7, rms_norm_eps=1e-3)
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 24}
-MADE = {                                        # each with something that transformers must be told in config.json
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 24}
+# each with something that transformers must be told in config.json
+MADE = {
     "mistral": (TOWER, MISTRAL, "mistral"),
     "siglip": (SIGLIP, dict(TEXT, head_dim=6), "v1"),
-    "first patch dropped": (dict(SIGLIP, drop_first_patch=True), dict(TEXT, tie_word_embeddings=True), "llama_2"),
-    "qwen2": (TOWER, dict(TEXT, qkv_bias=True, num_key_value_heads=2, tie_word_embeddings=True), "qwen2"),
-    "qwen2 with a window": (TOWER, dict(TEXT, qkv_bias=True, sliding_window=7, rope_theta=1e6), "qwen2_5"),
+    "first patch dropped": (dict(SIGLIP, drop_first_patch=True),
+                            dict(TEXT, tie_word_embeddings=True), "llama_2"),
+    "qwen2": (TOWER, dict(TEXT, qkv_bias=True, num_key_value_heads=2, tie_word_embeddings=True),
+              "qwen2"),
+    "qwen2 with a window": (TOWER, dict(TEXT, qkv_bias=True, sliding_window=7, rope_theta=1e6),
+                            "qwen2_5"),
     "smollm2": (TOWER, dict(TEXT, num_key_value_heads=1, tie_word_embeddings=True), "smollm2"),
     "llama 3.1": (TOWER, dict(TEXT, rope_theta=50.0, rope_scaling=LLAMA3), "llama_3_1"),
-    "gemma": (TOWER, dict(TEXT, norm_plus_one=True, embed_scale=32 ** 0.5, hidden_act="gelu_tanh", head_dim=10,
-                          tie_word_embeddings=True), "v1"),
+    "gemma": (TOWER, dict(TEXT, norm_plus_one=True, embed_scale=32 ** 0.5, hidden_act="gelu_tanh",
+                          head_dim=10, tie_word_embeddings=True), "v1"),
     "an earlier layer": (dict(TOWER, hidden_act="gelu"), dict(TEXT, vocab_size=640), "v1"),
 }
 
@@ -57,9 +63,9 @@ MADE = {                                        # each with something that trans
 def run(small_world, tmp_path_factory):
     """The folder of a run with a finetune checkpoint of 30 steps."""
     out = tmp_path_factory.mktemp("run") / "run"
-    done = call("train.py", "--stage", "finetune", "--projector", "random", "--data", small_world / "finetune.json",
-                "--images", small_world / "images", "--out", out, "--global-batch", 8, "--max-steps", 30, "--lr", 2e-3,
-                "--workers", 0)
+    done = call("train.py", "--stage", "finetune", "--projector", "random", "--data",
+                small_world / "finetune.json", "--images", small_world / "images", "--out", out,
+                "--global-batch", 8, "--max-steps", 30, "--lr", 2e-3, "--workers", 0)
     assert done.returncode == 0, done.stderr
     return out
 
@@ -74,7 +80,8 @@ def exported(run, tmp_path_factory):
 
 
 def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) -> Path:
-    """Make a checkpoint of random weights, with the toy's tokenizer and the tower's preprocessing."""
+    """Make a checkpoint of random weights, with the toy's tokenizer and the tower's
+    preprocessing."""
     torch.manual_seed(0)
     vit, llm = ViT(VisionConfig(**tower)), Decoder(DecoderConfig(**text))
     model = Llava(vit, Projector(tower["hidden_size"], text["hidden_size"]), llm, layer)
@@ -85,16 +92,20 @@ def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) 
     edges = {"height": 48, "width": 48}
     pre = json.loads((ROOT / "toy/clip/preprocessor_config.json").read_text())
     if not vit.config.class_token:
-        pre = {"size": edges, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}       # SigLIP2's
+        pre = {"size": edges, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+               "resample": 2}  # SigLIP2's
     (base / "preprocessor_config.json").write_text(json.dumps(pre))
     chats = template in chat.MODEL_TYPES
     llm = chat.write_chat_folder(folder / "llm", template) if chats else ROOT / "toy/llm"
-    config = {"stage": "finetune", "step": 1, "steps": 1, "template": template, "pad": template == "v1",
-              "after_special": "4.31", "vision": str(base), "llm": str(llm)}
-    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config, {})
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": template,
+              "pad": template == "v1", "after_special": "4.31", "vision": str(base),
+              "llm": str(llm)}
+    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config,
+                    {})
     if chats:
         return folder / "finetune-1"
-    path = folder / "finetune-1" / "tokenizer.json"         # as one converted from tokenizer.model: it adds no BOS
+    # as one converted from tokenizer.model: it adds no BOS
+    path = folder / "finetune-1" / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
     return folder / "finetune-1"
 
@@ -104,7 +115,7 @@ def refuses(done, *says):
     assert done.stderr.startswith("error: ") and all(text in done.stderr for text in says), done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ export
+# ------------------------------------------------------------------------------------------- export
 def test_every_tensor_is_there_again_bitwise(run, exported):
     before = dict(load_model(run).named_parameters())
     after = dict(load_model(exported).named_parameters())
@@ -113,7 +124,8 @@ def test_every_tensor_is_there_again_bitwise(run, exported):
         assert p.dtype == after[name].dtype and torch.equal(p, after[name][:len(p)]), name
         if name.endswith(("embed_tokens.weight", "lm_head.weight")):
             new = after[name][len(p):]
-            assert len(new) == 576 - 547 and torch.allclose(new, p.mean(0).expand_as(new), atol=1e-6)
+            assert len(new) == 576 - 547 and torch.allclose(new, p.mean(0).expand_as(new),
+                                                            atol=1e-6)
         else:
             assert p.shape == after[name].shape
     with safe_open(exported / "model.safetensors", "pt") as f:
@@ -174,16 +186,18 @@ def test_parts_stored_in_different_dtypes_keep_their_values(run, tmp_path):
 def test_a_pretrain_checkpoint_is_exported_with_its_base_folders(small_world, tmp_path):
     for name in ("clip", "llm"):
         shutil.copytree(ROOT / "toy" / name, tmp_path / name)
-    done = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json", "--images",
-                  small_world / "images", "--vision", tmp_path / "clip", "--llm", tmp_path / "llm", "--out",
-                  tmp_path / "run", "--global-batch", 8, "--max-steps", 1, "--workers", 0)
+    done = call("train.py", "--stage", "pretrain", "--data", small_world / "pretrain.json",
+                "--images",
+                  small_world / "images", "--vision", tmp_path / "clip", "--llm", tmp_path / "llm",
+                  "--out", tmp_path / "run", "--global-batch", 8, "--max-steps", 1, "--workers", 0)
     assert done.returncode == 0, done.stderr
     assert call("hub", "export", tmp_path / "run", tmp_path / "out").returncode == 0
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ '<image>' }}"
     preprocessing = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
     assert preprocessing["do_pad"] is False and preprocessing["do_center_crop"] is True
     shutil.move(tmp_path / "llm", tmp_path / "moved")
-    refuses(call("hub", "export", tmp_path / "run", tmp_path / "2"), "which is not there now", "--llm")
+    refuses(call("hub", "export", tmp_path / "run", tmp_path / "2"), "which is not there now",
+            "--llm")
     assert "problem " in inspect(tmp_path / "run")
     done = call("hub", "export", tmp_path / "run", tmp_path / "2", "--llm", tmp_path / "moved")
     assert done.returncode == 0, done.stderr
@@ -199,16 +213,19 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     refuses(call("hub", "export", run, tmp_path / "taken"), "exists and is not an empty folder")
     refuses(call("hub", "export", run, tmp_path / "file"), "exists and is not an empty folder")
     refuses(call("hub", "export", run), "say python -m hub export CKPT OUT")
-    refuses(call("hub"), "say python -m hub inspect DIR, check FILE --images DIR, or export CKPT OUT")
+    refuses(call("hub"), "say python -m hub inspect DIR, check FILE --images DIR, or "
+                         "export CKPT OUT")
     refuses(call("hub", "exprot", run, out), "say python -m hub inspect DIR")
-    refuses(call("hub", "export", run, out, "--dtype", "float16"), "unrecognized arguments: --dtype")
+    refuses(call("hub", "export", run, out, "--dtype", "float16"),
+            "unrecognized arguments: --dtype")
     refuses(call("hub", "export", "toy/llm", out), "toy/llm is not a checkpoint of a run")
     refuses(call("hub", "export", "absent", out), "absent does not exist")
     moca = made(tmp_path / "moca", TOWER, dict(TEXT, moca=True), "v1")
     refuses(call("hub", "export", moca, out), "has MoCa", "no place for it")
     gemma = dict(TEXT, norm_plus_one=True, embed_scale=1.0, hidden_act="gelu_tanh")
     phi = dict(TEXT, norm="layer", bias=True, head_bias=True, parallel=True, gated=False)
-    refuses(call("hub", "export", made(tmp_path / "phi", TOWER, phi, "v1"), out), "Phi-2, whose head has a bias")
+    refuses(call("hub", "export", made(tmp_path / "phi", TOWER, phi, "v1"), out),
+            "Phi-2, whose head has a bias")
     for name, text, template in [("gemma", gemma, "v1"), ("phi3", TEXT, "phi3"),
                                  ("rotary", dict(TEXT, partial_rotary_factor=0.5), "v1")]:
         ckpt = made(tmp_path / name, TOWER, text, template)
@@ -221,7 +238,7 @@ def test_what_cannot_be_exported_is_refused_in_one_line(run, exported, tmp_path)
     assert call("hub", "export", run, out).returncode == 0, "an empty folder is as good as none"
 
 
-# ------------------------------------------------------------------------------------------------ inspect
+# ------------------------------------------------------------------------------------------ inspect
 def facts(folder) -> dict[str, list[str]]:
     done = call("hub", "inspect", folder)
     assert done.returncode == 0 and not done.stderr, done.stderr
@@ -248,19 +265,25 @@ def test_inspect_says_what_the_toy_and_its_checkpoints_are(run, exported):
         f = facts(folder)
         assert f["kind"] == ["nanoalign checkpoint: stage finetune, step 30 of 30, loss ce"]
         assert f["template"] == ["v1"] and f["problems"] == ["none"]
-        assert [s.split(", ")[::2] for s in f["stored"]] == [[part, "float32"] for part in PARTS.values()]
+        assert [s.split(", ")[::2] for s in f["stored"]] == [[part, "float32"]
+                                                             for part in PARTS.values()]
         assert "toy/clip, " in f["built on"][0]
     f = facts(exported)
     assert f["kind"] == ["LLaVA, llava-hf's layout"] and f["problems"] == ["none"] and "549 tokens" in f["tokenizer"][0]
 
 
 @pytest.mark.parametrize("name, kind, says, template", [
-    ("clip", "CLIP", "16 px in patches of 8: 4 image tokens", None), ("siglip", "SigLIP", "18 px", None),
-    ("llama", "LLaMA", "vocabulary 64", "v1"), ("mistral", "Mistral", "4 heads (2 of keys)", "mistral"),
-    ("qwen2", "Qwen2", "4 heads (2 of keys)", "v1"), ("llama3", "LLaMA", "4 heads (2 of keys)", "v1"),
-    ("clip_h", "CLIP", "24 px in patches of 8: 9 image tokens", None), ("siglip2", "SigLIP", "24 px", None),
+    ("clip", "CLIP", "16 px in patches of 8: 4 image tokens", None),
+    ("siglip", "SigLIP", "18 px", None),
+    ("llama", "LLaMA", "vocabulary 64", "v1"),
+    ("mistral", "Mistral", "4 heads (2 of keys)", "mistral"),
+    ("qwen2", "Qwen2", "4 heads (2 of keys)", "v1"),
+    ("llama3", "LLaMA", "4 heads (2 of keys)", "v1"),
+    ("clip_h", "CLIP", "24 px in patches of 8: 9 image tokens", None),
+    ("siglip2", "SigLIP", "24 px", None),
     ("phi", "Phi-2", "2 layers, width 20, 2 heads", "phi"), ("phi3", "Phi-3", "window 11", "phi3"),
-    ("gemma", "Gemma", "4 heads (1 of keys)", "gemma"), ("llava", "LLaVA, llava-hf's layout", "vocabulary 64", "v1")])
+    ("gemma", "Gemma", "4 heads (1 of keys)", "gemma"),
+    ("llava", "LLaVA, llava-hf's layout", "vocabulary 64", "v1")])
 def test_inspect_knows_every_family(name, kind, says, template):
     f = facts(MODELS / name)
     assert f["kind"] == [kind] and says in str(f["vision"] if template is None else f["language"])
@@ -289,7 +312,8 @@ def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
         (folder / "model.safetensors").write_bytes(data[:-1000])
     f = broken(cut)
     assert "is cut off" in f["problem"][0] and "547 tokens" in f["tokenizer"][0] and "stored" not in f
-    f = broken(lambda d: (d / "model.safetensors").write_text("version https://git-lfs\nsize 5000000000"))
+    f = broken(lambda d: (d / "model.safetensors").write_text("version https://git-lfs\nsize "
+                                                              "5000000000"))
     assert "git-lfs pointer" in f["problem"][0]
     f = broken(lambda d: (d / "model.safetensors").unlink())
     assert "has no model.safetensors" in f["problem"][0] and len(f["problem"]) == 1
@@ -306,26 +330,33 @@ def test_inspect_says_what_is_wrong_and_continues(run, tmp_path):
 
     def liuhaotian(folder):                                 # no tower inside
         tensors = load_file(folder / "model.safetensors")
-        renamed = {n.removeprefix("language_model.").replace("multi_modal_projector.linear_1", "model.mm_projector.0")
-                    .replace("multi_modal_projector.linear_2", "model.mm_projector.2"): t for n, t in tensors.items()}
-        save_file({n: t for n, t in renamed.items() if "vision" not in n}, folder / "model.safetensors")
+        renamed = {n.removeprefix("language_model.").replace("multi_modal_projector.linear_1",
+                                                             "model.mm_projector.0")
+                    .replace("multi_modal_projector.linear_2", "model.mm_projector.2"): t
+                    for n, t in tensors.items()}
+        save_file({n: t for n, t in renamed.items() if "vision" not in n},
+                  folder / "model.safetensors")
         text = json.loads((folder / "config.json").read_text())["text_config"]
-        (folder / "config.json").write_text(json.dumps(text | {"model_type": "llava_llama", "mm_hidden_size": 16}))
+        (folder / "config.json").write_text(json.dumps(text
+                                                       | {"model_type": "llava_llama",
+                                                          "mm_hidden_size": 16}))
     f = broken(liuhaotian, MODELS / "llava")
     assert f["kind"] == ["LLaVA, liuhaotian's layout"] and "vocabulary 64" in f["language"][0] and "vision" not in f
     assert "has no vision tower: give the folder of its CLIP too (--vision)" in f["problem"][0]
 
 
 def test_inspect_refuses_what_is_no_model(tmp_path):
-    refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no folder absent")
+    refuses(call("hub", "inspect", "absent"), "absent/config.json does not exist: there is no "
+                                              "folder absent")
     refuses(call("hub", "inspect", "tests"), "tests/config.json does not exist; the folder holds")
-    for content, says in [("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "has model_type None"),
+    for content, says in [("{", "is not JSON"), ("[]", "is not a JSON object"),
+                          ("{}", "has model_type None"),
                           ('{"model_type": "bert"}', "has model_type 'bert'; known are clip")]:
         (tmp_path / "config.json").write_text(content)
         refuses(call("hub", "inspect", tmp_path), says)
 
 
-# ------------------------------------------------------------------------------------------------ transformers
+# ------------------------------------------------------------------------------------- transformers
 @pytest.fixture(scope="module")
 def hf():
     return pytest.importorskip("transformers")
@@ -347,8 +378,8 @@ def pictures() -> list[Image.Image]:
 
 @torch.no_grad()
 def compare(hf, ckpt: Path, out: Path) -> float:
-    """Assert that transformers gives the same prompt, ids and pixels. Returns the largest difference of logits as a
-    share of the largest logit (float32 rounds in proportion to it)."""
+    """Assert that transformers gives the same prompt, ids and pixels. Returns the largest
+    difference of logits as a share of the largest logit (float32 rounds in proportion to it)."""
     model, processor = load_hf(hf, out)
     config = json.loads((checkpoint_folder(ckpt) / "config.json").read_text())
     ours, tokenizer = load_model(ckpt, dtype=torch.float32).eval(), load_tokenizer(checkpoint_folder(ckpt))
@@ -358,7 +389,8 @@ def compare(hf, ckpt: Path, out: Path) -> float:
     for picture in pictures():
         question = "Is there a circle?\nAnswer with one word."
         content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        text = processor.apply_chat_template([{"role": "user", "content": content}],
+                                             add_generation_prompt=True)
         turns = [{"from": "human", "value": IMAGE + "\n" + question}]
         assert text == "".join(piece for piece, _ in pieces(turns, config["template"]))
         theirs = processor(images=picture, text=text, return_tensors="pt")
@@ -368,7 +400,8 @@ def compare(hf, ckpt: Path, out: Path) -> float:
         assert theirs["input_ids"][0].tolist() == ids.masked_fill(mask, model.config.image_token_id).tolist()
         pixels = prepare(picture, config["pad"])[None]
         assert (pixels - theirs["pixel_values"]).abs().max() <= 1e-6
-        merged = ours.merge(ours.language_model.embed(ids[None]), ours.embed_images(pixels), mask[None])
+        merged = ours.merge(ours.language_model.embed(ids[None]), ours.embed_images(pixels),
+                            mask[None])
         logits = ours.language_model.lm_head(ours.language_model(merged))
         difference = model(**theirs).logits[..., :logits.shape[-1]] - logits
         worst = max(worst, (difference.abs().max() / logits.abs().max()).item())
@@ -385,21 +418,28 @@ def test_transformers_agrees_on_every_kind_of_model(hf, name, tmp_path):
     export(ckpt, tmp_path / "out")
     assert compare(hf, ckpt, tmp_path / "out") <= 1e-5
     assert load_processor(tmp_path / "out") == load_processor(ckpt)
-    before, after = (dict(load_model(folder).named_parameters()) for folder in (ckpt, tmp_path / "out"))
-    assert list(before) == list(after) and all(torch.equal(p, after[n][:len(p)]) for n, p in before.items())
+    before, after = (dict(load_model(folder).named_parameters())
+                     for folder in (ckpt, tmp_path / "out"))
+    assert list(before) == list(after) and all(torch.equal(p, after[n][:len(p)])
+                                               for n, p in before.items())
 
 
-@pytest.mark.parametrize("template", [t for t in TEMPLATES if t not in ("plain", "phi", "phi3", "gemma")])
+@pytest.mark.parametrize("template",
+                         [t for t in TEMPLATES if t not in ("plain", "phi", "phi3", "gemma")])
 def test_transformers_renders_conversations_as_we_do(hf, exported, template, tmp_path):
     processor = hf.AutoProcessor.from_pretrained(exported)
-    turns = [("human", "<image>\n What's \"this\"?\n"), ("gpt", "A cat."), ("human", " Why? "), ("gpt", "Because."),
+    turns = [("human", "<image>\n What's \"this\"?\n"), ("gpt", "A cat."), ("human", " Why? "),
+             ("gpt", "Because."),
              ("human", "Sure?")]
     for n, image in [(1, True), (3, True), (5, True), (5, False)]:
         said = [(who, text if image else text.replace(IMAGE, "")) for who, text in turns[:n]]
-        want = "".join(p for p, _ in pieces([{"from": who, "value": text} for who, text in said], template))
+        want = "".join(p for p, _ in pieces([{"from": who, "value": text} for who, text in said],
+                                            template))
         roles = {"human": "user", "gpt": "assistant"}
-        messages = [{"role": roles[who], "content": text} for who, text in said]       # as lmms-eval writes them
-        text = processor.tokenizer.apply_chat_template(messages, chat_template=chat_template(template),
+        # as lmms-eval writes them
+        messages = [{"role": roles[who], "content": text} for who, text in said]
+        text = processor.tokenizer.apply_chat_template(messages,
+                                                       chat_template=chat_template(template),
                                                        tokenize=False, add_generation_prompt=True)
         assert text == want
     with pytest.raises(Exception, match="roles user and assistant"):
@@ -415,10 +455,12 @@ def test_transformers_answers_token_by_token_as_we_do(hf, small_world, run, expo
     answers = ours.answer([(r["text"], small_world / "images" / r["image"]) for r in rows], 12)
     for row, answer in zip(rows, answers):
         messages = [{"role": "user", "content": IMAGE + "\n" + row["text"]}]
-        text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        inputs = processor(images=open_image(small_world / "images" / row["image"]), text=text, return_tensors="pt")
-        ids, _, mask = encode([{"from": "human", "value": messages[0]["content"]}], ours.tokenizer, "v1",
-                              ours.model.vision_tower.config.image_tokens)
+        text = processor.tokenizer.apply_chat_template(messages, tokenize=False,
+                                                       add_generation_prompt=True)
+        inputs = processor(images=open_image(small_world / "images" / row["image"]), text=text,
+                           return_tensors="pt")
+        ids, _, mask = encode([{"from": "human", "value": messages[0]["content"]}], ours.tokenizer,
+                              "v1", ours.model.vision_tower.config.image_tokens)
         pixels = ours.processor(open_image(small_world / "images" / row["image"]), True)[None]
         [ours_new] = generate(ours.model, [ids], pixels, 12, [mask], 2)
         new = model.generate(**inputs, do_sample=False, max_new_tokens=12)[0, inputs["input_ids"].shape[1]:].tolist()

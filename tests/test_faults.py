@@ -8,13 +8,15 @@ def whole(small_world, tmp_path_factory):
     """The undisturbed runs by number of ranks, each made when a row asks for it."""
     class Runs(dict):
         def __missing__(self, ranks):
-            self[ranks] = faults.undisturbed(small_world, tmp_path_factory.mktemp("undisturbed"), ranks)
+            self[ranks] = faults.undisturbed(small_world, tmp_path_factory.mktemp("undisturbed"),
+                                             ranks)
             return self[ranks]
     return Runs()
 
 
 @pytest.mark.parametrize("row", [faults.corrupt_newest, faults.flipped_bit, *(
-    pytest.param(row, marks=pytest.mark.slow) for row in (faults.full_quota, faults.killed_rank, faults.nan_sample,
+    pytest.param(row, marks=pytest.mark.slow)
+    for row in (faults.full_quota, faults.killed_rank, faults.nan_sample,
                                                         faults.second_run, faults.changed_data))],
     ids=lambda row: row.__name__)
 def test_the_run_ends_with_its_reason_and_nothing_is_lost(row, small_world, whole, tmp_path):

@@ -6,12 +6,13 @@ from conftest import ROOT
 
 
 def test_every_cause_of_an_error_is_named_by_every_command():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], text=True, capture_output=True)
+    done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], text=True,
+                          capture_output=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
 def test_spoiled_files_end_in_one_line_within_a_minute_and_a_gigabyte():
-    done = subprocess.run([sys.executable, ROOT / "tests" / "fuzz.py", "--n", "200"], text=True, capture_output=True,
-                          cwd=ROOT)
+    done = subprocess.run([sys.executable, ROOT / "tests" / "fuzz.py", "--n", "200"], text=True,
+                          capture_output=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.startswith("200 cases"), done.stdout

@@ -13,26 +13,34 @@ KINDS = {
     "llama": {},
     "window": {"sliding_window": 5},
     "moca": {"moca": True},
-    "phi": {"norm": "layer", "hidden_act": "gelu_tanh", "gated": False, "bias": True, "head_bias": True,
-            "parallel": True, "head_dim": 8, "partial_rotary_factor": 0.5, "num_key_value_heads": 4},
-    "gemma": {"norm_plus_one": True, "hidden_act": "gelu_tanh", "embed_scale": 24 ** 0.5, "head_dim": 8,
-              "num_key_value_heads": 1, "tie_word_embeddings": True}}
+    "phi": {"norm": "layer", "hidden_act": "gelu_tanh", "gated": False, "bias": True,
+            "head_bias": True, "parallel": True, "head_dim": 8, "partial_rotary_factor": 0.5,
+            "num_key_value_heads": 4},
+    "gemma": {"norm_plus_one": True, "hidden_act": "gelu_tanh", "embed_scale": 24 ** 0.5,
+              "head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}}
 
 
 def questions():
-    """(ids, masks, image_index, pixels): groups of different sizes with prefixes of different lengths, shuffled."""
+    """(ids, masks, image_index, pixels): groups of different sizes with prefixes of different
+    lengths, shuffled."""
     g = torch.Generator().manual_seed(1)
 
     def words(n):
         return torch.randint(3, 50, (n,), generator=g)
     system, image, after, before = words(3), torch.zeros(N, dtype=torch.long), words(4), words(2)
-    prompts = [(0, [system, image, words(n)]) for n in (1, 3, 9, 2, 5)]           # shared: up to the image's end
-    prompts += [(1, [system, image, words(6)])]                                   # alone with its image
-    prompts += [(2, [system, image, after, words(n)]) for n in (2, 6, 4)]         # 4 words more are shared
-    prompts += [(3, [system, image, words(3)]), (3, [system, before, image, words(2)])]     # the image at two places
-    prompts += [(4, [system, image, after])] * 2                                  # the same, prompts twice
+    # shared: up to the image's end
+    prompts = [(0, [system, image, words(n)]) for n in (1, 3, 9, 2, 5)]
+    prompts += [(1, [system, image,
+                     words(6)])]  # alone with its image
+    # 4 words more are shared
+    prompts += [(2, [system, image, after, words(n)]) for n in (2, 6, 4)]
+    # the image at two places
+    prompts += [(3, [system, image, words(3)]), (3, [system, before, image, words(2)])]
+    # the same, prompts twice
+    prompts += [(4, [system, image, after])] * 2
     prompts += [(5, [system, image])] * 2                                         # the image is the end
-    prompts += [(6, [words(n), image, words(2)]) for n in (2, 3)]                 # nothing is shared
+    prompts += [(6, [words(n), image, words(2)])
+                for n in (2, 3)]  # nothing is shared
     prompts += [(i, [system, words(n)]) for i, n in ((2, 4), (0, 12), (0, 7))]    # no image
     random.Random(0).shuffle(prompts)
     ids = [torch.cat(parts) for _, parts in prompts]
@@ -41,8 +49,10 @@ def questions():
 
 
 def alone(model, ids, masks, index, pixels):
-    """Answer each prompt alone, by a full forward pass for every token. Returns answers and logits (B,new,V)."""
-    answers, logits = zip(*[without_cache(model, i, m, pixels[n], NEW) for i, m, n in zip(ids, masks, index)])
+    """Answer each prompt alone, by a full forward pass for every token. Returns answers and logits
+    (B,new,V)."""
+    answers, logits = zip(*[without_cache(model, i, m, pixels[n], NEW)
+                            for i, m, n in zip(ids, masks, index)])
     return list(answers), torch.stack(logits)
 
 
@@ -75,7 +85,8 @@ def test_the_plain_generate_of_the_model_gives_the_same_answers(kind):
     free = generate(model, ids, pixels, NEW, masks, image_index=index)
     for eos in (None, free[0][2]):
         answers = generate(model, ids, pixels, NEW, masks, eos, index)
-        plain = [model.generate(ids[r], pixels[index[r]][None], masks[r], NEW, eos) for r in range(len(ids))]
+        plain = [model.generate(ids[r], pixels[index[r]][None], masks[r], NEW, eos)
+                 for r in range(len(ids))]
         assert answers == plain
 
 
@@ -88,8 +99,10 @@ def test_neither_order_nor_batch_size_changes_a_token(kind):
         order = random.Random(size).sample(range(len(ids)), len(ids))
         for s in range(0, len(ids), size):
             rows = order[s:s + size]
-            images = sorted({index[r] for r in rows}, reverse=True)             # only theirs, in another order
-            answers = generate(model, [ids[r] for r in rows], pixels[images], NEW, [masks[r] for r in rows],
+            # only theirs, in another order
+            images = sorted({index[r] for r in rows}, reverse=True)
+            answers = generate(model, [ids[r] for r in rows], pixels[images], NEW,
+                               [masks[r] for r in rows],
                                image_index=torch.tensor([images.index(index[r]) for r in rows]))
             assert answers == [wanted[r] for r in rows]
 
@@ -116,11 +129,13 @@ def test_an_image_is_encoded_once_and_what_its_questions_share_is_computed_once(
     ids, masks, pixels = random_prompts([2 + N + 3] * 6 + [5], without_image=[6])
     for i in range(7):
         ids[i][:2] = ids[0][:2]
-        ids[i][2 + N * masks[i].any()] = i + 3                                  # so nothing more is shared
+        # so nothing more is shared
+        ids[i][2 + N * masks[i].any()] = i + 3
     encoded, decoded = spy(monkeypatch, model.vision_tower), spy(monkeypatch, model.language_model)
     generate(model, ids, pixels[:2].float(), 3, masks, image_index=[0, 1, 0, 0, 1, 0, 0])
     assert [len(out) for out in encoded] == [2]
-    assert [tuple(out.shape[:2]) for out in decoded] == [(3, 2 + N), (7, 3), (7, 1), (7, 1)]     # text shares apart
+    assert [tuple(out.shape[:2]) for out in decoded] == [(3, 2 + N), (7, 3), (7, 1),
+                                                         (7, 1)]  # text shares apart
 
 
 def test_text_alone_encodes_no_image(monkeypatch):
@@ -140,9 +155,11 @@ def test_answers_end_at_different_steps_and_decoding_with_the_last_of_them(monke
         ended = [r for r, answer in enumerate(free) if end in answer]
         for rows in (range(len(ids)), ended):
             del decoded[:]
-            stopped = generate(model, [ids[r] for r in rows], pixels, 16, [masks[r] for r in rows], end,
+            stopped = generate(model, [ids[r] for r in rows], pixels, 16, [masks[r] for r in rows],
+                               end,
                                [index[r] for r in rows])
-            assert stopped == [free[r][:free[r].index(end)] if end in free[r] else free[r] for r in rows]
+            assert stopped == [free[r][:free[r].index(end)] if end in free[r] else free[r]
+                               for r in rows]
             steps = max(free[r].index(end) if end in free[r] else 15 for r in rows)
             assert len(decoded) == 2 + steps, "the prefix, the rest, then one a step until the last end token"
 
@@ -156,18 +173,21 @@ def test_a_single_new_token_needs_no_decoding(monkeypatch):
 
 
 IMAGE = [0] * N
-CASES = {  # prompts, the first image position in each (None: no image), length of their shared prefix
+# prompts, the first image position in each (None: no image), length of their shared prefix
+CASES = {
     "one alone keeps its last token, whose logits begin the answer": ([[1, 2, 3]], [None], 2),
     "one token alone shares nothing": ([[1]], [None], 0),
     "the same prompt twice": ([[1, *IMAGE, 5, 6]] * 2, [1, 1], 1 + N + 1),
     "one is the beginning of the other": ([[1, *IMAGE, 5, 6, 7], [1, *IMAGE, 5]], [1, 1], 1 + N),
-    "questions differ in their second word": ([[1, *IMAGE, 5, 6, 7], [1, *IMAGE, 5, 8, 7]], [1, 1], 1 + N + 1),
+    "questions differ in their second word": ([[1, *IMAGE, 5, 6, 7], [1, *IMAGE, 5, 8, 7]], [1, 1],
+                                              1 + N + 1),
     "three, of which two share more": ([[1, *IMAGE, 5, 6, 7], [1, *IMAGE, 5, 6, 9], [1, *IMAGE, 8, 6]], [1] * 3, 1 + N),
     "nothing": ([[1, *IMAGE, 5], [2, *IMAGE, 5]], [1, 1], 0),
     "the image ends the prompt, and stays whole": ([[1, 2, *IMAGE]] * 2, [2, 2], 2),
     "images at two places": ([[1, *IMAGE, 5, 6], [1, 2, *IMAGE, 6]], [1, 2], 1),
     "images one token apart, the same ids": ([[0, *IMAGE, 0, 0], [0, 0, *IMAGE, 0]], [1, 2], 1),
-    "a word that has the id of an image position": ([[1, *IMAGE, 0, 6], [1, *IMAGE, 0, 7]], [1, 1], 1 + N + 1)}
+    "a word that has the id of an image position": ([[1, *IMAGE, 0, 6], [1, *IMAGE, 0, 7]], [1, 1],
+                                                    1 + N + 1)}
 
 
 @pytest.mark.parametrize("case", CASES)

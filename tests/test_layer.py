@@ -30,7 +30,8 @@ def example():
 def test_a_layer_whose_mlp_gives_nothing_adds_attention_of_the_normed_input():
     block, (x, _) = layer(), example()
     nn.init.zeros_(block.mlp.down_proj.weight)
-    torch.testing.assert_close(block(x, None)[0], x + block.self_attn(block.input_layernorm(x), None)[0])
+    torch.testing.assert_close(block(x, None)[0],
+                               x + block.self_attn(block.input_layernorm(x), None)[0])
 
 
 def test_moca_calibrates_what_the_layer_returns_at_image_positions_alone():

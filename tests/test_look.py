@@ -31,25 +31,32 @@ from methods.vdep import reconstruction_loss
 from methods.vista import alignment_loss
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT, rotary, rotate
 
-WORDS = ["<unk>", "<s>", "</s>", "▁cat", "▁tri", "at", "▁", "<0x0A>", "<0xE2>", "▁سلام", "▁🙂", "▁a", "▁" + "long" * 40,
-         "▁USER:", "▁ASSISTANT:", "</script>", "▁What", "▁is", "▁this?", "▁The", "▁and", "\u0007"]
+WORDS = ["<unk>", "<s>", "</s>", "▁cat", "▁tri", "at", "▁", "<0x0A>", "<0xE2>", "▁سلام", "▁🙂", "▁a",
+         "▁" + "long" * 40, "▁USER:", "▁ASSISTANT:", "</script>", "▁What", "▁is", "▁this?", "▁The",
+         "▁and", "\u0007"]
 
 
 def random_assistant(side: int = 3, moca: bool = True, tokenizer: Tokenizer | None = None, **decoder) -> Assistant:
     """A small random model with `side` × `side` patches, and a tokenizer with odd tokens."""
     if tokenizer is None:
-        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)},
+                                               unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         tokenizer.decoder = decoders.Metaspace()
-        tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<unk>", "<s>", "</s>")])
+        tokenizer.add_special_tokens([AddedToken(t, special=True)
+                                      for t in ("<unk>", "<s>", "</s>")])
     torch.manual_seed(0)
-    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "moca": moca, **decoder}
-    config = DecoderConfig(tokenizer.get_vocab_size() + 3, **shape)         # padded, as released matrices are
-    model = Llava(ViT(VisionConfig(16, 32, 3, 2, 8 * side, 8)), Projector(16, config.hidden_size), Decoder(config))
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "moca": moca, **decoder}
+    # padded, as released matrices are
+    config = DecoderConfig(tokenizer.get_vocab_size() + 3, **shape)
+    model = Llava(ViT(VisionConfig(16, 32, 3, 2, 8 * side, 8)), Projector(16, config.hidden_size),
+                  Decoder(config))
     for name, p in model.named_parameters():
-        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name or ".u" in name else 0.0, std=0.25)
-    return Assistant(model.eval(), tokenizer, ImageProcessor(8 * side, 8 * side), "v1", "4.31", True)
+        torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name
+                              or ".u" in name else 0.0, std=0.25)
+    return Assistant(model.eval(), tokenizer, ImageProcessor(8 * side, 8 * side), "v1", "4.31",
+                     True)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +78,8 @@ def seen(assistant, picture) -> dict:
 
 
 def by_hand(a: Assistant, ids: torch.Tensor, image: torch.Tensor, picture: Image.Image):
-    """States (L+1 of (T,D)) and attention (L of (H,T,T)), one layer after the other with full attention matrices."""
+    """States (L+1 of (T,D)) and attention (L of (H,T,T)), one layer after the other with full
+    attention matrices."""
     lm, T, c = a.model.language_model, len(ids), a.model.language_model.config
     x = lm.model["embed_tokens"].weight[ids].clone()
     x[image] = a.model.embed_images(a.processor(picture, True)[None])[0]
@@ -107,10 +115,11 @@ def reference(assistant, picture):
 
 
 def close(found, wanted, tolerance=2e-5) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.as_tensor(wanted), atol=tolerance, rtol=2e-4)
+    torch.testing.assert_close(torch.tensor(found), torch.as_tensor(wanted), atol=tolerance,
+                               rtol=2e-4)
 
 
-# ------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 def test_attention_is_that_of_a_full_softmax_and_its_parts_sum_to_one(seen, reference):
     inside, _, attention = reference
     before = ~inside.image & (torch.arange(len(inside.ids)) < inside.rows[0])
@@ -121,7 +130,8 @@ def test_attention_is_that_of_a_full_softmax_and_its_parts_sum_to_one(seen, refe
         to_text = full.mean(0)[inside.rows][:, inside.rows]
         close(seen["to_text"][layer], to_text)
         to_before = full.mean(0)[inside.rows][:, before].sum(1)
-        close((torch.tensor(seen["to_image"][layer]) + to_text.sum(1) + to_before).tolist(), torch.ones(len(to_text)))
+        close((torch.tensor(seen["to_image"][layer]) + to_text.sum(1) + to_before).tolist(),
+              torch.ones(len(to_text)))
 
 
 def test_nearest_words_are_those_of_brute_force_and_none_is_padding(assistant, seen, reference):
@@ -141,8 +151,8 @@ def test_nearest_words_are_those_of_brute_force_and_none_is_padding(assistant, s
 
 
 def test_a_whole_word_is_a_space_and_letters():
-    words = {"▁cat": True, "▁tri": True, "▁سلام": True, "Ġcat": True, "cat": False, "▁a": False, "▁": False,
-             "</s>": False, "▁x1": False, "<0x0A>": False, None: False}
+    words = {"▁cat": True, "▁tri": True, "▁سلام": True, "Ġcat": True, "cat": False, "▁a": False,
+             "▁": False, "</s>": False, "▁x1": False, "<0x0A>": False, None: False}
     assert {w: is_word(w) for w in words} == words
 
 
@@ -152,7 +162,8 @@ def test_similarity_is_the_cosine_of_the_word_with_the_patch(assistant, seen, re
     for k, h in enumerate(states):
         for m, row in enumerate(inside.rows.tolist()):
             word = E[inside.ids[row]]
-            close(seen["similarity"][k][m], [float(word @ p / word.norm() / p.norm()) for p in h[inside.image]])
+            close(seen["similarity"][k][m],
+                  [float(word @ p / word.norm() / p.norm()) for p in h[inside.image]])
 
 
 def test_norms_and_distances_are_those_of_every_layer(seen, reference):
@@ -173,7 +184,8 @@ def test_the_plane_holds_the_two_directions_of_most_variance(seen, reference):
     for k, h in enumerate(states):
         x = torch.cat([h[inside.image], h[inside.rows]]).double()
         _, s, vectors = torch.linalg.svd(x - x.mean(0), full_matrices=False)
-        close(torch.tensor(seen["pca"][k]).abs().tolist(), ((x - x.mean(0)) @ vectors[:2].T).abs().float(), 1e-4)
+        close(torch.tensor(seen["pca"][k]).abs().tolist(),
+              ((x - x.mean(0)) @ vectors[:2].T).abs().float(), 1e-4)
         close(seen["pca_share"][k], s[:2].pow(2).sum().item() / s.pow(2).sum().item())
 
 
@@ -202,7 +214,8 @@ def test_each_tokens_distance_is_to_the_last_patch_and_weighs_by_its_place(seen,
     for t, word in enumerate(words):
         distance = sum(float(a - b) ** 2 for a, b in zip(word, last)) / len(last)
         assert seen["vista"]["d"][t] == pytest.approx(distance, rel=1e-4)
-        assert seen["vista"]["f(t) d"][t] == pytest.approx(distance * (t + 1) / len(words), rel=1e-4)
+        assert seen["vista"]["f(t) d"][t] == pytest.approx(distance * (t + 1) / len(words),
+                                                           rel=1e-4)
 
 
 def test_the_answer_is_the_most_likely_token_at_every_place(assistant, seen, reference):
@@ -217,7 +230,8 @@ def test_the_answer_is_the_most_likely_token_at_every_place(assistant, seen, ref
 
 
 def test_the_picture_is_the_one_that_the_model_gets(assistant):
-    image = Image.effect_noise((24, 24), 80).convert("RGB")                 # of the model's size: nothing is scaled
+    # of the model's size: nothing is scaled
+    image = Image.effect_noise((24, 24), 80).convert("RGB")
     shown = gather(assistant, "random", image, "What is this?", max_new=1)["picture"]
     assert shown.tobytes() == image.tobytes()
 
@@ -225,11 +239,13 @@ def test_the_picture_is_the_one_that_the_model_gets(assistant):
 def test_single_heads_are_those_of_the_questions_last_token_first(assistant, picture, seen, monkeypatch):
     every = seen["head_rows"]
     assert every == list(range(len(seen["tokens"])))
-    monkeypatch.setattr("look.gather.HEAD_NUMBERS", 2 * 4 * 4 * 9)          # two tokens of 4 layers, 4 heads, 9 patches
+    # two tokens of 4 layers, 4 heads, 9 patches
+    monkeypatch.setattr("look.gather.HEAD_NUMBERS", 2 * 4 * 4 * 9)
     few = gather(assistant, "random", picture, "What is this?", max_new=5)
     last = seen["prompt_rows"] - 1
     assert few["head_rows"] == [last, last + 1]
-    close(few["heads"][:, :, 0].tolist(), [[head[last] for head in layer] for layer in seen["heads"]])
+    close(few["heads"][:, :, 0].tolist(),
+          [[head[last] for head in layer] for layer in seen["heads"]])
 
 
 def test_tsne_is_scikit_learns_of_every_layers_tokens(assistant, picture, reference):
@@ -253,24 +269,27 @@ def test_a_released_folder_shows_the_numbers_of_the_checkpoint_it_was_made_from(
     torch.manual_seed(0)
     clip, llm = ROOT / "toy/clip", ROOT / "toy/llm"
     model = Llava(load_vision(clip, torch.float32), Projector(96, 96), load_llm(llm, torch.float32))
-    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True, "after_special": "4.31",
-              "vision": str(clip), "llm": str(llm)}
+    config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True,
+              "after_special": "4.31", "vision": str(clip), "llm": str(llm)}
     ours, exported = tmp_path / "run/finetune-1", tmp_path / "llava-hf"
     save_checkpoint(ours, model, {n for n, _ in model.named_parameters()}, config, {})
     assert call("hub", "export", ours, exported).returncode == 0
     picture.save(tmp_path / "a.png")
-    done = call("look", "--ckpt", ours, exported, "--image", tmp_path / "a.png", "--prompt", "What colour is it?",
-                "--out", tmp_path / "page.html", "--json", tmp_path / "numbers.json", "--png", tmp_path / "maps")
+    done = call("look", "--ckpt", ours, exported, "--image", tmp_path / "a.png", "--prompt",
+                "What colour is it?", "--out", tmp_path / "page.html", "--json",
+                tmp_path / "numbers.json", "--png", tmp_path / "maps")
     assert done.returncode == 0, done.stderr
     one, other = json.loads((tmp_path / "numbers.json").read_text())
     assert one.pop("name") == str(ours) and other.pop("name") == str(exported)
     assert one == other and len(one["nearest"]) == 5
-    maps = [sorted(p.name for p in (tmp_path / "maps" / f).iterdir()) for f in ("1-finetune-1", "2-llava-hf")]
+    maps = [sorted(p.name for p in (tmp_path / "maps" / f).iterdir())
+            for f in ("1-finetune-1", "2-llava-hf")]
     assert maps[0] == maps[1] and "attention-layer04.png" in maps[0] and "similarity-layer00.png" in maps[0]
 
 
 def test_the_second_answer_sees_words_in_the_images_place(assistant, seen, reference, monkeypatch):
-    """Greedy, one token at a time, with the embeddings of the nearest words where the patches were, without MoCa."""
+    """Greedy, one token at a time, with the embeddings of the nearest words where the patches were,
+    without MoCa."""
     inside, states, _ = reference
     lm, n = assistant.model.language_model, assistant.tokenizer.get_vocab_size()
     E = lm.model["embed_tokens"].weight.detach()
@@ -295,13 +314,14 @@ def test_tokens_are_shown_with_their_space_and_odd_ones_as_the_vocabulary_spells
     assert seen["tokens"][seen["prompt_rows"] - 1].strip() == "ASSISTANT:"
 
 
-# ------------------------------------------------------------------------------------------------ the page's data
+# ---------------------------------------------------------------------------------- the page's data
 def unpack(packed: dict) -> torch.Tensor:
     """As the page does it."""
     raw = base64.b64decode(packed["data"])
     if packed["type"] == "uint32":
         return torch.tensor(struct.unpack(f"<{len(raw) // 4}I", raw)).view(packed["shape"])
-    low, high = (torch.frombuffer(bytearray(base64.b64decode(packed[k])), dtype=torch.float32) for k in ("low", "high"))
+    low, high = (torch.frombuffer(bytearray(base64.b64decode(packed[k])), dtype=torch.float32)
+                 for k in ("low", "high"))
     rows = torch.tensor(list(raw)).view(len(low), -1)
     return (low[:, None] + (high - low)[:, None] * rows / 255).view(packed["shape"])
 
@@ -320,35 +340,43 @@ def test_seeds_make_a_band_and_a_running_run_is_read_as_far_as_it_is(tmp_path):
     for seed, lines in ((1, 3), (2, 2)):
         run = tmp_path / f"ce-{seed}"
         run.mkdir()
-        (run / "run.json").write_text(json.dumps({"seed": seed, "out": str(run), "loss": "ce", "moca": False}))
-        rows = [{"stage": "pretrain", "step": s, "ce": float(s * seed), "lr": 1.0} for s in range(1, lines + 1)]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"stage": "pretr')
+        (run / "run.json").write_text(json.dumps({"seed": seed, "out": str(run), "loss": "ce",
+                                                  "moca": False}))
+        rows = [{"stage": "pretrain", "step": s, "ce": float(s * seed), "lr": 1.0}
+                for s in range(1, lines + 1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows)
+                                           + '{"stage": "pretr')
     group, = group_runs([tmp_path / "ce-1", tmp_path / "ce-2"])
-    assert group["stages"]["pretrain"]["ce"] == {"x": [1, 2, 3], "y": [1.5, 3, 3], "low": [1, 2, 3], "high": [2, 4, 3]}
+    assert group["stages"]["pretrain"]["ce"] == {"x": [1, 2, 3], "y": [1.5, 3, 3], "low": [1, 2, 3],
+                                                 "high": [2, 4, 3]}
     assert group["finished"] == 0 and group["accuracy"] == {}
     long = overlay_curves([{s: float(s) for s in range(1, 1001)}])
     assert long["x"][:2] == [5, 10] and long["y"][:2] == [3, 8] and len(long["x"]) == 200
 
 
 def test_results_of_seeds_are_means_with_their_deviation(tmp_path):
-    for seed, right, layers in ((1, 60.0, [1.0, 2.0]), (2, 70.0, [3.0, 4.0]), (3, 80.0, [5.0, 9.0])):
+    for seed, right, layers in ((1, 60.0, [1.0, 2.0]), (2, 70.0, [3.0, 4.0]),
+                                (3, 80.0, [5.0, 9.0])):
         run = tmp_path / f"ce-{seed}"
         run.mkdir()
-        (run / "run.json").write_text(json.dumps({"seed": seed, "out": str(run), "loss": "ce", "moca": True}))
+        (run / "run.json").write_text(json.dumps({"seed": seed, "out": str(run), "loss": "ce",
+                                                  "moca": True}))
         (run / "metrics.jsonl").write_text('{"stage": "finetune", "step": 1, "ce": 1.0}\n')
         (run / "results.json").write_text(json.dumps({
             "accuracy": {"test": {"colour": right}}, "shuffled": {"test": {"colour": right / 2}},
             "stages": {"finetune": {"layers": layers}}}))
     group, = group_runs([tmp_path / f"ce-{seed}" for seed in (1, 2, 3)])
     assert group["name"] == "ce + MoCa" and group["finished"] == 3
-    assert group["accuracy"] == {"test": {"colour": [70.0, 10.0]}, "test, images shuffled": {"colour": [35.0, 5.0]}}
+    assert group["accuracy"] == {"test": {"colour": [70.0, 10.0]},
+                                 "test, images shuffled": {"colour": [35.0, 5.0]}}
     assert group["mir_layers"] == {"finetune": [3.0, 5.0]}
 
 
 def test_a_sample_is_shown_as_training_gets_it(small_world, tmp_path):
     page = tmp_path / "page.html"
-    done = call("look", "--data", small_world / "pretrain.json", "--images", small_world / "images", "--llm", "toy/llm",
-                "--vision", "toy/clip", "--template", "plain", "--vdep", "--show", "2", "--out", page)
+    done = call("look", "--data", small_world / "pretrain.json", "--images", small_world / "images",
+                "--llm", "toy/llm", "--vision", "toy/clip", "--template", "plain", "--vdep",
+                "--show", "2", "--out", page)
     assert done.returncode == 0, done.stderr
     shown = data_of(page)["samples"]
     assert [s["vdep"] for s in shown] == [False, True, False, True]
@@ -362,22 +390,25 @@ def data_of(page: Path) -> dict:
 
 
 def test_bad_flags_are_one_line():
-    for flags in ([], ["--ckpt", "x", "--run", "y"], ["--ckpt", "x"], ["--data", "x", "--watch", "3"],
+    for flags in ([], ["--ckpt", "x", "--run", "y"], ["--ckpt", "x"],
+                  ["--data", "x", "--watch", "3"],
                   ["--run", "nowhere"]):
         done = call("look", *flags)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-# ------------------------------------------------------------------------------------------------ in a browser
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium")
+# ------------------------------------------------------------------------------------- in a browser
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get "
+                                                            "install chromium")
 
 
 @pytest.fixture(scope="module")
 def large() -> Assistant:
-    """LLaVA-7B's shape as a page sees it: 576 patches, 32 layers and the projector, 32 heads, 32,000 words."""
+    """LLaVA-7B's shape as a page sees it: 576 patches, 32 layers and the projector, 32 heads,
+    32,000 words."""
     llama = load_tokenizer(ROOT / "tests/fixtures/tokenizers/llama")
-    return random_assistant(24, moca=False, tokenizer=llama, hidden_size=64, intermediate_size=64, num_hidden_layers=32,
-                            num_attention_heads=32, num_key_value_heads=32)
+    return random_assistant(24, moca=False, tokenizer=llama, hidden_size=64, intermediate_size=64,
+                            num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)
 
 
 @pytest.fixture(scope="module")
@@ -385,12 +416,14 @@ def pages(assistant, large, picture, tmp_path_factory) -> dict[str, Path]:
     """A page of two odd checkpoints side by side, one of 7B's shape, one of the toy's parts."""
     folder = tmp_path_factory.mktemp("pages")
     toy = Llava(load_vision(ROOT / "toy/clip"), Projector(96, 96), load_llm(ROOT / "toy/llm"))
-    toy = Assistant(toy.eval(), load_tokenizer(ROOT / "toy/llm"), load_processor(ROOT / "toy/clip"), "v1",
-                    "4.31", True)
+    toy = Assistant(toy.eval(), load_tokenizer(ROOT / "toy/llm"), load_processor(ROOT / "toy/clip"),
+                    "v1", "4.31", True)
     odd = gather(assistant, "out/odd", picture, "What is this?", 5)
     odd["tokens"][0:3], odd["words"][0:3] = [" سلام", " 🙂🙂", "</script>"], [WORDS[12], "</script><b>", "سلام"]
-    looks = {"odd": [odd, gather(random_assistant(4, moca=False), "out/other", picture, "What is this cat?", 7)],
-             "large": [gather(large, "7b", picture.resize((500, 400)), "What is in this picture?", 20)],
+    looks = {"odd": [odd, gather(random_assistant(4, moca=False), "out/other", picture,
+                                 "What is this cat?", 7)],
+             "large": [gather(large, "7b", picture.resize((500, 400)), "What is in this picture?",
+                              20)],
              "toy": [gather(toy, "toy", picture, "What colour is the circle?", 4)]}
     for name, look in looks.items():
         write_page(folder / f"{name}.html", f"“{name}” </title>", look)
@@ -430,7 +463,8 @@ def test_the_page_opens_and_follows_the_pointer_without_a_complaint(pages, name,
 @pytest.mark.slow
 @needs_browser
 def test_a_console_error_or_a_request_is_noticed(tmp_path):
-    (tmp_path / "bad.html").write_text("<script>console.error('no'); fetch('http://127.0.0.1:9/x').catch(() => 0); "
+    (tmp_path / "bad.html").write_text("<script>console.error('no'); "
+                                       "fetch('http://127.0.0.1:9/x').catch(() => 0); "
                                        "setTimeout(() => { throw new Error('late') })</script>")
     browser = Browser()
     try:
@@ -444,7 +478,8 @@ def test_a_console_error_or_a_request_is_noticed(tmp_path):
 @pytest.mark.slow
 @needs_browser
 def test_the_page_reads_out_the_numbers_that_were_gathered(assistant, picture, seen, tmp_path):
-    write_page(tmp_path / "page.html", "one", [gather(assistant, "random", picture, "What is this?", max_new=5)])
+    write_page(tmp_path / "page.html", "one",
+               [gather(assistant, "random", picture, "What is this?", max_new=5)])
     row, layer, patch, browser = 2, 3, 4, Browser()
     try:
         fragment = f"#token=p{row}&layer={layer}&patch={patch}"

@@ -21,9 +21,11 @@ def example() -> Batch:
     ids, masks, pixels = prompts([9, 12, 7, 2 + N], without_image=[2])
     b = batch_of(ids, masks, pixels)
     vdep_mode = torch.tensor([False, False, False, True])
-    labels = torch.where(b.attention_mask & (torch.arange(12) > 6) & ~vdep_mode[:, None], b.input_ids, -100)
+    labels = torch.where(b.attention_mask & (torch.arange(12) > 6) & ~vdep_mode[:, None],
+                         b.input_ids, -100)
     labels[2, 3:6] = b.input_ids[2, 3:6]
-    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels, b.image_mask.any(1), vdep_mode)
+    return Batch(b.input_ids, labels, b.image_mask, b.attention_mask, pixels, b.image_mask.any(1),
+                 vdep_mode)
 
 
 def rows(batch: Batch, which: list[int]) -> Batch:
@@ -94,7 +96,8 @@ def test_that_check_leaves_the_random_numbers_as_they_were():
 
 
 def test_each_objective_has_its_papers_terms_and_weights():
-    wanted = {"ce": {}, "vdep": {"vdep": 0.001}, "vista": {"vista": 1.0}, "basic": {"das": 1.0, "sds": 0.01}}
+    wanted = {"ce": {}, "vdep": {"vdep": 0.001}, "vista": {"vista": 1.0},
+              "basic": {"das": 1.0, "sds": 0.01}}
     for loss, weights in wanted.items():
         terms = Objective(tiny(), cfg(loss))(example())
         assert {t.name: t.weight for t in terms} == {"ce": 1.0, **weights}
@@ -105,7 +108,8 @@ def test_cross_entropy_is_that_of_the_full_logits_in_every_objective(loss):
     batch, model = example(), tiny()
     term = Objective(model, cfg(loss))(batch)[0]
     logits = model.language_model.lm_head(model(batch).hidden_states)
-    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+    wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1),
+                                               batch.labels[:, 1:].flatten())
     assert term.name == "ce" and term.weight == 1.0
     torch.testing.assert_close(term.total / count_terms(loss, batch)["ce"], wanted)
 
@@ -121,7 +125,8 @@ def test_a_batch_cut_in_pieces_has_the_gradient_of_the_whole(loss, stage):
             terms = Objective(model, cfg(loss, stage))(rows(batch, which))
             sum(t.weight * t.total / count_terms(loss, batch)[t.name] for t in terms).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-    torch.testing.assert_close(gradient([[0, 1, 2, 3]]), gradient([[0], [3, 2], [1]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient([[0, 1, 2, 3]]), gradient([[0], [3, 2], [1]]), atol=1e-6,
+                               rtol=0)
 
 
 def test_vdep_rebuilds_from_the_positions_of_the_image_and_only_in_its_own_mode():
@@ -129,7 +134,8 @@ def test_vdep_rebuilds_from_the_positions_of_the_image_and_only_in_its_own_mode(
     terms = {t.name: t for t in Objective(model, cfg("vdep"))(batch)}
     out = model(batch)
     h = out.hidden_states[3][batch.image_mask[3]][None]                                    # (1,N,D)
-    torch.testing.assert_close(terms["vdep"].total, vdep.reconstruction_loss(h, out.image_embeds[3:])[0])
+    torch.testing.assert_close(terms["vdep"].total,
+                               vdep.reconstruction_loss(h, out.image_embeds[3:])[0])
     alone = {t.name: t for t in Objective(model, cfg("vdep"))(rows(batch, [0, 1, 2]))}
     assert alone["vdep"].total == 0
     torch.testing.assert_close(alone["ce"].total, terms["ce"].total)
@@ -160,13 +166,15 @@ def test_vista_leaves_out_supervised_text_before_the_image():
 
 
 def test_in_vdeps_joint_mode_a_sample_adds_to_both_terms_the_same_number_as_in_either():
-    """Attention is causal: the caption, after the image, changes no state that predicts the image."""
+    """Attention is causal: the caption, after the image, changes no state that predicts the
+    image."""
     batch, model = rows(example(), [0]), tiny()
     batch.reconstruct[:] = True
     terms = {t.name: t.total for t in Objective(model, cfg("vdep"))(batch)}
     end = 2 + N
-    alone = Batch(batch.input_ids[:, :end], batch.labels[:, :end].clone().fill_(-100), batch.image_mask[:, :end],
-                  batch.attention_mask[:, :end], batch.pixel_values, batch.has_image, batch.reconstruct)
+    alone = Batch(batch.input_ids[:, :end], batch.labels[:, :end].clone().fill_(-100),
+                  batch.image_mask[:, :end], batch.attention_mask[:, :end], batch.pixel_values,
+                  batch.has_image, batch.reconstruct)
     torch.testing.assert_close(terms["vdep"], Objective(model, cfg("vdep"))(alone)[1].total)
     torch.testing.assert_close(terms["ce"], Objective(model, cfg("ce"))(batch)[0].total)
     assert terms["ce"] > 0
@@ -201,7 +209,8 @@ def test_basic_supervises_the_projector_by_its_first_layers(k, options):
         looks = sum(seen[i + 1][1][b, :int(text[b].sum())].sum(0) for i in range(k))
         degree[b] = looks / looks.sum() if options.get("basic_degree") != "equal" else 1 / N
     E = model.language_model.model["embed_tokens"].weight
-    torch.testing.assert_close(das.total, basic.direction_loss(out.image_embeds, v_hat, degree)[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(das.total, basic.direction_loss(out.image_embeds, v_hat, degree)[0],
+                               atol=1e-5, rtol=0)
     wanted = basic.semantic_loss(out.image_embeds, v_hat, degree.double(), E)[0]
     torch.testing.assert_close(sds.total, wanted, atol=1e-5, rtol=0)
 
@@ -211,7 +220,8 @@ def test_basic_scales_words_where_the_family_scales_them():
     batch, model = example(), tiny(embed_scale=24 ** 0.5)
     sds = Objective(model, cfg("basic"))(batch)[2]
     seen = []
-    out = model(batch, lambda i, h, a: seen.append((h, a)), true_positions(batch.text_after_image()), 1)
+    out = model(batch, lambda i, h, a: seen.append((h, a)),
+                true_positions(batch.text_after_image()), 1)
     h, attention = seen[0]
     v_hat, degree = torch.zeros_like(out.image_embeds), torch.zeros(4, N)
     for b in (0, 1):
@@ -224,7 +234,8 @@ def test_basic_scales_words_where_the_family_scales_them():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_basics_gradient_stops_at_the_projectors_input_where_the_vision_tower_is_trained(stage):
-    """The paper: the two losses "only influence the gradients of the vision projector parameters"."""
+    """The paper: the two losses "only influence the gradients of the vision projector
+    parameters"."""
     batch, gradients = example(), []
     for unlocked in (False, True):
         model = frozen(stage, moca=True)
@@ -242,7 +253,8 @@ def test_basic_computes_only_what_is_switched_on(monkeypatch):
     import model as module
     calls = []
     plain = module.attention_to_image
-    monkeypatch.setattr(module, "attention_to_image", lambda *a, **k: calls.append(1) or plain(*a, **k))
+    monkeypatch.setattr(module, "attention_to_image", lambda *a, **k: calls.append(1)
+                        or plain(*a, **k))
     def names(**options):
         calls.clear()
         return [t.name for t in Objective(tiny(), cfg("basic", **options))(example())]
@@ -255,10 +267,11 @@ def test_basic_computes_only_what_is_switched_on(monkeypatch):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_which_parameters_each_term_trains(stage):
-    """BASIC's terms train the projector alone, also where the language model is trained. VISTA's and VDEP's go through
-    the layers; VISTA's meets word embeddings too."""
+    """BASIC's terms train the projector alone, also where the language model is trained. VISTA's
+    and VDEP's go through the layers; VISTA's meets word embeddings too."""
     llm = {"language_model"} if stage == "finetune" else set()
-    wanted = {"ce": {"multi_modal_projector", "moca"} | llm, "vdep": {"multi_modal_projector", "moca"},
+    wanted = {"ce": {"multi_modal_projector", "moca"} | llm,
+              "vdep": {"multi_modal_projector", "moca"},
               "vista": {"multi_modal_projector", "moca"} | llm, "das": {"multi_modal_projector"},
               "sds": {"multi_modal_projector"}}
     for loss in LOSSES:
@@ -308,7 +321,8 @@ class Waits(TorchDispatchMode):
         name = function.overloadpacket.__name__
         masks = name.startswith(("index", "_unsafe_index")) and any(
             isinstance(i, torch.Tensor) and i.dtype == torch.bool for i in arguments[1] or [])
-        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2"):
+        if masks or name in ("_local_scalar_dense", "nonzero", "masked_select", "equal",
+                             "_unique2"):
             self.count += 1
         return function(*arguments, **(options or {}))
 
@@ -316,7 +330,8 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_micro_batch_never_waits_for_the_device(loss, stage):
-    """Which positions are selected is found before the batch is moved. Each such operation would stop a GPU's queue."""
+    """Which positions are selected is found before the batch is moved. Each such operation would
+    stop a GPU's queue."""
     model = tiny(moca=True)
     with Waits() as waits:
         example().places
@@ -336,5 +351,6 @@ def test_losses_are_the_same_bit_for_bit_whether_places_are_known_or_found(loss)
         for known in (batch, batch.to("cpu")):
             terms = Objective(model, cfg(loss))(known)
             totals.append(torch.stack([term.total for term in terms]))
-            gradients.append(torch.autograd.grad(totals[-1].sum(), model.multi_modal_projector.parameters()))
+            gradients.append(torch.autograd.grad(totals[-1].sum(),
+                                                 model.multi_modal_projector.parameters()))
         assert torch.equal(*totals) and all(torch.equal(a, b) for a, b in zip(*gradients))

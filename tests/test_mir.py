@@ -41,7 +41,8 @@ def definition(x, y):
     """Eq. (3) with the matrix square root from the eigenvalues of the product."""
     covariances = [torch.cov(t.T) for t in (x, y)]
     root = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp(min=0).sqrt().sum()
-    return ((x.mean(0) - y.mean(0)).pow(2).sum() + covariances[0].trace() + covariances[1].trace() - 2 * root).item()
+    return ((x.mean(0) - y.mean(0)).pow(2).sum() + covariances[0].trace()
+            + covariances[1].trace() - 2 * root).item()
 
 
 @pytest.mark.parametrize("n, m", [(200, 150), (5, 150), (6, 4), (2, 2)])
@@ -100,7 +101,8 @@ def test_the_rate_is_the_logarithm_of_the_sum_over_layers_at_the_scale_of_the_te
     assert rate == pytest.approx(math.log10(sum(each)))
     for (v, t), distance in zip(layers, each):
         alpha = 1 / t.norm(dim=1).mean()
-        wanted = definition(replace_outliers(alpha * v, "median"), replace_outliers(alpha * t, "median"))
+        wanted = definition(replace_outliers(alpha * v, "median"),
+                            replace_outliers(alpha * t, "median"))
         assert distance == pytest.approx(wanted, rel=1e-8)
     assert modality_integration_rate([(5 * v, 5 * t) for v, t in layers])[0] == pytest.approx(rate)
     assert modality_integration_rate([(5 * v, t) for v, t in layers])[0] > rate
@@ -114,7 +116,7 @@ def test_too_few_or_broken_tokens_are_refused_by_layer(spoil):
         modality_integration_rate(layers)
 
 
-# ------------------------------------------------------------------------------------------------ against stored values
+# ---------------------------------------------------------------------------- against stored values
 def recipe(seed, n, d, rank=None, decay=0, massive=1, dtype="float64"):
     """The tokens of make_mir_fixtures.py, in their dtype."""
     rng = np.random.default_rng(seed)
@@ -133,13 +135,15 @@ def test_it_is_what_scipy_and_60_digits_give_whatever_the_rank_and_precision(cas
     value, sqrtm = case.pop("value"), case.pop("sqrtm")
     x, y = recipe(a, n, **case), recipe(b, m, **case)
     assert frechet_distance(x, y) == pytest.approx(sqrtm, rel=1e-6)
-    tolerance = 1e-7 if name == "float32, rank 3" else 1e-11        # there the rounding of the input has a spread too
+    # there the rounding of the input has a spread too
+    tolerance = 1e-7 if name == "float32, rank 3" else 1e-11
     assert frechet_distance(x, y) == pytest.approx(value, rel=tolerance), "where Σ is singular sqrtm is off by 1e-8"
     assert frechet_distance(y, x) == pytest.approx(value, rel=tolerance)
 
 
 def test_directions_that_hold_only_rounding_add_nothing():
-    """40 tokens in 300 dimensions: the eigenvalues that are rounding, 1e-16 each, would count with their root, 1e-8."""
+    """40 tokens in 300 dimensions: the eigenvalues that are rounding, 1e-16 each, would count with
+    their root, 1e-8."""
     x, y = tokens(40, 300, 0), tokens(40, 300, 1)
     a, b = ((t - t.mean(0)) / 39 ** 0.5 for t in (x, y))
     root = torch.linalg.svdvals(torch.linalg.qr(a).R @ torch.linalg.qr(b).R.T).sum()
@@ -148,7 +152,8 @@ def test_directions_that_hold_only_rounding_add_nothing():
 
 
 def test_small_directions_count_beside_a_massive_one():
-    """As in language models, whose hidden states are thousands of times larger in a few dimensions."""
+    """As in language models, whose hidden states are thousands of times larger in a few
+    dimensions."""
     scale = torch.ones(20, dtype=torch.float64)
     scale[0] = 1e5
     x = tokens(200, 20, 0)
@@ -162,19 +167,22 @@ def test_small_directions_count_beside_a_massive_one():
 def test_tokens_that_are_all_the_same_have_no_spread():
     x = tokens(50, 8, 0)
     same = torch.ones(9, 8)
-    assert frechet_distance(same, x) == pytest.approx((1 - x.mean(0)).pow(2).sum() + torch.cov(x.T).trace())
+    assert frechet_distance(same, x) == pytest.approx((1 - x.mean(0)).pow(2).sum()
+                                                      + torch.cov(x.T).trace())
     assert frechet_distance(same, same) == 0
 
 
-# ------------------------------------------------------------------------------------------------ whatever the spectrum
+# ---------------------------------------------------------------------------- whatever the spectrum
 def turned(n, d, seed, scales):
     """(n,d) float64: independent dimensions of these scales, rotated."""
     turn = torch.linalg.qr(tokens(d, d, seed + 100)).Q
     return tokens(n, d, seed) * scales @ turn
 
 
-SPECTRA = {"mild": torch.arange(1, 201).double() ** -0.5, "1e-2": torch.logspace(0, -2, 200, dtype=torch.float64),
-           "1e-5": torch.logspace(0, -5, 200, dtype=torch.float64), "half": (torch.arange(200) < 100).double(),
+SPECTRA = {"mild": torch.arange(1, 201).double() ** -0.5,
+           "1e-2": torch.logspace(0, -2, 200, dtype=torch.float64),
+           "1e-5": torch.logspace(0, -5, 200, dtype=torch.float64),
+           "half": (torch.arange(200) < 100).double(),
            "massive": torch.where(torch.arange(200) == 7, 1e3, 1.0).double()}
 
 
@@ -191,7 +199,8 @@ def test_no_spectrum_needs_the_slow_route_nor_loses_digits(name, aligned, monkey
     assert frechet_distance(x, y) == pytest.approx(wanted, rel=1e-9)
 
 
-@pytest.mark.parametrize("name, doubled", [("mild", False), ("1e-2", False), ("1e-5", True), ("half", True),
+@pytest.mark.parametrize("name, doubled",
+                         [("mild", False), ("1e-2", False), ("1e-5", True), ("half", True),
                                            ("massive", True), ("alike", True)])
 def test_products_are_in_float32_only_where_that_costs_no_digit_of_the_seventh(name, doubled, monkeypatch):
     """massive and alike: the distance is a small difference of large traces."""
@@ -205,8 +214,10 @@ def test_products_are_in_float32_only_where_that_costs_no_digit_of_the_seventh(n
     x, y = x.float(), y.float()
     used = []
     gram = mir.gram
-    monkeypatch.setattr(mir, "gram", lambda x, *rest: used.append((len(x), *rest[1:])) or gram(x, *rest))
-    assert frechet_distance(x, y) == pytest.approx(by_factors_of_tokens(x.double(), y.double()), rel=1e-7)
+    monkeypatch.setattr(mir, "gram", lambda x, *rest: used.append((len(x), *rest[1:]))
+                        or gram(x, *rest))
+    assert frechet_distance(x, y) == pytest.approx(by_factors_of_tokens(x.double(), y.double()),
+                                                   rel=1e-7)
     assert ((1100, torch.float64) in used) == doubled, used
 
 
@@ -214,15 +225,18 @@ def by_factors_of_tokens(x, y):
     """The distance from the R of the tokens' QR factors: no covariance is formed."""
     a, b = ((t - t.mean(0)) / (len(t) - 1) ** 0.5 for t in (x, y))
     root = torch.linalg.svdvals(torch.linalg.qr(a).R @ torch.linalg.qr(b).R.T).sum()
-    return ((x.mean(0) - y.mean(0)).pow(2).sum() + a.pow(2).sum() + b.pow(2).sum() - 2 * root).item()
+    return ((x.mean(0) - y.mean(0)).pow(2).sum() + a.pow(2).sum()
+            + b.pow(2).sum() - 2 * root).item()
 
 
 def test_where_squaring_would_lose_digits_singular_values_are_computed_as_such():
-    """Two subspaces at angles whose cosines span 1 to 1e-9: a spectrum that pivoting does not order."""
+    """Two subspaces at angles whose cosines span 1 to 1e-9: a spectrum that pivoting does not
+    order."""
     turn, (left, right) = torch.linalg.qr(tokens(80, 80, 0)).Q, (torch.linalg.qr(tokens(40, 40, s)).Q for s in (1, 2))
     cosine = torch.logspace(0, -9, 40, dtype=torch.float64)
     zeros = torch.zeros(40, 40, dtype=torch.float64)
-    first = torch.cat([left, zeros], dim=1) @ turn                              # (40,80), orthonormal rows
+    # (40,80), orthonormal rows
+    first = torch.cat([left, zeros], dim=1) @ turn
     second = torch.cat([right * cosine, right * (1 - cosine ** 2).sqrt()], dim=1) @ turn
     assert root_trace(first.T @ first, second.T @ second).item() == pytest.approx(cosine.sum().item(), rel=1e-12)
 
@@ -230,18 +244,21 @@ def test_where_squaring_would_lose_digits_singular_values_are_computed_as_such()
 def test_the_factor_has_a_column_for_every_direction_with_variance():
     x = turned(500, 60, 0, torch.logspace(0, -4, 60, dtype=torch.float64))
     x[:, 7] = x[:, 3]                                                           # a dimension twice
-    x[:, 9] = 4.0                                                               # and one that is constant
+    # and one that is constant
+    x[:, 9] = 4.0
     covariance = torch.cov(x.T)
     L = factor(covariance, panel=16)
     assert L.shape == (60, 58)
-    assert torch.allclose(L @ L.T, covariance, rtol=0, atol=1e-14 * covariance.diagonal().max().item())
+    assert torch.allclose(L @ L.T, covariance, rtol=0,
+                          atol=1e-14 * covariance.diagonal().max().item())
     assert factor(torch.zeros(5, 5, dtype=torch.float64)).shape == (5, 0)
 
 
-# ------------------------------------------------------------------------------------------------ the other modes
+# ---------------------------------------------------------------------------------- the other modes
 def published(vision, text):
-    """The distance of one layer as the released script computes it, written from its description: everything in
-    float32; the text's scale; outliers replaced; covariances; five rounds of two inversions for the root."""
+    """The distance of one layer as the released script computes it, written from its description:
+    everything in float32; the text's scale; outliers replaced; covariances; five rounds of two
+    inversions for the root."""
     vision, text = vision.float(), text.float()
     scale = 1 / torch.stack([row.norm() for row in text]).mean()
     means, covariances = [], []
@@ -273,7 +290,8 @@ def test_released_is_the_published_arithmetic_which_is_no_distance():
 
 
 def test_released_is_literal_also_where_it_drifts_from_its_fixed_point():
-    """A covariance of condition 1e3 and thus A of 1e6: without rounding the rounds would end at Tr Σ_v Σ_t."""
+    """A covariance of condition 1e3 and thus A of 1e6: without rounding the rounds would end at Tr
+    Σ_v Σ_t."""
     scales = torch.logspace(0, -1.5, 40, dtype=torch.float64)
     turn = torch.linalg.qr(tokens(40, 40, 0)).Q
     covariance = turn * scales ** 2 @ turn.T
@@ -296,7 +314,8 @@ def test_newton_schulz_converges_to_the_root_and_reports_what_is_left():
     assert residual < 1e-13 and torch.allclose(root @ root, a, rtol=1e-10)
     early, left = newton_schulz(a, steps=4)
     assert left == pytest.approx(((early @ early - a).norm() / a.norm()).item(), rel=1e-9) and left > 1e-3
-    few = tokens(6, 12, 2), tokens(7, 12, 3)                        # A is singular: its inverse root does not exist
+    # A is singular: its inverse root does not exist
+    few = tokens(6, 12, 2), tokens(7, 12, 3)
     assert frechet_distance(*few, "newton-schulz") == pytest.approx(frechet_distance(*few), rel=1e-6)
 
 
@@ -314,7 +333,7 @@ def test_without_normalisation_a_layer_weighs_as_much_as_its_scale_squared():
     assert modality_integration_rate(layers)[1] == pytest.approx([d * a ** 2 for d, a in zip(plain, alpha)])
 
 
-# ------------------------------------------------------------------------------------------------ keeping no tokens
+# -------------------------------------------------------------------------------- keeping no tokens
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2, 99, 100])
 def test_the_median_is_found_byte_by_byte(dtype, n):
@@ -337,9 +356,10 @@ def test_the_median_is_found_byte_by_byte(dtype, n):
 def a_model(dtype=torch.float64) -> Llava:
     """Random weights; some words have long embeddings, so that every layer has outliers."""
     torch.manual_seed(0)
-    vision = VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, image_size=8,
-                          patch_size=4)
-    llm = DecoderConfig(vocab_size=40, hidden_size=12, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2)
+    vision = VisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                          num_attention_heads=2, image_size=8, patch_size=4)
+    llm = DecoderConfig(vocab_size=40, hidden_size=12, intermediate_size=16, num_hidden_layers=3,
+                        num_attention_heads=2)
     model = Llava(ViT(vision), Projector(8, 12), Decoder(llm))
     for p in model.parameters():
         p.data = 0.3 * torch.randn(p.shape) if p.dim() > 1 else 1 + 0.1 * torch.randn(p.shape)
@@ -377,7 +397,8 @@ def kept(model, batches, depth=3):
     layers = [([], []) for _ in range(depth)]
     with torch.no_grad():
         for batch in batches:
-            visit(model, batch, lambda k, v, t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
+            visit(model, batch, lambda k, v,
+                  t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
     return [(torch.cat(v), torch.cat(t)) for v, t in layers]
 
 
@@ -392,7 +413,8 @@ def test_streaming_equals_everything_in_memory(dtype, words, outliers):
         for normalise in (True, False):
             wanted = modality_integration_rate(layers, mode, outliers, normalise)
             got = measure(model, batches, mode, outliers, normalise)
-            assert got["layers"] == pytest.approx(wanted[1], rel=1e-6 if mode == "newton-schulz" else 1e-9)
+            assert got["layers"] == pytest.approx(wanted[1],
+                                                  rel=1e-6 if mode == "newton-schulz" else 1e-9)
             assert got["mir"] == pytest.approx(wanted[0], rel=1e-9)
 
 
@@ -448,8 +470,10 @@ def test_measuring_leaves_a_model_in_training_as_it_was():
     measure(model, batches)
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state), "the random state moved: the next draw of training would differ"
-    assert all(torch.equal(p, before[n][0]) and torch.equal(p.grad, before[n][1]) for n, p in model.named_parameters())
-    model(batches[0]).hidden_states.sum().backward()                # nothing left behind is in its way
+    assert all(torch.equal(p, before[n][0])
+               and torch.equal(p.grad, before[n][1]) for n, p in model.named_parameters())
+    # nothing left behind is in its way
+    model(batches[0]).hidden_states.sum().backward()
 
 
 def test_a_broken_layer_is_named_also_when_streaming():
@@ -459,7 +483,7 @@ def test_a_broken_layer_is_named_also_when_streaming():
         measure(model, some_batches())
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 @pytest.fixture(scope="module")
 def checkpoint(small_world, tmp_path_factory):
     """A run of 4 steps with a measurement every 2, and its data beside it, as the toy has it."""
@@ -470,21 +494,24 @@ def checkpoint(small_world, tmp_path_factory):
 
 
 def train(small_world, out, *more, ranks=1):
-    arguments = ["train.py", "--stage", "finetune", "--data", small_world / "finetune.json", "--images",
-                 small_world / "images", "--out", out, "--global-batch", "16", "--lr", "5e-4", "--max-steps", "4",
-                 "--workers", "0", "--dtype", "float32", "--projector", "random", *more]
+    arguments = ["train.py", "--stage", "finetune", "--data", small_world / "finetune.json",
+                 "--images", small_world / "images", "--out", out, "--global-batch", "16", "--lr",
+                 "5e-4", "--max-steps", "4", "--workers", "0", "--dtype", "float32", "--projector",
+                 "random", *more]
     return call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
 
 
 def lines_of(out, kind=None):
     drop = ("tokens_per_s", "peak_gib")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in drop} for line in lines if line.get("kind") == kind]
+    return [{k: v for k, v in line.items() if k not in drop}
+            for line in lines if line.get("kind") == kind]
 
 
 def run_mir(checkpoint, *more, ranks=1):
     out = checkpoint.parent / "mir.json"
-    arguments = ["mir.py", "--ckpt", checkpoint, "--device", "cpu", "--out", out, "--overwrite", *more]
+    arguments = ["mir.py", "--ckpt", checkpoint, "--device", "cpu", "--out", out, "--overwrite",
+                 *more]
     done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
     return json.loads(out.read_text()), done.stdout
@@ -496,7 +523,8 @@ def test_measuring_every_n_steps_changes_no_loss_and_is_what_the_command_measure
     assert lines_of(tmp_path / "run") == lines_of(checkpoint), "a step differs from that of a run without --mir-every"
     first, last = lines_of(checkpoint, "mir")
     assert (first["stage"], first["step"], last["step"]) == ("finetune", 2, 4) and len(last["layers"]) == 4
-    result, printed = run_mir(checkpoint)                           # the same 36 pairs, of the checkpoint of step 4
+    # the same 36 pairs, of the checkpoint of step 4
+    result, printed = run_mir(checkpoint)
     assert result["mir"] == pytest.approx(last["mir"], rel=1e-6)
     assert result["answer_ce"] == pytest.approx(last["answer_ce"], rel=1e-6)
     bars = [line for line in printed.splitlines() if line.startswith("layer")]
@@ -517,7 +545,8 @@ def test_on_a_checkpoint_exact_is_the_accurate_mode_and_released_the_fast_one(ch
     accurate = []
     for vision, text in layers:
         alpha = 1 / text.double().norm(dim=1).mean()
-        accurate.append(definition(*(replace_outliers(alpha * f.double(), "median") for f in (vision, text))))
+        accurate.append(definition(*(replace_outliers(alpha * f.double(), "median")
+                                     for f in (vision, text))))
     assert measure(model, batches)["layers"] == pytest.approx(accurate, rel=1e-6)
     fast = [published(vision, text) for vision, text in layers]
     assert measure(model, batches, "released")["layers"] == pytest.approx(fast, rel=1e-4)
@@ -545,7 +574,8 @@ def test_inputs_as_released_are_images_as_trained_uncut_text_and_the_newline(che
 
     def text_of(batch):
         ids = batch.input_ids[0][batch.attention_mask[0] & ~batch.image_mask[0]]
-        return batch.image_mask[0].sum(), "".join(load_tokenizer(folder).id_to_token(i) for i in ids.tolist())
+        return batch.image_mask[0].sum(), "".join(load_tokenizer(folder).id_to_token(i)
+                                                  for i in ids.tolist())
     ours, theirs = (pair_batches(folder, pairs, images, as_released=r) for r in (False, True))
     ours.samples.format = replace(ours.samples.format, max_length=200)
     (_, cut), (n, whole) = text_of(ours[0]), text_of(theirs[0])
@@ -565,11 +595,14 @@ def test_inputs_as_released_are_images_as_trained_uncut_text_and_the_newline(che
 
 
 def test_two_ranks_measure_what_one_does(small_world, checkpoint, tmp_path):
-    wanted = run_mir(checkpoint, "-n", 36, "--batch-size", 8)[0]    # 5 batches: one rank has one more
+    # 5 batches: one rank has one more
+    wanted = run_mir(checkpoint, "-n", 36, "--batch-size", 8)[0]
     got = run_mir(checkpoint, "-n", 36, "--batch-size", 8, ranks=2)[0]
-    for key in ("mir", "layers", "V_norm", "V_var", "text_norm", "h_norm", "answer_ce", "perplexity"):
+    for key in ("mir", "layers", "V_norm", "V_var", "text_norm", "h_norm", "answer_ce",
+                "perplexity"):
         assert got[key] == pytest.approx(wanted[key], rel=1e-9), key
-    done = train(small_world, tmp_path / "run", "--mir-every", 2, "--mir-data", small_world / "val.jsonl", ranks=2)
+    done = train(small_world, tmp_path / "run", "--mir-every", 2, "--mir-data",
+                 small_world / "val.jsonl", ranks=2)
     assert done.returncode == 0, done.stderr
     for a, b in zip(lines_of(checkpoint, "mir"), lines_of(tmp_path / "run", "mir"), strict=True):
         assert a["mir"] == pytest.approx(b["mir"], rel=1e-4) and a["step"] == b["step"]
@@ -599,7 +632,8 @@ def test_images_and_texts_are_paired_by_the_seed_alone(small_world, stories):
     texts = [s["conversations"][1]["value"] for s in samples]
     assert sorted(texts) == [f"There is a red circle number {i}." for i in range(8)], "cut before @highlight, once each"
     assert mix_pairs(images, stories, 8, seed=1)[0] == samples != mix_pairs(images, stories, 8, seed=2)[0]
-    drawn = [{s["conversations"][1]["value"] for s in mix_pairs(images, stories, 4, seed)[0]} for seed in (1, 2)]
+    drawn = [{s["conversations"][1]["value"] for s in mix_pairs(images, stories, 4, seed)[0]}
+             for seed in (1, 2)]
     assert drawn[0] != drawn[1], "texts are drawn too, not only images"
     by_json, root = mix_pairs(small_world / "pretrain.json", stories, 3, seed=1)
     assert root == images and all((root / s["image"]).is_file() for s in by_json)
@@ -637,32 +671,42 @@ def test_a_released_layout_is_measured_as_our_own(checkpoint, small_world, tmp_p
 def test_a_batch_is_prepared_when_it_is_asked_for(checkpoint, small_world):
     folder = next(checkpoint.glob("finetune-*"))
     images = small_world / "images"
-    batches = pair_batches(folder, read_pairs(small_world / "val.jsonl", images, 30), images, batch_size=8)
+    batches = pair_batches(folder, read_pairs(small_world / "val.jsonl", images, 30), images,
+                           batch_size=8)
     assert len(batches) == 4 and [len(b.input_ids) for b in batches] == [8, 8, 8, 6]
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("-n 1", ["--n must be 2 or more", "a covariance needs 2"]), ("--batch-size 0", ["--batch-size must be 1 or more"]),
+    ("-n 1", ["--n must be 2 or more", "a covariance needs 2"]),
+    ("--batch-size 0", ["--batch-size must be 1 or more"]),
     ("--texts {stories}", ["--texts is paired with --images"]),
     ("--texts {stories} --images absent", ["absent does not exist"]),
     ("--texts {stories} --images {images} -n 9", ["stories has 8 texts that are not empty; -n 9"]),
     ("--texts {texts} --images {images}", ["texts.jsonl, entry 1 is no text"]),
-    ("--texts {stories} --images {elsewhere}", ["names x.png, which is neither in", "give the folder of the images"]),
-    ("--data absent.jsonl", ["absent.jsonl does not exist"]), ("--data {texts}", ["line 1 lacks a text"]),
-    ("--out absent/mir.json", ["there is no folder absent"]), ("--mode fast", ["invalid choice: 'fast'"]),
+    ("--texts {stories} --images {elsewhere}",
+     ["names x.png, which is neither in", "give the folder of the images"]),
+    ("--data absent.jsonl", ["absent.jsonl does not exist"]),
+    ("--data {texts}", ["line 1 lacks a text"]),
+    ("--out absent/mir.json", ["there is no folder absent"]),
+    ("--mode fast", ["invalid choice: 'fast'"]),
 ])
-def test_what_cannot_be_measured_is_one_line(arguments, says, checkpoint, small_world, stories, tmp_path):
+def test_what_cannot_be_measured_is_one_line(arguments, says, checkpoint, small_world, stories,
+                                             tmp_path):
     (tmp_path / "texts.jsonl").write_text('{"words": "one"}\n')
     (tmp_path / "elsewhere.json").write_text('[{"image": "x.png"}]')
-    places = {"stories": stories, "images": small_world / "images", "texts": tmp_path / "texts.jsonl",
-              "elsewhere": tmp_path / "elsewhere.json"}
-    refuses(call("mir.py", "--ckpt", checkpoint, *(a.format(**places) for a in arguments.split())), *says)
+    places = {"stories": stories, "images": small_world / "images",
+              "texts": tmp_path / "texts.jsonl", "elsewhere": tmp_path / "elsewhere.json"}
+    refuses(call("mir.py", "--ckpt", checkpoint, *(a.format(**places) for a in arguments.split())),
+            *says)
 
 
 def test_training_says_what_mir_every_needs(small_world, tmp_path):
-    refuses(train(small_world, tmp_path / "run", "--mir-every", 2), "--mir-every N and --mir-data FILE go together")
+    refuses(train(small_world, tmp_path / "run", "--mir-every", 2),
+            "--mir-every N and --mir-data FILE go together")
     refuses(train(small_world, tmp_path / "run", "--mir-data", small_world / "val.jsonl"),
             "--mir-every N and --mir-data FILE go together")
-    refuses(train(small_world, tmp_path / "run", "--mir-data", "x", "--mir-every", 2), "--mir-data x does not exist")
-    refuses(train(small_world, tmp_path / "run", "--mir-every", 0), "--mir-every must be more than 0")
+    refuses(train(small_world, tmp_path / "run", "--mir-data", "x", "--mir-every", 2),
+            "--mir-data x does not exist")
+    refuses(train(small_world, tmp_path / "run", "--mir-every", 0),
+            "--mir-every must be more than 0")
     assert not (tmp_path / "run").exists()

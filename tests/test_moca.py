@@ -65,14 +65,16 @@ def test_every_layer_has_a_map_of_its_own(layer):
 
 
 def kept_bytes(model, batch) -> int:
-    """Bytes that a forward keeps for its backward, each storage counted once; weights are not counted."""
+    """Bytes that a forward keeps for its backward, each storage counted once; weights are not
+    counted."""
     weights_kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def keep(t):
         storage = t.untyped_storage()
         if storage.data_ptr() not in weights_kept:
-            kept[storage.data_ptr()] = storage               # held, so that no address is used twice
+            # held, so that no address is used twice
+            kept[storage.data_ptr()] = storage
         return t
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         total = model(batch).before_norm.sum()
@@ -99,15 +101,19 @@ def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
     model = calibrated()
     ids, masks, pixels = prompts(LENGTHS[:4])
     answers = generate(model, ids, pixels.float(), 8, masks)
-    assert answers == [without_cache(model, i, m, p.float(), 8)[0] for i, m, p in zip(ids, masks, pixels)]
+    assert answers == [without_cache(model, i, m, p.float(), 8)[0]
+                       for i, m, p in zip(ids, masks, pixels)]
     assert answers != generate(tiny(torch.float32), ids, pixels.float(), 8, masks)
 
 
 def test_released_moca_checkpoints_load_with_their_maps(tower, whole, tmp_path):  # noqa: F811
-    """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in config.json."""
-    maps = {f"model.layers.{n}.modality_layernorm.{p}": torch.randn(16) for n in range(2) for p in ("scale", "shift")}
+    """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in
+    config.json."""
+    maps = {f"model.layers.{n}.modality_layernorm.{p}": torch.randn(16) for n in range(2)
+            for p in ("scale", "shift")}
     tensors = {**renamed(tensors_of("llava"), *L, (r"vision_tower\.", None)), **maps}
-    model = load_model(store(tmp_path / "moca", {**liuhaotian(), "use_moca": True}, tensors, "bin"), vision=tower)
+    model = load_model(store(tmp_path / "moca", {**liuhaotian(), "use_moca": True}, tensors, "bin"),
+                       vision=tower)
     for n, layer in enumerate(model.language_model.moca):
         assert torch.equal(layer.u, maps[f"model.layers.{n}.modality_layernorm.scale"])
         assert torch.equal(layer.v, maps[f"model.layers.{n}.modality_layernorm.shift"])

@@ -114,10 +114,11 @@ def test_the_attention_map_is_the_softmax_over_all_visible_keys_averaged_over_he
     batch = batch_of(*prompts([9, 12, 7], without_image=[2]))
     rows = batch.attention_mask & ~batch.image_mask & (batch.image_mask.cumsum(1) > 0)
     seen = {}
-    model(batch, lambda i, h, attention: seen.update({i: (h, attention)}), attention_from=true_positions(rows))
+    model(batch, lambda i, h, attention: seen.update({i: (h, attention)}),
+          attention_from=true_positions(rows))
     assert sorted(seen) == [1, 2, 3]
-    h = model.merge(model.language_model.model["embed_tokens"](batch.input_ids), model.embed_images(batch.pixel_values),
-                    batch.image_mask)
+    h = model.merge(model.language_model.model["embed_tokens"](batch.input_ids),
+                    model.embed_images(batch.pixel_values), batch.image_mask)
     B, T = batch.input_ids.shape
     rope = rotary(torch.arange(T), 6, 10000.0, torch.float64)
     for i, layer in enumerate(model.language_model.model["layers"], 1):
@@ -131,7 +132,8 @@ def test_the_attention_map_is_the_softmax_over_all_visible_keys_averaged_over_he
         assert not states.requires_grad and not attention.requires_grad
         assert attention.shape == (B, rows.sum(1).max(), N)
         for b in range(B):
-            wanted = full[b][rows[b]][:, batch.image_mask[b]]                   # (M,N); no column without an image
+            # (M,N); no column without an image
+            wanted = full[b][rows[b]][:, batch.image_mask[b]]
             m, n = wanted.shape
             torch.testing.assert_close(attention[b, :m, :n].double(), wanted, atol=1e-6, rtol=0)
             assert (attention[b, m:] == 0).all() and (attention[b, :, n:] == 0).all()
@@ -151,7 +153,8 @@ def test_checkpointing_changes_no_value_and_no_gradient_and_watch_sees_each_laye
         out = model(batch, lambda i, h, attention, seen=seen: seen.append(i), attention_from=rows)
         out.hidden_states.pow(2).sum().backward()
         assert seen == [1, 2, 3]
-        gradients = [p.grad.clone() for p in model.language_model.parameters() if p.grad is not None]
+        gradients = [p.grad.clone()
+                     for p in model.language_model.parameters() if p.grad is not None]
         results.append([out.hidden_states, *gradients])
     assert len(results[0]) == len(results[1]) > 20
     for a, *others in zip(*results):
@@ -169,7 +172,7 @@ def test_a_tied_head_is_the_embedding():
     assert model.language_model.lm_head.weight is model.language_model.model["embed_tokens"].weight
 
 
-# ------------------------------------------------------------------------------------------------ generation
+# --------------------------------------------------------------------------------------- generation
 def without_cache(model, ids, mask, pixels, new):
     """Decode greedily with a full forward pass for every token. Returns (answer, logits)."""
     answer, logits = [], []
@@ -212,7 +215,8 @@ def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeyp
     ids, masks, pixels = prompts(LENGTHS[:3])
     seen = []
     head = model.language_model.lm_head
-    monkeypatch.setattr(head, "forward", lambda h: seen.append(F.linear(h, head.weight)) or seen[-1])
+    monkeypatch.setattr(head, "forward", lambda h: seen.append(F.linear(h, head.weight))
+                        or seen[-1])
     answers = generate(model, ids, pixels.float(), 8, masks)
     decoded = torch.stack(seen, dim=1)                                          # (B,new,V)
     for b, answer in enumerate(answers):
@@ -220,7 +224,8 @@ def test_one_forward_over_prompt_and_answer_gives_the_logits_of_decoding(monkeyp
         mask = F.pad(masks[b], (0, len(answer)))
         with torch.no_grad():
             h = model(batch_of([whole], [mask], pixels[b:b + 1].float())).hidden_states[0]
-        torch.testing.assert_close(decoded[b], F.linear(h[len(ids[b]) - 1:-1], head.weight), atol=1e-5, rtol=0)
+        torch.testing.assert_close(decoded[b], F.linear(h[len(ids[b]) - 1:-1], head.weight),
+                                   atol=1e-5, rtol=0)
 
 
 def test_an_answer_ends_before_its_end_token():

@@ -26,8 +26,8 @@ def two_a_node() -> None:
     pytest.param(4, 2, ["--loss", "basic", "--moca"], marks=pytest.mark.slow)])
 def test_a_sharded_model_trains_as_one_process_does(small_world, tmp_path, ranks, micro, flags):
     assert call(*command(small_world, tmp_path / "one"), *flags[:3]).returncode == 0
-    done = launch(*command(small_world, tmp_path / "cut", **{"micro-batch": micro}), *flags, ranks=ranks,
-                  set_up=two_a_node)
+    done = launch(*command(small_world, tmp_path / "cut", **{"micro-batch": micro}), *flags,
+                  ranks=ranks, set_up=two_a_node)
     assert done.returncode == 0, done.stderr
     assert ("sharded within a node" in done.stdout) == ("hsdp" in flags), done.stdout
     assert "parameters trained, sharded" in done.stdout, "stage 2 on several ranks is not sharded by default"
@@ -37,7 +37,8 @@ def test_a_sharded_model_trains_as_one_process_does(small_world, tmp_path, ranks
     assert worst < 1e-5, f"the losses differ by {worst}: is the gradient averaged once, clipped by all ranks' norm?"
     norms = []
     for run in ("one", "cut"):
-        norms.append([json.loads(line)["grad_norm"] for line in (tmp_path / run / "metrics.jsonl").open()])
+        norms.append([json.loads(line)["grad_norm"]
+                      for line in (tmp_path / run / "metrics.jsonl").open()])
     assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(*norms)), "clipping would differ"
 
 
@@ -72,7 +73,8 @@ def test_a_run_continues_on_another_number_of_ranks_and_with_another_sharding(sm
         shutil.rmtree(out / "finetune-6")
         done = launch(*words, "--resume", "--parallel", way, ranks=ranks)
         assert done.returncode == 0, done.stderr
-        worst = max(abs(a - b) for a, b in zip(losses_of(tmp_path / "one", "finetune"), losses_of(out, "finetune")))
+        worst = max(abs(a - b) for a, b in zip(losses_of(tmp_path / "one", "finetune"),
+                                               losses_of(out, "finetune")))
         assert worst < 1e-5 and len(losses_of(out, "finetune")) == 6, f"{way} on {ranks}: other samples, or other state"
 
 
@@ -120,10 +122,12 @@ def test_a_large_checkpoint_is_split_into_files_that_read_as_one(tmp_path):
 
 
 def test_a_file_written_tensor_by_tensor_has_the_bytes_of_the_library(tmp_path):
-    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(), "é": torch.randn(()).double(),
-               "c": torch.zeros(3, 0), "t": torch.randn(4, 6).T, "one": torch.randn(1)}
+    tensors = {"b": torch.randn(3, 5), "a": torch.randn(7).bfloat16(),
+               "é": torch.randn(()).double(), "c": torch.zeros(3, 0), "t": torch.randn(4, 6).T,
+               "one": torch.randn(1)}
     write_tensors(tmp_path / "ours", tensors)
-    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file({k: t.contiguous() for k, t in tensors.items()}, tmp_path / "theirs",
+              metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     write_tensors(tmp_path / "half", tensors, torch.float16)
     assert same(load_file(tmp_path / "half"), {k: t.half() for k, t in tensors.items()})

@@ -29,7 +29,8 @@ def test_stage_1_recomputes_nothing_on_40_gib_and_80_gib():
 
 
 def test_stage_2_recomputes_as_few_layers_as_the_card_asks():
-    layers = [fitted("finetune", card, 832).gradient_checkpointing for card in ("a100-40", "a100-80", "h200")]
+    layers = [fitted("finetune", card, 832).gradient_checkpointing
+              for card in ("a100-40", "a100-80", "h200")]
     assert 32 > layers[0] > layers[1] > layers[2] == 0
     tight = fitted("finetune", "a100-80", 832)
     cfg, _, model = stage("finetune")
@@ -40,7 +41,8 @@ def test_stage_2_recomputes_as_few_layers_as_the_card_asks():
 def test_flags_are_kept_and_what_cannot_fit_is_refused():
     assert fitted("finetune", "h200", 832, micro_batch=2, gradient_checkpointing=32).gradient_checkpointing == 32
     assert fitted("finetune", "h200", 832, micro_batch=2).micro_batch == 2
-    with pytest.raises(UserError, match="needs 5. GiB on each of 4 GPUs with micro-batch 1 and 40 of 40 layers"):
+    with pytest.raises(UserError, match="needs 5. GiB on each of 4 GPUs with micro-batch 1 and 40 "
+                                        "of 40 layers"):
         fitted("finetune", "a100-40", 2048, "13b", ranks=4)
 
 
@@ -50,7 +52,8 @@ def test_without_a_gpu_the_recipe_stays():
     assert (chosen.micro_batch, chosen.gradient_checkpointing) == (16, 32)
 
 
-@pytest.mark.parametrize("wanted, name, shape, flags", [        # GiB, of `python -m bench.memory --track`
+@pytest.mark.parametrize("wanted, name, shape, flags",
+                         [  # GiB, of `python -m bench.memory --track`
     (19.14, "finetune", "7b", {"micro_batch": 16, "gradient_checkpointing": 32}),
     (30.94, "finetune", "7b", {"micro_batch": 4, "gradient_checkpointing": 0}),
     (33.04, "pretrain", "7b", {"micro_batch": 8, "gradient_checkpointing": 0}),
@@ -73,8 +76,8 @@ def test_operations_are_those_of_the_matrix_products():
 
 def test_plan_prints_two_lines_a_stage_and_starts_nothing(small_world, tmp_path):
     done = call("train.py", "--plan", "--stage", "finetune", "--projector", "random", "--data",
-                small_world / "finetune.json", "--images", small_world / "images", "--out", tmp_path / "out", "--card",
-                "h100", "--cards", "8")
+                small_world / "finetune.json", "--images", small_world / "images", "--out",
+                tmp_path / "out", "--card", "h100", "--cards", "8")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     samples = len(json.loads((small_world / "finetune.json").read_text()))

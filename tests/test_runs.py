@@ -11,7 +11,9 @@ from runs import compare
 from training.settings import TrainConfig
 
 RECIPES = sorted((ROOT / "runs").glob("*.sh"))
-BENCHES = sorted(path.stem for path in (ROOT / "bench").glob("*.py") if path.stem not in ("__init__", "common"))
+BENCHES = sorted(path.stem
+                 for path in (ROOT / "bench").glob("*.py")
+                 if path.stem not in ("__init__", "common"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -37,11 +39,13 @@ def results(mean: float) -> dict:
     categories = {"colour": mean, "adversarial": mean, "mean": mean}
     stage = {"ce": 0.5, "mir": 1.0, "V_norm": 80.0, "V_var": 6000.0, "h_norm": 12.0}
     return {"stages": {"pretrain": stage, "finetune": stage}, "mir": {"pretrain": 1.0},
-            "accuracy": {"test": categories, "composition": categories}, "shuffled": {"test": categories}}
+            "accuracy": {"test": categories, "composition": categories},
+            "shuffled": {"test": categories}}
 
 
 def test_the_table_gives_mean_deviation_and_t_over_seeds():
-    runs = {"vista": [results(m) for m in (90.0, 92.0, 94.0)], "ce": [results(m) for m in (80.0, 82.0, 84.0)]}
+    runs = {"vista": [results(m) for m in (90.0, 92.0, 94.0)],
+            "ce": [results(m) for m in (80.0, 82.0, 84.0)]}
     lines = compare.compare(runs).splitlines()
     assert lines[0] == "| | ce (n = 3) | vista (n = 3) |"
     assert "| mean | 82.0 ± 2.0 | 92.0 ± 2.0 |" in lines

@@ -24,11 +24,14 @@ def sample(i, text="What is this?", answer="noise", **more):
     return {"id": f"s{i}", **more, "conversations": turns}
 
 
-NASTY = ['"', "\\", "\\\\\"", "}]", "[{", ", ", "\n\r\t", "é", "漢字", "😀", "\u2028", "\x7f", "\\u0041", "/", ""]
-SAMPLES = [sample(i, a + "x" + b, b + a, score=[1, -0.5, 1e9, None, True, {"a": {}}]) for i, (a, b) in
+NASTY = ['"', "\\", "\\\\\"", "}]", "[{", ", ", "\n\r\t", "é", "漢字", "😀", "\u2028", "\x7f",
+         "\\u0041", "/", ""]
+SAMPLES = [sample(i, a + "x" + b, b + a, score=[1, -0.5, 1e9, None, True, {"a": {}}])
+           for i, (a, b) in
            enumerate((a, b) for a in NASTY for b in NASTY[::3])]
-FORMS = {"compact": dict(separators=(",", ":")), "plain": {}, "pretty": dict(indent=2), "tabs": dict(indent="\t"),
-         "not escaped": dict(ensure_ascii=False), "not escaped, pretty": dict(ensure_ascii=False, indent=1)}
+FORMS = {"compact": dict(separators=(",", ":")), "plain": {}, "pretty": dict(indent=2),
+         "tabs": dict(indent="\t"), "not escaped": dict(ensure_ascii=False),
+         "not escaped, pretty": dict(ensure_ascii=False, indent=1)}
 
 
 def place_of(path):
@@ -47,12 +50,13 @@ def found_in(raw: bytes, block: int) -> list:
     return out
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------------------ reading
 @pytest.mark.parametrize("form", FORMS)
 def test_every_sample_is_the_one_that_json_load_gives(form, tmp_path):
     path = tmp_path / "data.json"
-    for raw in [(text := json.dumps(SAMPLES, **FORMS[form])).encode(), text.replace("\n", "\r\n").encode(),
-                b"\xef\xbb\xbf" + text.encode(), f" \n\t{text}\r\n ".encode()]:
+    for raw in [(text := json.dumps(SAMPLES, **FORMS[form])).encode(),
+                text.replace("\n", "\r\n").encode(), b"\xef\xbb\xbf" + text.encode(),
+                f" \n\t{text}\r\n ".encode()]:
         path.write_bytes(raw)
         samples, without = read_samples(path)
         assert [samples[i] for i in range(len(samples))] == json.loads(raw.decode("utf-8-sig")) and without == 0
@@ -74,7 +78,8 @@ def test_what_is_not_json_is_refused_with_its_byte(text, byte):
     with pytest.raises(ValueError):
         json.loads(text)
     for block in (1, 3, 4096):
-        with pytest.raises(UserError, match=rf"^x\.json is not JSON \(.*: byte {byte} of {len(text.encode())}\)"):
+        with pytest.raises(UserError,
+                           match=rf"^x\.json is not JSON \(.*: byte {byte} of {len(text.encode())}\)"):
             found_in(text.encode(), block)
 
 
@@ -94,7 +99,8 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_place():
 def test_a_jsonl_file_may_have_blank_lines_and_any_line_ends(tmp_path):
     path = tmp_path / "data.jsonl"
     rows = [json.dumps(s, ensure_ascii=i % 2 == 0) for i, s in enumerate(SAMPLES)]
-    for text in ["\n".join(rows), "\n\n".join(rows) + "\n\n", "\r\n".join(rows), "\ufeff" + "\n".join(rows)]:
+    for text in ["\n".join(rows), "\n\n".join(rows) + "\n\n", "\r\n".join(rows),
+                 "\ufeff" + "\n".join(rows)]:
         path.write_bytes(text.encode())
         samples, _ = read_samples(path)
         assert [samples[i] for i in range(len(samples))] == SAMPLES
@@ -107,24 +113,27 @@ def test_a_jsonl_file_may_have_blank_lines_and_any_line_ends(tmp_path):
 
 
 def test_half_a_character_is_refused(tmp_path):
-    """No tokenizer takes it. Without this check, the run would end in the step that reaches this sample."""
+    """No tokenizer takes it. Without this check, the run would end in the step that reaches this
+    sample."""
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sample(0, "😀"), sample(1, "a \ud83d b")]))
     with pytest.raises(UserError, match=r"sample 1 \(id s1\) has half a character"):
         read_samples(path)
 
 
-# ------------------------------------------------------------------------------------------------ the index
+# ---------------------------------------------------------------------------------------- the index
 def test_the_index_knows_lengths_images_and_answers_of_all_samples(tmp_path):
     path = tmp_path / "data.json"
-    samples = [sample(0, "<image>\nWhy?", image="a/é.jpg"), sample(1, "漢字"), {**sample(2), "conversations": [
+    samples = [sample(0, "<image>\nWhy?", image="a/é.jpg"), sample(1, "漢字"),
+               {**sample(2), "conversations": [
         {"from": "gpt", "value": "So."}, {"from": "human", "value": "Why?"}]}, sample(3, "", ""),
         sample(4, "<image>", image="a/é.jpg"), sample(5, "<image>", image="b.jpg")]
     path.write_text(json.dumps(samples))
     file, without = read_samples(path)
     assert without == 1 and file.numbers.tolist() == [0, 1, 3, 4, 5], "sample 2 has a question at its end, no answer"
     assert file.lengths().tolist() == [17, -7, -1, 12, 12], "characters; text alone is negative, also without any"
-    assert file.column("image").tolist() == [*map(image_key, ["a/é.jpg"]), 0, 0, *map(image_key, ["a/é.jpg", "b.jpg"])]
+    assert file.column("image").tolist() == [*map(image_key, ["a/é.jpg"]), 0, 0,
+                                             *map(image_key, ["a/é.jpg", "b.jpg"])]
     assert file.with_image(["a/é.jpg", "c.jpg"]).tolist() == [True, False, False, True, False]
     assert not file.with_image([]).any()
     file.keep(~file.with_image(["a/é.jpg"]))
@@ -149,9 +158,9 @@ def test_an_index_is_made_once_and_anew_when_the_file_changes(tmp_path):
 
 
 @pytest.mark.parametrize("spoil", [
-    lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw + b"\0" * 8, lambda raw: b"{}" * 500,
-    lambda raw: b"samples0" + raw[8:], lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:],
-    lambda raw: raw[:28]])
+    lambda raw: raw[:-1], lambda raw: raw[:20], lambda raw: b"", lambda raw: raw + b"\0" * 8,
+    lambda raw: b"{}" * 500, lambda raw: b"samples0" + raw[8:],
+    lambda raw: raw[:40] + bytes([raw[40] ^ 1]) + raw[41:], lambda raw: raw[:28]])
 def test_a_damaged_index_or_one_of_another_version_is_replaced(spoil, tmp_path):
     path = tmp_path / "data.json"
     path.write_text(json.dumps(SAMPLES))
@@ -176,7 +185,8 @@ def test_the_index_of_a_folder_that_cannot_be_written_is_in_the_cache(tmp_path, 
     path.write_text(json.dumps(SAMPLES))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with open(path) as f:
-        locked = Path(f"/proc/self/fd/{f.fileno()}")             # nobody, not even root, can write beside it
+        # nobody, not even root, can write beside it
+        locked = Path(f"/proc/self/fd/{f.fileno()}")
         for _ in range(2):
             assert read_samples(locked)[0][7] == SAMPLES[7]
         assert len(list((tmp_path / "cache" / "nanoalign").glob("*.index"))) == 1 and not place_of(path).exists()
@@ -195,18 +205,21 @@ def test_a_file_that_changes_in_use_is_an_error(tmp_path):
         samples[3]
 
 
-@pytest.mark.parametrize("name, says", [("absent.json", "cannot be read: No such file"), (".", "Is a directory")])
+@pytest.mark.parametrize("name, says",
+                         [("absent.json", "cannot be read: No such file"), (".", "Is a directory")])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, says):
     with pytest.raises(UserError, match=says):
         read_samples(tmp_path / name)
 
 
 def test_an_open_file_takes_few_bytes_a_sample(tmp_path):
-    """A dict takes about 2,000. Few bytes let 8 ranks open 2 million samples (bench/data.py measures it)."""
+    """A dict takes about 2,000. Few bytes let 8 ranks open 2 million samples (bench/data.py
+    measures it)."""
     path, n = tmp_path / "data.json", 20_000
     path.write_text(json.dumps([sample(i) for i in range(n)]))
     read_samples(path)
-    Order(8, 4, 1, 1, np.ones(8)).epoch(0)                    # do not count what NumPy loads on first use
+    # do not count what NumPy loads on first use
+    Order(8, 4, 1, 1, np.ones(8)).epoch(0)
     tracemalloc.start()
     samples, _ = read_samples(path)
     kept, opening = tracemalloc.get_traced_memory()
@@ -216,18 +229,20 @@ def test_an_open_file_takes_few_bytes_a_sample(tmp_path):
     assert kept < 8 * n and opening < 32 * n and sampling < 40 * n, [v / n for v in (kept, opening, sampling)]
 
 
-# ------------------------------------------------------------------------------------------------ in use
+# ------------------------------------------------------------------------------------------- in use
 @pytest.fixture
 def data(tmp_path, llama_tokenizer) -> Samples:
     samples = []
     for i in range(10):
         Image.effect_noise((20, 20), 90 + i).convert("RGB").save(tmp_path / f"{i}.png")
-        samples.append(sample(i, "<image>\nWhat is this?", "a cat " * (i % 4 + 1), image=f"{i}.png"))
+        samples.append(sample(i, "<image>\nWhat is this?", "a cat " * (i % 4 + 1),
+                              image=f"{i}.png"))
     samples += [sample(i, "Why?", "a mat " * (i % 5 + 1)) for i in range(10, 17)]
     (tmp_path / "data.json").write_text(json.dumps(samples))
     file, _ = read_samples(tmp_path / "data.json")
     file.keep(np.arange(17) != 4)
-    return Samples(file, tmp_path, llama_tokenizer, ImageProcessor(16, 16), Format("v1", 4, 2048, pad=True))
+    return Samples(file, tmp_path, llama_tokenizer, ImageProcessor(16, 16),
+                   Format("v1", 4, 2048, pad=True))
 
 
 def batches(data, workers, n=12, start=None):
@@ -241,7 +256,8 @@ def batches(data, workers, n=12, start=None):
 def test_workers_give_the_same_batches_as_none(data, workers, start):
     for a, b in zip(batches(data, 0), batches(data, workers, start=start)):
         assert a.ids == b.ids and "s4" not in a.ids
-        assert all(torch.equal(vars(a)[k], vars(b)[k]) for k in vars(a) if torch.is_tensor(vars(a)[k]))
+        assert all(torch.equal(vars(a)[k], vars(b)[k])
+                   for k in vars(a) if torch.is_tensor(vars(a)[k]))
 
 
 def test_a_copy_for_another_process_is_small_and_reads_the_same(data):
@@ -262,12 +278,14 @@ def test_many_can_read_at_the_same_time(data):
 
 def test_each_image_is_checked_once_and_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
-    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")   # more pixels than Pillow agrees to decode
+    # more pixels than Pillow agrees to decode
+    Image.new("1", (14000, 14000)).save(tmp_path / "bomb.png")
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder").mkdir()
     names = ["good.png", "empty.png", "absent.png", "empty.png", "folder", "bomb.png", "a\0b.png"]
     path = tmp_path / "data.json"
-    path.write_text(json.dumps([sample(i, "<image>", image=n) for i, n in enumerate(names)] + [sample(7)]))
+    path.write_text(json.dumps([sample(i, "<image>", image=n) for i, n in enumerate(names)]
+                               + [sample(7)]))
     found = image_problems(SampleFile(path), tmp_path)
     assert list(found) == ["empty.png", "absent.png", "folder", "bomb.png", "a\0b.png"]
     assert found["absent.png"] == "missing" and found["empty.png"] == "empty file" and "null" in found["a\0b.png"]
@@ -285,5 +303,6 @@ def test_an_epoch_shows_every_sample_once_also_when_it_goes_on_with_other_ranks(
     for ranks, first, last in zip(runs, cuts, cuts[1:]):
         for rank in range(ranks):
             order = iter(Order(n, batch, micro, 1, lengths, rank, ranks, start=first))
-            seen += [i for _ in range((last - first) * (batch // micro // ranks)) for i in next(order)]
+            seen += [i for _ in range((last - first) * (batch // micro // ranks))
+                     for i in next(order)]
     assert sorted(i for i in seen if i >= 0) == list(range(n)) and len(seen) == steps * batch

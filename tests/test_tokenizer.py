@@ -1,6 +1,7 @@
 """Tokenizers: the ids of sentencepiece, spaces after special tokens, offsets, which file is read, what is refused.
 
-make_tokenizer_fixtures.py made the models and the expected ids in fixtures/tokenizers with sentencepiece itself."""
+make_tokenizer_fixtures.py made the models and the expected ids in fixtures/tokenizers with
+sentencepiece itself."""
 import json
 import shutil
 import struct
@@ -27,7 +28,8 @@ def test_a_space_in_front_is_cut_off_after_a_special_token_only(llama_tokenizer,
     assert encode_text(llama_tokenizer, text)[0] == ids
 
 
-@pytest.mark.parametrize("text", ["US</s>US: What", "猫 </s>猫s a cat", " A  A\n</s>\n\nWhat</s></s>s"])
+@pytest.mark.parametrize("text",
+                         ["US</s>US: What", "猫 </s>猫s a cat", " A  A\n</s>\n\nWhat</s></s>s"])
 def test_offsets_cover_the_text_in_order(llama_tokenizer, text):
     ids, offsets = encode_text(llama_tokenizer, text)
     assert len(ids) == len(offsets)
@@ -49,11 +51,12 @@ def test_missing_and_broken_tokenizers_are_named(tmp_path):
         load_tokenizer(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ SentencePiece
+# ------------------------------------------------------------------------------------ SentencePiece
 def pieces_of(name: str) -> list[str]:
     """Return the pieces of a fixture's model that stand for text."""
     data = (fixtures.FOLDER / name / "tokenizer.model").read_bytes()
-    pieces = [{3: 1, **dict(read_message(value))} for number, value in read_message(data) if number == 1]
+    pieces = [{3: 1, **dict(read_message(value))}
+              for number, value in read_message(data) if number == 1]
     return [p[1].decode() for p in pieces if p[3] in (1, 4)]
 
 
@@ -63,7 +66,8 @@ def test_ids_and_decoding_are_those_of_sentencepiece(name):
     strings = fixtures.fuzz_strings(fixtures.STRINGS[name], 3, pieces_of(name))
     assert fixtures.checksum(strings) == stored["crc"], "these are not the strings that the fixture was made from"
     ids = [e.ids for e in tokenizer.encode_batch(strings, add_special_tokens=False)]
-    wrong = [s for s, ours, theirs in zip(strings, ids, fixtures.rows(stored), strict=True) if ours != theirs]
+    wrong = [s for s, ours, theirs in zip(strings, ids, fixtures.rows(stored), strict=True)
+             if ours != theirs]
     assert not wrong, f"{len(wrong)} of {len(strings)}, such as {wrong[0][:80]!r}"
     decodes = np.unpackbits(stored["decodes"])[:len(strings)].astype(bool)
     assert [tokenizer.decode(i) == s for i, s in zip(ids, strings)] == decodes.tolist()
@@ -89,7 +93,9 @@ def test_the_rules_differ_where_they_should():
     assert min(sum(a != b for a, b in zip(*pair)) for pair in ((old, new), (old, legacy), (new, legacy))) > 300
 
 
-@pytest.mark.parametrize("rule, ids", [("4.31", [2, 3308, 1001]), ("4.37", [2, 11889]), ("legacy", [2, 3148, 1001])])
+@pytest.mark.parametrize("rule, ids",
+                         [("4.31", [2, 3308, 1001]), ("4.37", [2, 11889]),
+                          ("legacy", [2, 3148, 1001])])
 def test_the_next_round_of_llava_under_each_rule(llama_tokenizer, rule, ids):
     tokenizer = Tokenizer.from_str(llama_tokenizer.to_str())
     vocab = tokenizer.get_vocab()                          # with "USER" 11889 as Llama has it
@@ -117,12 +123,14 @@ def test_a_token_behind_the_vocabulary_keeps_its_id_under_each_rule(tmp_path):
         ids = encode_text(tokenizer, "a</s>b<image>c<pad>", rule)[0]
         assert [i for i in ids if i in (2, 1412, 1413)] == [2, 1412, 1413]
     (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {
-        "0": {"content": "<unk>", "special": True}, "1412": {"content": "<image>", "special": True, "rstrip": True}}}))
+        "0": {"content": "<unk>", "special": True},
+        "1412": {"content": "<image>", "special": True, "rstrip": True}}}))
     tokenizer = load_tokenizer(folder)
     assert tokenizer.encode("<image>  <pad>").ids == [1412, 1413]
     assert tokenizer.decode([1412, 1413]) == "<pad>"
     (folder / "added_tokens.json").write_text('{"<pad>": 32000}')
-    with pytest.raises(UserError, match="added token '<pad>' has number 32000, but .* would be 1413"):
+    with pytest.raises(UserError,
+                       match="added token '<pad>' has number 32000, but .* would be 1413"):
         load_tokenizer(folder)
 
 
@@ -133,10 +141,11 @@ def field(number: int, value: bytes) -> bytes:
 
 
 def small_model(texts: list[str], normalizer: bytes = b"\x18\x01\x20\0") -> bytes:
-    """Return a BPE model of <unk> and these pieces, best first, without byte pieces. The default normalizer puts a
-    space in front and removes none."""
+    """Return a BPE model of <unk> and these pieces, best first, without byte pieces. The default
+    normalizer puts a space in front and removes none."""
     pieces = [b"\x0a\x05<unk>\x15\0\0\0\0\x18\x02"] + [
-        fixtures.message(1, t.encode()) + b"\x15" + struct.pack("<f", -i) for i, t in enumerate(texts)]
+        fixtures.message(1, t.encode()) + b"\x15" + struct.pack("<f", -i)
+        for i, t in enumerate(texts)]
     return b"".join(field(1, p) for p in pieces) + field(2, b"\x18\x02") + field(3, normalizer)
 
 
@@ -164,7 +173,8 @@ def test_a_vocabulary_as_large_as_llamas_is_converted_in_a_second(tmp_path):
     letters = list(texts)
     while len(texts) < 31999:
         grown = list(texts)
-        new = (chance.pick(grown) + chance.pick(letters if chance.below(2) else grown) for _ in range(4000))
+        new = (chance.pick(grown) + chance.pick(letters if chance.below(2) else grown)
+               for _ in range(4000))
         texts.update(dict.fromkeys(t for t in new if len(t) <= 12))
     (tmp_path / "tokenizer.model").write_bytes(small_model(list(texts)[:31999]))
     start = time.perf_counter()
@@ -175,11 +185,13 @@ def test_a_vocabulary_as_large_as_llamas_is_converted_in_a_second(tmp_path):
     assert seconds < 3
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 @pytest.mark.parametrize("config, expected", [
     (None, "model"), ({"model_type": "llama"}, "model"), ({"model_type": "mistral"}, "model"),
-    ({"model_type": "llava"}, "model"), ({"model_type": "nanoalign"}, "model"), ({"model_type": "gemma"}, "json"),
-    ({"model_type": "phi3"}, "json"), ({"model_type": "llava", "text_config": {"model_type": "gemma"}}, "json"),
+    ({"model_type": "llava"}, "model"), ({"model_type": "nanoalign"}, "model"),
+    ({"model_type": "gemma"}, "json"),
+    ({"model_type": "phi3"}, "json"),
+    ({"model_type": "llava", "text_config": {"model_type": "gemma"}}, "json"),
     ({"model_type": "nanoalign", "text_config": {"model_type": "llama"}}, "model"), ({}, "json")])
 def test_llamas_family_prefers_tokenizer_model(tmp_path, config, expected):
     shutil.copy(fixtures.FOLDER / "llama" / "tokenizer.model", tmp_path)
@@ -187,7 +199,8 @@ def test_llamas_family_prefers_tokenizer_model(tmp_path, config, expected):
     if config is not None:
         (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_tokenizer(tmp_path).get_vocab_size() == {"model": 1412, "json": 1}[expected]
-    (tmp_path / "tokenizer.json").unlink()                 # what there is is read, whatever the model
+    # what there is is read, whatever the model
+    (tmp_path / "tokenizer.json").unlink()
     assert load_tokenizer(tmp_path).get_vocab_size() == 1412
 
 
@@ -204,9 +217,12 @@ def test_what_is_loaded_can_be_saved_as_tokenizer_json(tmp_path):
 def gpt2_folder(folder):
     """Write a small tokenizer in GPT-2's files: "Ġ" stands for a space."""
     merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("Ġ", "hell"), ("Ġ", "Ġ")]
-    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges), "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", encoding="utf-8")
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges),
+              "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}),
+                                       encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n",
+                                       encoding="utf-8")
     (folder / "added_tokens.json").write_text(json.dumps({"\t\t": 263, "    ": 262}))
     return folder
 
@@ -214,7 +230,8 @@ def gpt2_folder(folder):
 def test_gpt2_files(tmp_path):
     tokenizer = load_tokenizer(gpt2_folder(tmp_path))
     assert tokenizer.get_vocab_size() == 264
-    for text, tokens in [("hello hello", ["hell", "o", "Ġhell", "o"]), (" hell", ["Ġhell"]), ("", []),
+    for text, tokens in [("hello hello", ["hell", "o", "Ġhell", "o"]), (" hell", ["Ġhell"]),
+                         ("", []),
                          ("hell<|endoftext|>hell", ["hell", "<|endoftext|>", "hell"]), ("é", ["Ã", "©"]),
                          ("a     hell", ["a", "    ", "Ġhell"]), ("\t\t\n", ["\t\t", "Ċ"])]:
         for rule in ("4.31", "4.37", "legacy"):
@@ -223,27 +240,37 @@ def test_gpt2_files(tmp_path):
             assert {c for start, end in offsets for c in range(start, end)} == set(range(len(text)))
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
     (tmp_path / "merges.txt").write_text("#version: 0.2\nq z\n")
-    with pytest.raises(UserError, match="vocab.json with merges.txt is not a tokenizer .*download it again"):
+    with pytest.raises(UserError, match="vocab.json with merges.txt is not a tokenizer "
+                                        ".*download it again"):
         load_tokenizer(tmp_path)
 
 
-BREAKS = {                                                 # what happens to the bytes of a whole model → the message
-    "unigram": (lambda b: b + field(2, b"\x18\x01"), "is not a BPE model .*tokenizer.json in its place"),
-    "charsmap": (lambda b: b + field(3, b"\x12\x03abc"), "changes characters by a table .*tokenizer.json in"),
-    "nothing said of spaces": (lambda b: small_model(["a", "▁"], b"\x18\x01"), "removes extra spaces"),
+# what happens to the bytes of a whole model → the message
+BREAKS = {
+    "unigram": (lambda b: b + field(2, b"\x18\x01"), "is not a BPE model .*tokenizer.json in "
+                                                     "its place"),
+    "charsmap": (lambda b: b + field(3, b"\x12\x03abc"), "changes characters by a table "
+                                                         ".*tokenizer.json in"),
+    "nothing said of spaces": (lambda b: small_model(["a", "▁"], b"\x18\x01"),
+                               "removes extra spaces"),
     "strips": (lambda b: b + field(3, b"\x20\x01"), "removes extra spaces"),
     "suffix": (lambda b: b + field(2, b"\xc0\x01\x01"), "writes spaces in another way"),
     "no escape": (lambda b: b + field(3, b"\x28\0"), "writes spaces in another way"),
-    "user-defined": (lambda b: b + field(1, b"\x0a\x02zz\x18\x04"), "both user-defined symbols and a space"),
+    "user-defined": (lambda b: b + field(1, b"\x0a\x02zz\x18\x04"),
+                     "both user-defined symbols and a space"),
     "cut in a piece": (lambda b: b[:len(b) // 2], r"is cut off \(\d+ bytes\): download it again"),
     "cut in a number": (lambda b: b[:next(i for i in range(5000, 6000) if b[i:i + 1] == b"\x0a") + 1], "is cut off"),
     "cut after a piece": (lambda b: b[:2 + b[1]], "is cut off"),
     "cut in what follows": (lambda b: b + b"\x2a\x64abc", "is cut off"),
-    "damaged": (lambda b: b[:5000] + b"\xff" * 20 + b[5020:], "is not a SentencePiece model|is cut off"),
-    "a field of no known kind": (lambda b: b[:2 + b[1]] + b"\x0f" + b[2 + b[1]:], "is not a SentencePiece model"),
+    "damaged": (lambda b: b[:5000] + b"\xff" * 20 + b[5020:], "is not a SentencePiece "
+                                                              "model|is cut off"),
+    "a field of no known kind": (lambda b: b[:2 + b[1]] + b"\x0f" + b[2 + b[1]:],
+                                 "is not a SentencePiece model"),
     "cut by one byte": (lambda b: b[:-1], "is cut off"),
-    "lfs": (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n", "git lfs pull"),
-    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>", "is a web page .*, not a tok"),
+    "lfs": (lambda b: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723\n",
+            "git lfs pull"),
+    "html": (lambda b: b"<!DOCTYPE html><html><body>Access denied</body></html>",
+             "is a web page .*, not a tok"),
     "empty": (lambda b: b"", "is not a SentencePiece model"),
     "tiktoken": (lambda b: b"IQ== 0\nIg== 1\n", "is not a SentencePiece model"),
     "zeros": (lambda b: bytes(1000), "is not a SentencePiece model"),
@@ -270,6 +297,8 @@ def test_every_cut_of_a_model_is_refused(tmp_path):
 
 
 def test_a_pointer_in_place_of_tokenizer_json_is_named(tmp_path):
-    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1842\n")
-    with pytest.raises(UserError, match=r"tokenizer.json is a git-lfs pointer \(\d+ bytes\), not a tokenizer: run git"):
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid "
+                                             "sha256:0\nsize 1842\n")
+    with pytest.raises(UserError,
+                       match=r"tokenizer.json is a git-lfs pointer \(\d+ bytes\), not a tokenizer: run git"):
         load_tokenizer(tmp_path)

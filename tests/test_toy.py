@@ -35,7 +35,8 @@ def data(tmp_path_factory):
         world.make(out, seed=7, images=200, conversations=2, scenes=120)
     finally:
         world.render = render
-    names = [f"train_{i:06d}.png" for i in range(200)] + [f"{s}_{i:06d}.png" for s in SPLITS for i in range(120)]
+    names = [f"train_{i:06d}.png" for i in range(200)] + [f"{s}_{i:06d}.png" for s in SPLITS
+                                                          for i in range(120)]
     return out, dict(zip(names, scenes, strict=True))
 
 
@@ -45,7 +46,8 @@ def tokenizer():
 
 
 def text_of(conversations):
-    return [(q["value"].removeprefix("<image>\n"), a["value"]) for q, a in zip(conversations[::2], conversations[1::2])]
+    return [(q["value"].removeprefix("<image>\n"), a["value"])
+            for q, a in zip(conversations[::2], conversations[1::2])]
 
 
 def truth(scene, question):
@@ -60,7 +62,7 @@ def truth(scene, question):
     return {"row": row, "column": column, "colour": colour}[words[1]]
 
 
-# ------------------------------------------------------------------------------------------------ world
+# -------------------------------------------------------------------------------------------- world
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         world.make(tmp_path / name, seed=seed, images=8, conversations=1, scenes=3)
@@ -72,7 +74,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
 
 def test_no_test_scene_is_trained_on(data):
     _, scenes = data
-    split = {s: {scene for name, scene in scenes.items() if name.startswith(s)} for s in ("train", *SPLITS)}
+    split = {s: {scene for name, scene in scenes.items() if name.startswith(s)}
+             for s in ("train", *SPLITS)}
     for a in split:
         for b in split:
             assert a == b or not split[a] & split[b]
@@ -90,7 +93,8 @@ def test_held_out_pairs_are_never_trained_on_and_always_in_composition(data):
 
 def test_every_answer_is_true(data):
     out, scenes = data
-    asked = [(line["image"], line["text"], line["answer"]) for s in SPLITS for line in read_lines(out / f"{s}.jsonl")]
+    asked = [(line["image"], line["text"], line["answer"]) for s in SPLITS
+             for line in read_lines(out / f"{s}.jsonl")]
     for sample in json.loads((out / "finetune.json").read_text()):
         asked += [(sample["image"], q, a) for q, a in text_of(sample["conversations"])]
     assert len(asked) == 3 * 120 * 6 + 200 * 2 * 4
@@ -102,7 +106,8 @@ def test_every_caption_is_true(data):
     for sample in json.loads((out / "pretrain.json").read_text()):
         scene = {(" ".join(thing)) for thing in scenes[sample["image"]]}
         things = sample["conversations"][1]["value"].replace(" and ", ", ").replace("a ", "").split(", ")
-        assert len(things) == len(scene) and all(any(thing.endswith(t) for thing in scene) for t in things)
+        assert len(things) == len(scene) and all(any(thing.endswith(t) for thing in scene)
+                                                 for t in things)
 
 
 def test_answers_are_balanced_in_every_category(data):
@@ -136,10 +141,11 @@ def test_files_have_llavas_form(data):
             assert Image.open(out / "images" / sample["image"]).size == (world.SIZE, world.SIZE)
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 def test_every_word_is_one_token(data, tokenizer):
     out, _ = data
-    words = {*world.ROWS, *world.COLUMNS, *world.COLOURS, *world.SHAPES, *world.NUMBERS, "Yes", "No"}
+    words = {*world.ROWS, *world.COLUMNS, *world.COLOURS, *world.SHAPES, *world.NUMBERS, "Yes",
+             "No"}
     for name in ("pretrain", "finetune"):
         for sample in json.loads((out / f"{name}.json").read_text()):
             for turn in sample["conversations"]:
@@ -161,7 +167,7 @@ def test_the_tokenizer_has_llamas_ids_and_decodes_what_it_encodes(tokenizer):
     assert tokenizer.encode("a</s>b").ids[2] == 2
 
 
-# ------------------------------------------------------------------------------------------------ backbones
+# ---------------------------------------------------------------------------------------- backbones
 def test_the_backbones_are_small_and_laid_out_as_released_checkpoints():
     files = {"clip": {"config.json", "model.safetensors", "preprocessor_config.json"},
              "llm": {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
@@ -187,7 +193,8 @@ def test_the_backbones_load_strictly_by_name(tokenizer):
     vision = json.loads((TOY / "clip" / "config.json").read_text())["vision_config"]
     weights = load_file(TOY / "clip" / "model.safetensors")
     ViT(config_of(VisionConfig, vision)).load_state_dict(
-        {k.removeprefix("vision_model."): v for k, v in weights.items() if k.startswith("vision_model.")})
+        {k.removeprefix("vision_model."): v
+         for k, v in weights.items() if k.startswith("vision_model.")})
 
 
 def test_clip_matches_pictures_to_captions(tokenizer):
@@ -197,14 +204,17 @@ def test_clip_matches_pictures_to_captions(tokenizer):
     scenes = list({world.draw_scene(rng): None for _ in range(128)})
     with torch.no_grad():
         images = clip.embed_images(backbones.pixels([world.render(s, rng) for s in scenes]))
-        texts = clip.embed_texts(backbones.clip_ids(tokenizer, [world.long_caption(s, rng) for s in scenes]))
+        texts = clip.embed_texts(backbones.clip_ids(tokenizer,
+                                                    [world.long_caption(s, rng) for s in scenes]))
     right = (images @ texts.T).argmax(1) == torch.arange(len(scenes))
     assert right.float().mean() > .5                                            # chance is 1/128
 
 
 def test_the_llama_reads_a_scene_in_words_better_than_by_guessing(tokenizer):
-    """It counts, and mostly knows what is there. Which thing is where is left to stage 2 to learn."""
-    llama = Decoder(config_of(DecoderConfig, json.loads((TOY / "llm" / "config.json").read_text()))).eval()
+    """It counts, and mostly knows what is there. Which thing is where is left to stage 2 to
+    learn."""
+    llama = Decoder(config_of(DecoderConfig,
+                              json.loads((TOY / "llm" / "config.json").read_text()))).eval()
     llama.load_state_dict(load_file(TOY / "llm" / "model.safetensors"))
     right = backbones.reading(llama, tokenizer, number=100)
     assert right["count"] >= .9 and right["existence"] >= .65 and right["adversarial"] >= .55, right

@@ -12,7 +12,7 @@ from common.flags import UserError
 from training.settings import TrainConfig, settings
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# ----------------------------------------------------------------------------------------- settings
 def test_stage_fills_in_llavas_recipe_and_keeps_what_is_given():
     cfg = settings(TrainConfig(data="x.json"), "pretrain", ranks=8)
     assert (cfg.global_batch, cfg.micro_batch, cfg.lr, cfg.epochs, cfg.projector_scale) == (256, 32, 1e-3, 1, 1.0)
@@ -28,12 +28,15 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
 
 @pytest.mark.parametrize("given, ranks, says", [
     (dict(global_batch=10), 4, "10 is not divisible by the 4 ranks"),
-    (dict(global_batch=12, micro_batch=5), 1, "12 is not divisible by .*--micro-batch 5: a rank's share is 12"),
-    (dict(lr=0.0), 1, "--lr must be more than 0"), (dict(save_every=-1), 1, "--save-every must be more than 0"),
+    (dict(global_batch=12, micro_batch=5), 1, "12 is not divisible by .*--micro-batch 5: a rank's "
+                                              "share is 12"),
+    (dict(lr=0.0), 1, "--lr must be more than 0"),
+    (dict(save_every=-1), 1, "--save-every must be more than 0"),
     (dict(loss="vdep", vdep_ratio=1.5), 1, "--vdep-ratio must be from 0 to 1"),
     (dict(adam_beta2=1.0), 1, "--adam-beta2 must be from 0 to 0.9999"),
     (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be from 0"),
-    (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is --loss vista")])
+    (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is "
+                                            "--loss vista")])
 def test_impossible_settings_are_refused(given, ranks, says):
     with pytest.raises(UserError, match=says):
         settings(TrainConfig(**given), "pretrain", ranks)
@@ -47,7 +50,7 @@ def test_the_learning_rate_warms_up_for_3_percent_and_falls_as_half_a_cosine():
     assert train.learning_rate(0, 1, 2.0) == 2.0
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ----------------------------------------------------------------------------------------- the loop
 def assert_same_losses(wanted, got, steps=STEPS):
     """wanted, got: losses of each step of two runs."""
     assert len(wanted) == len(got) == steps
@@ -58,7 +61,8 @@ def assert_same_losses(wanted, got, steps=STEPS):
 @pytest.mark.parametrize("stage, ranks, micro, says", [
     ("finetune", 1, 2, "8 accumulation steps × micro-batch 2"),
     ("pretrain", 2, 4, "2 ranks × 2 accumulation steps × micro-batch 4")])
-def test_ranks_and_accumulation_change_no_loss(small_world, trained, tmp_path, stage, ranks, micro, says):
+def test_ranks_and_accumulation_change_no_loss(small_world, trained, tmp_path, stage, ranks, micro,
+                                               says):
     arguments = command(small_world, tmp_path / "run", stage, **{"micro-batch": micro})
     done = call(*arguments) if ranks == 1 else launch(*arguments, ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -88,17 +92,19 @@ def test_a_loss_that_is_not_finite_stops_before_it_reaches_the_weights(small_wor
 
 
 def test_bfloat16_trains_too_and_keeps_its_weights_in_float32(small_world, tmp_path):
-    done = call(*command(small_world, tmp_path / "run", dtype="bfloat16", steps=8, **{"micro-batch": 8}))
+    done = call(*command(small_world, tmp_path / "run", dtype="bfloat16", steps=8,
+                         **{"micro-batch": 8}))
     assert done.returncode == 0, done.stderr
     losses = losses_of(tmp_path / "run", "finetune")
     assert losses[-1] < losses[0]
     assert tensors_of(tmp_path / "run" / "finetune-8")["language_model.lm_head.weight"].dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------ the stages
+# --------------------------------------------------------------------------------------- the stages
 def test_stage_1_trains_and_stores_the_projector_alone(trained):
     stored = tensors_of(trained["pretrain"] / f"pretrain-{STEPS}")
-    assert sorted(stored) == [f"multi_modal_projector.linear_{i}.{p}" for i in (1, 2) for p in ("bias", "weight")]
+    assert sorted(stored) == [f"multi_modal_projector.linear_{i}.{p}" for i in (1, 2)
+                              for p in ("bias", "weight")]
 
 
 def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encoder(small_world, trained, tmp_path):
@@ -117,7 +123,8 @@ def test_stage_2_trains_projector_and_language_model_and_keeps_the_vision_encode
 
 def test_stage_2_may_start_from_llavas_own_projector_file(small_world, trained, tmp_path):
     stored = tensors_of(trained["pretrain"] / f"pretrain-{STEPS}")
-    for ours, llavas in {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}.items():
+    for ours, llavas in {"linear_1": "model.mm_projector.0",
+                         "linear_2": "model.mm_projector.2"}.items():
         for leaf in ("weight", "bias"):
             stored[f"{llavas}.{leaf}"] = stored.pop(f"multi_modal_projector.{ours}.{leaf}")
     torch.save(stored, tmp_path / "mm_projector.bin")
@@ -129,7 +136,8 @@ def test_stage_2_may_start_from_llavas_own_projector_file(small_world, trained, 
 
 def test_stage_2_continues_with_the_moca_of_stage_1(small_world, tmp_path):
     assert call(*command(small_world, tmp_path / "one", "pretrain", 3), "--moca").returncode == 0
-    done = call(*command(small_world, tmp_path / "two", steps=1, projector=tmp_path / "one", lr=1e-12))
+    done = call(*command(small_world, tmp_path / "two", steps=1, projector=tmp_path / "one",
+                         lr=1e-12))
     assert done.returncode == 0, done.stderr
     before, after = tensors_of(tmp_path / "one" / "pretrain-3"), tensors_of(tmp_path / "two" / "finetune-1")
     maps = [name for name in before if ".moca." in name]
@@ -138,14 +146,15 @@ def test_stage_2_continues_with_the_moca_of_stage_1(small_world, tmp_path):
         torch.testing.assert_close(after[name], before[name], atol=1e-9, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------------ interruptions
+# ------------------------------------------------------------------------------------ interruptions
 def steps_logged(out) -> int:
     log = out / "metrics.jsonl"
     return log.read_text().count("\n") if log.exists() else 0
 
 
 def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_path):
-    """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had happened."""
+    """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had
+    happened."""
     out = tmp_path / "run"
     words = command(small_world, out, **{"save-every": 3})
     for resume, enough in [([], 4), (["--resume"], 8)]:
@@ -156,7 +165,8 @@ def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_pa
     runs = []
     for run in (out, trained["finetune"]):
         lines = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-        runs.append([{k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_gib")} for line in lines])
+        runs.append([{k: v for k, v in line.items() if k not in ("tokens_per_s", "peak_gib")}
+                     for line in lines])
     assert runs[0] == runs[1], "a resumed step differs from the uninterrupted one"
     last = f"finetune-{STEPS}"
     assert same(tensors_of(out / last), tensors_of(trained["finetune"] / last))
@@ -165,10 +175,12 @@ def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_pa
 
 def test_checkpoints_come_by_the_clock_too_and_older_ones_keep_weights_alone(small_world, tmp_path):
     """Ranks that save after different steps would wait for each other for ever."""
-    words = command(small_world, tmp_path / "run", steps=4, **{"save-minutes": 1e-6, "keep-last": 3, "micro-batch": 4})
+    words = command(small_world, tmp_path / "run", steps=4,
+                    **{"save-minutes": 1e-6, "keep-last": 3, "micro-batch": 4})
     done = launch(*words, ranks=2)
     assert done.returncode == 0, done.stderr
-    saved = {p.name: (p / "optimizer.safetensors").exists() for p in (tmp_path / "run").glob("finetune-*")}
+    saved = {p.name: (p / "optimizer.safetensors").exists()
+             for p in (tmp_path / "run").glob("finetune-*")}
     assert saved == {"finetune-2": False, "finetune-3": True, "finetune-4": True}
 
 
@@ -194,14 +206,16 @@ def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world,
     def stop_in_step_3(loss, norm, step, *_):
         if step == 3:
             signal.raise_signal(signal.SIGTERM)                # noticed before the end of step 4
-    runs = [call(*arguments("whole", 16)), call(*arguments("cut", 4)), launch(*arguments("ranks", 8), ranks=2)]
+    runs = [call(*arguments("whole", 16)), call(*arguments("cut", 4)),
+            launch(*arguments("ranks", 8), ranks=2)]
     with monkeypatch.context() as patch:
         patch.setattr(train, "stop_if_not_finite", stop_in_step_3)
         assert "after step 4" in call(*arguments("resumed", 16)).stderr
     runs.append(call(*arguments("resumed", 16), "--resume"))
     assert [r.returncode for r in runs] == [0] * 4, "".join(r.stderr for r in runs)
 
-    whole, resumed, cut, ranks = (losses_of(tmp_path / name, stage) for name in ("whole", "resumed", "cut", "ranks"))
+    whole, resumed, cut, ranks = (losses_of(tmp_path / name, stage)
+                                  for name in ("whole", "resumed", "cut", "ranks"))
     assert len(whole) == 6 and whole == resumed, "a resumed run differs"
     assert_same_losses(whole, cut, 6)
     assert_same_losses(whole, ranks, 6)
@@ -209,5 +223,6 @@ def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world,
     assert same(stored, tensors_of(tmp_path / "resumed" / f"{stage}-6"))
     maps = {name: t for name, t in stored.items() if ".moca." in name}
     assert len(maps) == (8 if moca else 0), "two vectors for each of four layers"
-    for name, t in maps.items():                           # no loss reads the last layer's image tokens in stage 2
+    # no loss reads the last layer's image tokens in stage 2
+    for name, t in maps.items():
         assert ".3." in name or 0 < (t - t.round()).abs().max() < 0.1, f"{name} was not trained"

@@ -9,7 +9,8 @@ from data import Format, ImageProcessor, Order, Samples, collate
 
 def example(B=3, N=5, D=7):
     g = torch.Generator().manual_seed(0)
-    return [torch.randn(B, N, D, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    return [torch.randn(B, N, D, generator=g, dtype=torch.float64, requires_grad=True)
+            for _ in range(2)]
 
 
 def naive(h, x, distance="l2", reduce="mean", shift=1):
@@ -26,8 +27,10 @@ def naive(h, x, distance="l2", reduce="mean", shift=1):
     return total
 
 
-@pytest.mark.parametrize("options", [{}, {"distance": "inverse"}, {"distance": "sigmoid"}, {"reduce": "sum"},
-                                     {"shift": 0}, {"distance": "inverse", "reduce": "sum", "shift": 0}])
+@pytest.mark.parametrize("options",
+                         [{}, {"distance": "inverse"}, {"distance": "sigmoid"}, {"reduce": "sum"},
+                                     {"shift": 0}, {"distance": "inverse", "reduce": "sum",
+                                                    "shift": 0}])
 def test_value_and_gradient_are_those_of_the_definition(options):
     h, x = example()
     total, count = reconstruction_loss(h, x, **options)
@@ -63,7 +66,8 @@ def test_predicting_the_next_token_exactly_costs_nothing():
 def test_the_ablations_pull_less_at_a_distance():
     h, x = (t.detach() for t in example())
     for distance in ("inverse", "sigmoid"):
-        near, mid, far = (reconstruction_loss(h + s, x, distance=distance)[0] / 3 for s in (0, 1, 100))
+        near, mid, far = (reconstruction_loss(h + s, x, distance=distance)[0] / 3
+                          for s in (0, 1, 100))
         assert 0 < near < mid < far <= 1
 
 
@@ -92,11 +96,12 @@ def test_the_literal_inverse_would_push_a_state_away_from_its_target_and_ours_do
     (literal,) = torch.autograd.grad((1 / d).mean(-1).sum(), h)
     (ours,) = torch.autograd.grad(reconstruction_loss(h, x, distance="inverse")[0], h)
     away = (h - torch.cat([x[:, 1:], x[:, -1:]], dim=1)).detach()[:, :-1]
-    along = [(-g[:, :-1] * away).sum(-1) for g in (literal, ours)]            # a step against the gradient
+    # a step against the gradient
+    along = [(-g[:, :-1] * away).sum(-1) for g in (literal, ours)]
     assert (along[0] > 0).all() and (along[1] < 0).all()
 
 
-# ------------------------------------------------------------------------------------------------ hybrid batches
+# ----------------------------------------------------------------------------------- hybrid batches
 def test_each_sample_is_seen_once_in_each_mode_an_epoch():
     order = Order(50, 8, 4, seed=1, vdep_samples=50)
     assert order.steps_per_epoch == 13
@@ -116,7 +121,8 @@ def test_the_modes_are_mixed_and_resumed_and_dealt_to_ranks_as_one_order():
     whole = iter(Order(50, 8, 2, seed=1, vdep_samples=50))
     steps = [[next(whole) for _ in range(4)] for _ in range(20)]
     assert sum(any(i >= 50 for m in s for i in m) and any(0 <= i < 50 for m in s for i in m) for s in steps) > 15
-    ranks = [iter(Order(50, 8, 2, seed=1, rank=r, ranks=2, start=7, vdep_samples=50)) for r in range(2)]
+    ranks = [iter(Order(50, 8, 2, seed=1, rank=r, ranks=2, start=7, vdep_samples=50))
+             for r in range(2)]
     for s in steps[7:]:
         assert s == [next(ranks[a % 2]) for a in range(4)]
 
@@ -125,11 +131,14 @@ def test_the_modes_are_mixed_and_resumed_and_dealt_to_ranks_as_one_order():
 def two_samples(llama_tokenizer, tmp_path):
     """Makes Samples of two: an image with text, and text alone."""
     Image.effect_noise((20, 20), 90).convert("RGB").save(tmp_path / "a.png")
-    turns = [{"from": "human", "value": "Describe it.\n<image>"}, {"from": "gpt", "value": "A cat."}]
+    turns = [{"from": "human", "value": "Describe it.\n<image>"},
+             {"from": "gpt", "value": "A cat."}]
     samples = [{"id": "x", "image": "a.png", "conversations": turns},
-               {"id": "y", "conversations": [{**t, "value": t["value"].replace("<image>", "")} for t in turns]}]
+               {"id": "y", "conversations": [{**t, "value": t["value"].replace("<image>", "")}
+                                             for t in turns]}]
     text = Format("plain", 4, 2048, pad=False)
-    return lambda **options: Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16), text, **options)
+    return lambda **options: Samples(samples, tmp_path, llama_tokenizer, ImageProcessor(16, 16),
+                                     text, **options)
 
 
 def test_a_sample_in_vdep_mode_is_the_image_alone(two_samples):
@@ -139,7 +148,8 @@ def test_a_sample_in_vdep_mode_is_the_image_alone(two_samples):
     assert batch.reconstruct.tolist() == [False, True, False, False], "1 is text alone, -1 a filler: nothing to rebuild"
     assert batch.input_ids[1][batch.attention_mask[1]].tolist() == [1] + [0] * 4
     assert (batch.labels[1:] == -100).all() and (batch.labels[0] != -100).any()
-    assert batch.image_mask[1].sum() == 4 and torch.equal(batch.pixel_values[0], batch.pixel_values[1])
+    assert batch.image_mask[1].sum() == 4 and torch.equal(batch.pixel_values[0],
+                                                          batch.pixel_values[1])
 
 
 def test_in_joint_mode_a_sample_with_an_image_keeps_its_text_and_is_reconstructed_too(two_samples):

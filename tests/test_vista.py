@@ -6,8 +6,10 @@ from adapters import alignment_loss
 
 def example():
     g = torch.Generator().manual_seed(0)
-    x, S = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True) for shape in [(4, 6, 5), (4, 5)])
-    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    x, S = (torch.randn(shape, generator=g, dtype=torch.float64, requires_grad=True)
+            for shape in [(4, 6, 5), (4, 5)])
+    mask = torch.tensor([[0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 0],
+                         [1, 1, 1, 1, 1, 1]]).bool()
     return x, mask, S
 
 
@@ -25,7 +27,8 @@ def naive(x, mask, S, weighting="t/m", distance="l2", reduce="mean"):
     return total
 
 
-@pytest.mark.parametrize("options", [{}, {"weighting": "t"}, {"weighting": "1"}, {"distance": "cosine"},
+@pytest.mark.parametrize("options",
+                         [{}, {"weighting": "t"}, {"weighting": "1"}, {"distance": "cosine"},
                                      {"reduce": "sum"}, {"distance": "cosine", "weighting": "t"}])
 def test_value_and_gradients_are_those_of_the_definition(options):
     x, mask, S = example()

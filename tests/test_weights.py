@@ -15,10 +15,10 @@ from hub.released import load_llm, load_vision
 from hub.tensors import weight_files
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
-LLM = {"model_type": "llama", "vocab_size": 547, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-       "num_attention_heads": 4, "rms_norm_eps": 1e-5}
-CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+LLM = {"model_type": "llama", "vocab_size": 547, "hidden_size": 16, "intermediate_size": 24,
+       "num_hidden_layers": 2, "num_attention_heads": 4, "rms_norm_eps": 1e-5}
+CLIP = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
 
 
 def random(module):
@@ -41,14 +41,17 @@ def llm(tmp_path):
 
 @pytest.fixture
 def clip(tmp_path):
-    """Laid out as openai's repository: the tower nested in config.json, a text tower beside it in the file."""
+    """Laid out as openai's repository: the tower nested in config.json, a text tower beside it in
+    the file."""
     folder = tmp_path / "clip"
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP, "text_config": {}}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP,
+                                                    "text_config": {}}))
     vit = random(ViT(VisionConfig(**{k: v for k, v in CLIP.items() if k != "model_type"})))
     tensors = {"vision_model." + n: t for n, t in vit.state_dict().items()}
-    tensors |= {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 3), "logit_scale": torch.zeros(()),
-                "visual_projection.weight": torch.zeros(3, 3), "text_projection.weight": torch.zeros(3, 3),
+    tensors |= {"text_model.embeddings.token_embedding.weight": torch.zeros(3, 3),
+                "logit_scale": torch.zeros(()), "visual_projection.weight": torch.zeros(3, 3),
+                "text_projection.weight": torch.zeros(3, 3),
                 "vision_model.embeddings.position_ids": torch.arange(5)}
     save_file(tensors, folder / "model.safetensors")
     (folder / "preprocessor_config.json").write_text("{}")
@@ -68,13 +71,14 @@ def configure(folder, **fields):
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
-# ------------------------------------------------------------------------------------------------ what loads
+# --------------------------------------------------------------------------------------- what loads
 def test_every_tensor_arrives_bitwise_in_the_dtype_asked_for(llm, clip):
     stored = load_file(llm / "model.safetensors")
     for dtype in (None, torch.float32, torch.bfloat16):
         model = load_llm(llm, dtype)
         for name, p in model.named_parameters():
-            assert p.device.type == "cpu" and torch.equal(p, stored[name].to(dtype or torch.float16))
+            assert p.device.type == "cpu" and torch.equal(p,
+                                                          stored[name].to(dtype or torch.float16))
     vit = load_vision(clip, torch.float32)
     stored = load_file(clip / "model.safetensors")
     for name, p in vit.named_parameters():
@@ -84,7 +88,8 @@ def test_every_tensor_arrives_bitwise_in_the_dtype_asked_for(llm, clip):
 def test_shards_load_as_one_file_does(llm):
     tensors = load_file(llm / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    parts = {"model-00001-of-00002.safetensors": names[:7],
+             "model-00002-of-00002.safetensors": names[7:]}
     whole = load_llm(llm)
     for file, keys in parts.items():
         save_file({k: tensors[k] for k in keys}, llm / file)
@@ -122,7 +127,8 @@ def test_rope_theta_is_read_where_old_and_new_transformers_write_it(llm):
 
 
 @pytest.mark.parametrize("source", ["llava", "checkpoint"])
-def test_a_whole_model_lists_the_tensors_of_its_files_once(source, llm, clip, tmp_path, monkeypatch):
+def test_a_whole_model_lists_the_tensors_of_its_files_once(source, llm, clip, tmp_path,
+                                                           monkeypatch):
     folder = ROOT / "tests" / "fixtures" / "models" / "llava"
     if source == "checkpoint":
         folder = save(llm, clip, tmp_path / "run", "finetune")[1]
@@ -132,7 +138,7 @@ def test_a_whole_model_lists_the_tensors_of_its_files_once(source, llm, clip, tm
     assert listed == [folder]
 
 
-# ------------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 def cut(n):
     def damage(path):
         path.write_bytes(path.read_bytes()[:n])
@@ -140,9 +146,11 @@ def cut(n):
 
 
 @pytest.mark.parametrize("damage, says", [
-    (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 2110000000\n"),
+    (lambda p: p.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize "
+                            "2110000000\n"),
      r"git-lfs pointer \(\d+ bytes\), not the weights \(2.11 GB\): run git lfs pull"),
-    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9), "web page or an error message, not the weights"),
+    (lambda p: p.write_text("<!doctype html><title>404</title>" * 9),
+     "web page or an error message, not the weights"),
     (cut(0), "cut off: it has 0 bytes"), (cut(5), "cut off"), (cut(100), "cut off in its header"),
     (cut(-100), r"cut off: \d+ bytes, but its header says \d+"),
     (lambda p: p.write_bytes(p.read_bytes() + b"more"), "too long"),
@@ -156,12 +164,16 @@ def test_a_broken_file_is_named_with_its_cause(llm, damage, says):
 
 
 @pytest.mark.parametrize("change, says", [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"1 tensors of the language model are missing \(model"),
+    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+     r"1 tensors of the language model are missing \(model"),
     (lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(16)}), "left over"),
     (lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(24, 16)}), "left over"),
-    (lambda t: t.update({"transformer.wte.weight": torch.zeros(2)}), "belong to no part of the model, such as"),
-    (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(2)}), "names of another layout; get the"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(17)}), r"model.norm.weight has shape \(17,\), but .* \(16,\)"),
+    (lambda t: t.update({"transformer.wte.weight": torch.zeros(2)}),
+     "belong to no part of the model, such as"),
+    (lambda t: t.update({"layers.0.attention.wq.weight": torch.zeros(2)}),
+     "names of another layout; get the"),
+    (lambda t: t.update({"model.norm.weight": torch.ones(17)}),
+     r"model.norm.weight has shape \(17,\), but .* \(16,\)"),
 ])
 def test_a_tensor_missing_left_over_or_of_another_shape_is_named(llm, change, says):
     rewrite(llm, change)
@@ -212,13 +224,14 @@ def test_a_hugging_face_id_in_place_of_a_folder_is_told_how_to_download_it(load,
 def test_an_absent_folder_beside_others_is_not_taken_for_a_hugging_face_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
-    for name in ("weights/clip", "absent", "/a/b", "./weights/clip", "weights/a/b", "out/toy", "toy/clip", "mine/clip"):
+    for name in ("weights/clip", "absent", "/a/b", "./weights/clip", "weights/a/b", "out/toy",
+                 "toy/clip", "mine/clip"):
         with pytest.raises(UserError, match="there is no folder") as e:
             load_vision(name)
         assert "downloaded" not in str(e.value)
 
 
-# ------------------------------------------------------------------------------------------------ our checkpoints
+# ---------------------------------------------------------------------------------- our checkpoints
 def save(llm, clip, run, stage, step=3):
     model = Llava(load_vision(clip), random(Projector(16, 16)), load_llm(llm))
     names = {n for n, _ in model.named_parameters() if stage == "finetune" or "projector" in n}
@@ -237,7 +250,8 @@ def test_a_checkpoint_gives_the_same_model_back_bitwise(llm, clip, tmp_path, sta
         assert torch.equal(a, b) and a.dtype == b.dtype, name
     assert (folder / "preprocessor_config.json").exists()
     assert load_file(folder / "optimizer.safetensors") == {"0.step": torch.tensor(3.0)}
-    assert len(load_file(folder / "model.safetensors")) == (4 if stage == "pretrain" else len(list(model.parameters())))
+    assert len(load_file(folder / "model.safetensors")) == (4 if stage == "pretrain"
+                                                            else len(list(model.parameters())))
 
 
 def test_a_stage_2_checkpoint_needs_no_other_folder_and_a_stage_1_one_says_which(llm, clip, tmp_path):

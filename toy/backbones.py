@@ -2,13 +2,15 @@
 
     python -m toy.backbones
 
-They are saved as released checkpoints are, so that the toy runs the code that real weights run: config.json,
-model.safetensors (fp16, Hugging Face names), preprocessor_config.json, tokenizer.json in Llama-2's style. Both see
-all 16 shape-colour pairs; the LLaMA sees no picture, but learns the words and to look things up in what it has read.
+They are saved as released checkpoints are, so that the toy runs the code that real weights run:
+config.json, model.safetensors (fp16, Hugging Face names), preprocessor_config.json, tokenizer.json
+in Llama-2's style. Both see all 16 shape-colour pairs; the LLaMA sees no picture, but learns the
+words and to look things up in what it has read.
 
-About 1 minute for the CLIP and 13 for the LLaMA on one core. The CLIP reaches an in-batch top-1 of .85. What the LLaMA
-reads correctly is printed at the end: everything, in the shipped one (seed 0). Stopped at 1500 steps it binds nothing
-(row, column and colour at 70 %, "adversarial" at chance), and stage 2 with it comes no further than a mean of 80 %.
+About 1 minute for the CLIP and 13 for the LLaMA on one core. The CLIP reaches an in-batch top-1 of
+.85. What the LLaMA reads correctly is printed at the end: everything, in the shipped one (seed 0).
+Stopped at 1500 steps it binds nothing (row, column and colour at 70 %, "adversarial" at chance),
+and stage 2 with it comes no further than a mean of 80 %.
 """
 import argparse
 import json
@@ -32,15 +34,17 @@ SYSTEM = ("A chat between a curious user and an artificial intelligence assistan
 BOS, EOS = 1, 2
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 def make_tokenizer(rng, documents=3000):
-    """A BPE tokenizer as Llama-2's, in which every word of the toy world is one token and so is the system prompt."""
+    """A BPE tokenizer as Llama-2's, in which every word of the toy world is one token and so is the
+    system prompt."""
     texts = [SYSTEM, *world.REQUESTS, "USER: ASSISTANT:"] * documents
     for kind in (paraphrases, facts, chat):
-        texts += ["".join(text for text, _ in kind(rng)).removeprefix(SYSTEM) for _ in range(documents)]
+        texts += ["".join(text for text, _ in kind(rng)).removeprefix(SYSTEM)
+                  for _ in range(documents)]
     texts = [" " + text.replace("\n", " ").replace("</s>", " ") for text in texts]
-    # What follows </s> or a newline has no space before it. Counted more often than with a space, so that "USER" forms
-    # before "▁USER" does, and both are pieces.
+    # What follows </s> or a newline has no space before it. Counted more often than with a space,
+    # so that "USER" forms before "▁USER" does, and both are pieces.
     texts += ["USER", "Which", "What", "Is", "How"] * 30 * documents
     learner = Tokenizer(models.BPE())
     learner.normalizer = normalizers.Replace(" ", "▁")
@@ -52,23 +56,28 @@ def make_tokenizer(rng, documents=3000):
     pieces += sorted(learnt["vocab"], key=learnt["vocab"].get)
     merges = [tuple(m) for m in learnt["merges"]]
     parts = learner.encode(" " + SYSTEM).tokens
-    for i in range(1, len(parts)):                                 # last merges: the system prompt becomes one token
+    # last merges: the system prompt becomes one token
+    for i in range(1, len(parts)):
         merges.append(("".join(parts[:i]), parts[i]))
         pieces.append("".join(parts[:i + 1]))
 
-    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True,
-                                     byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", BOS)])
-    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in pieces[:3]])
+    tokenizer = Tokenizer(models.BPE({p: i for i, p in enumerate(pieces)}, merges,
+                                     unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"),
+                                                 normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                           decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B",
+                                                             [("<s>", BOS)])
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True)
+                                  for t in pieces[:3]])
     return tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ text for the LLaMA
+# ------------------------------------------------------------------------------- text for the LLaMA
 def chat(rng, count=None, turns=8):
-    """A scene in words, then questions about it, in the template of stage 2: [(text, is it to be learned?)]."""
+    """A scene in words, then questions about it, in the template of stage 2: [(text, is it to be
+    learned?)]."""
     scene = world.draw_scene(rng, count)
     parts = [(f"{SYSTEM} USER: {world.long_caption(scene, rng)} \n", False)]
     for i in range(turns):
@@ -78,13 +87,16 @@ def chat(rng, count=None, turns=8):
 
 
 def paraphrases(rng, count=None):
-    """A caption that says everything, then two more of the same scene, long or short, the objects in another order."""
+    """A caption that says everything, then two more of the same scene, long or short, the objects
+    in another order."""
     scene = world.draw_scene(rng, count)
-    return [(world.long_caption(scene, rng), False)] + [(f"\n{world.caption(scene, rng)}\n", True) for _ in range(2)]
+    return [(world.long_caption(scene, rng), False)] + [(f"\n{world.caption(scene, rng)}\n", True)
+                                                        for _ in range(2)]
 
 
 def facts(rng, count=None, number=12):
-    """A scene in words, then terse facts, the noun first: the look-ups that questions need, many to the token."""
+    """A scene in words, then terse facts, the noun first: the look-ups that questions need, many to
+    the token."""
     scene = world.draw_scene(rng, count)
     things = {shape: (row, column, colour) for row, column, colour, shape in scene}
     parts = [(world.long_caption(scene, rng), False)]
@@ -92,28 +104,34 @@ def facts(rng, count=None, number=12):
         shape, colour = rng.choice(world.SHAPES), rng.choice(list(world.COLOURS))
         if shape in things and rng.random() < .3:
             colour = rng.choice([colour, things[shape][2]])
-            parts += [(f" {colour} {shape}", False), (" Yes," if things[shape][2] == colour else " No,", True)]
+            parts += [(f" {colour} {shape}", False),
+                      (" Yes," if things[shape][2] == colour else " No,", True)]
         else:
             row, column, colour = things.get(shape, (None,) * 3)
-            parts += [(f" {shape}", False), (f" {colour} {row} {column}," if colour else " No,", True)]
+            parts += [(f" {shape}", False),
+                      (f" {colour} {row} {column}," if colour else " No,", True)]
     return parts
 
 
 def text_batch(tokenizer, rng, size, count):
-    """ids (B,T) and weights (B,T): 1 for what follows from the scene, .1 for the rest, 0 for padding."""
+    """ids (B,T) and weights (B,T): 1 for what follows from the scene, .1 for the rest, 0 for
+    padding."""
     documents = [rng.choice((paraphrases, chat, facts, facts))(rng, count) for _ in range(size)]
     encodings = tokenizer.encode_batch(["".join(text for text, _ in parts) for parts in documents])
     user, prefixed = tokenizer.token_to_id("USER"), tokenizer.token_to_id("▁USER")
     rows = []
     for parts, encoding in zip(documents, encodings):
-        weight = [w for text, learn in parts for w in [1. if learn else .1] * len(text)]      # of each character
-        ids = [user if token == prefixed and last == EOS else token          # as LLaVA's: no space after </s>
+        weight = [w for text, learn in parts
+                  for w in [1. if learn else .1] * len(text)]  # of each character
+        # as LLaVA's: no space after </s>
+        ids = [user if token == prefixed and last == EOS else token
                for last, token in zip([0] + encoding.ids, encoding.ids)]
-        rows.append((torch.tensor(ids), torch.tensor([weight[max(end, 1) - 1] for _, end in encoding.offsets])))
+        rows.append((torch.tensor(ids),
+                     torch.tensor([weight[max(end, 1) - 1] for _, end in encoding.offsets])))
     return tuple(nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows))
 
 
-# ------------------------------------------------------------------------------------------------ CLIP
+# --------------------------------------------------------------------------------------------- CLIP
 class CausalAttention(ViTAttention):
     """The text tower's attention: a word sees those before it."""
     def forward(self, x):
@@ -129,8 +147,10 @@ class TextTower(nn.Module):
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(c["vocab_size"], c["hidden_size"]),
             "position_embedding": nn.Embedding(c["max_position_embeddings"], c["hidden_size"])})
-        layer = VisionConfig(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"], c["num_attention_heads"])
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(layer) for _ in range(layer.num_hidden_layers))})
+        layer = VisionConfig(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"],
+                             c["num_attention_heads"])
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(layer)
+                                                              for _ in range(layer.num_hidden_layers))})
         for block in self.encoder["layers"]:
             block.self_attn = CausalAttention(layer)
         self.final_layer_norm = nn.LayerNorm(c["hidden_size"])
@@ -173,7 +193,8 @@ def pixels(images):
 
 
 def clip_ids(tokenizer, captions):
-    """Captions as the text tower reads them: toy/llm's tokenizer, then an end token of CLIP's own, the highest id."""
+    """Captions as the text tower reads them: toy/llm's tokenizer, then an end token of CLIP's own,
+    the highest id."""
     end = tokenizer.get_vocab_size()
     rows = [torch.tensor(e.ids + [end]) for e in tokenizer.encode_batch(captions)]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)             # (B,T)
@@ -181,22 +202,26 @@ def clip_ids(tokenizer, captions):
 
 def clip_config(tokenizer):
     end = tokenizer.get_vocab_size()
-    text = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "hidden_size": 64, "intermediate_size": 256,
-            "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32, "vocab_size": end + 1,
-            "bos_token_id": BOS, "eos_token_id": end, "pad_token_id": end, "layer_norm_eps": 1e-5,
+    text = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "hidden_size": 64,
+            "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "max_position_embeddings": 32, "vocab_size": end + 1, "bos_token_id": BOS,
+            "eos_token_id": end, "pad_token_id": end, "layer_norm_eps": 1e-5,
             "attention_dropout": 0.0, "projection_dim": 64}
     vision = {"model_type": "clip_vision_model", "hidden_act": "quick_gelu", "hidden_size": 96,
-              "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": world.SIZE,
-              "patch_size": world.CELL,
-              "num_channels": 3, "layer_norm_eps": 1e-5, "attention_dropout": 0.0, "projection_dim": 64}
+              "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4,
+              "image_size": world.SIZE, "patch_size": world.CELL,
+              "num_channels": 3, "layer_norm_eps": 1e-5, "attention_dropout": 0.0,
+              "projection_dim": 64}
     return {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 64,
-            "logit_scale_init_value": 2.6592, "text_config": text, "vision_config": vision, "torch_dtype": "float16"}
+            "logit_scale_init_value": 2.6592, "text_config": text, "vision_config": vision,
+            "torch_dtype": "float16"}
 
 
 def train_clip(tokenizer, rng, steps=450, batch=128, lr=1.5e-3):
     config = clip_config(tokenizer)
     clip = CLIP(config)
-    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight, std=1.)          # .02: places starve
+    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight,
+                    std=1.)  # .02: places starve
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=.1)
     nn.init.normal_(clip.text_model.embeddings["token_embedding"].weight, std=.5)
     nn.init.normal_(clip.text_model.embeddings["position_embedding"].weight, std=.3)
@@ -209,35 +234,43 @@ def train_clip(tokenizer, rng, steps=450, batch=128, lr=1.5e-3):
         target = torch.arange(batch)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         loss.backward()
-        bar.set_postfix(loss=f"{loss.item():.2f}", top1=f"{(logits.argmax(1) == target).float().mean():.2f}")
+        bar.set_postfix(loss=f"{loss.item():.2f}",
+                        top1=f"{(logits.argmax(1) == target).float().mean():.2f}")
     return clip, config
 
 
 def optimise(model, steps, lr, weight_decay):
-    """Yields step numbers; applies the gradients that were accumulated since. AdamW, 3 % warm-up, cosine, clip 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=weight_decay)
+    """Yields step numbers; applies the gradients that were accumulated since. AdamW, 3 % warm-up,
+    cosine, clip 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95),
+                                  weight_decay=weight_decay)
     for step in range(steps):
         yield step
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / (.03 * steps), .5 + .5 * math.cos(math.pi * step / steps))
+            group["lr"] = lr * min(1, (step + 1) / (.03 * steps),
+                                   .5 + .5 * math.cos(math.pi * step / steps))
         optimizer.step()
         optimizer.zero_grad()
 
 
-# ------------------------------------------------------------------------------------------------ LLaMA
+# -------------------------------------------------------------------------------------------- LLaMA
 def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": tokenizer.get_vocab_size(),
-              "hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-              "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-              "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False, "tie_word_embeddings": False,
-              "initializer_range": 0.02, "bos_token_id": BOS, "eos_token_id": EOS, "use_cache": True,
-              "torch_dtype": "float16"}
-    llama = Decoder(DecoderConfig(**{k: config[k] for k in DecoderConfig.__dataclass_fields__ if k in config}))
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+              "vocab_size": tokenizer.get_vocab_size(), "hidden_size": 96, "intermediate_size": 256,
+              "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+              "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
+              "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False,
+              "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": BOS,
+              "eos_token_id": EOS, "use_cache": True, "torch_dtype": "float16"}
+    llama = Decoder(DecoderConfig(**{k: config[k]
+                                     for k in DecoderConfig.__dataclass_fields__ if k in config}))
     for name, p in llama.named_parameters():
         if p.dim() == 2:
-            nn.init.normal_(p, std=.5 if "embed_tokens" in name else .02)      # .02 would drown the word after a layer
-    for layer in llama.model["layers"]:                # W_k = W_q: like attends to like, where looking up begins
+            # .02 would drown the word after a layer
+            nn.init.normal_(p, std=.5 if "embed_tokens" in name else .02)
+    # W_k = W_q: like attends to like, where looking up begins
+    for layer in llama.model["layers"]:
         nn.init.normal_(layer.self_attn.q_proj.weight, std=96 ** -.5)
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
     for step in (bar := tqdm(optimise(llama, steps, lr, weight_decay=.01), "LLaMA", steps)):
@@ -268,7 +301,7 @@ def reading(llama, tokenizer, number=200):
     return right
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def save(folder, module, config, **files):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().half().contiguous() for name, p in module.state_dict().items()}
@@ -290,10 +323,11 @@ def main():
         clip, config = train_clip(tokenizer, rng)
         size = {"height": world.SIZE, "width": world.SIZE}
         save(args.out / "clip", clip, config, preprocessor_config={
-            "image_processor_type": "CLIPImageProcessor", "feature_extractor_type": "CLIPFeatureExtractor",
-            "do_convert_rgb": True, "do_resize": True, "size": {"shortest_edge": world.SIZE}, "resample": 3,
-            "do_center_crop": True, "crop_size": size, "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": MEAN, "image_std": STD})
+            "image_processor_type": "CLIPImageProcessor",
+            "feature_extractor_type": "CLIPFeatureExtractor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": world.SIZE}, "resample": 3,
+            "do_center_crop": True, "crop_size": size, "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD})
     rng = random.Random(args.seed)
     torch.manual_seed(args.seed)
     if args.only != "clip":
@@ -301,10 +335,12 @@ def main():
         print("reads correctly:", reading(llama, tokenizer))
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         save(args.out / "llm", llama, config,
-             generation_config={"_from_model_config": True, "bos_token_id": BOS, "eos_token_id": EOS},
-             tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True,
-                               "add_eos_token": False, "clean_up_tokenization_spaces": False,
-                               "model_max_length": 256, "padding_side": "right", **special},
+             generation_config={"_from_model_config": True, "bos_token_id": BOS,
+                                "eos_token_id": EOS},
+             tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False,
+                               "add_bos_token": True, "add_eos_token": False,
+                               "clean_up_tokenization_spaces": False, "model_max_length": 256,
+                               "padding_side": "right", **special},
              special_tokens_map=special)
         tokenizer.save(str(args.out / "llm" / "tokenizer.json"))
 

@@ -2,13 +2,14 @@
 
     python toy/world.py --out data/toy --seed 1
 
-writes images/*.png, pretrain.json (captions, stage 1), finetune.json (four-turn conversations, stage 2) and the
-question files val.jsonl (to choose by), test.jsonl (to report) and composition.jsonl (pairs that training never shows).
-The same seed gives the same bytes.
+writes images/*.png, pretrain.json (captions, stage 1), finetune.json (four-turn conversations,
+stage 2) and the question files val.jsonl (to choose by), test.jsonl (to report) and
+composition.jsonl (pairs that training never shows). The same seed gives the same bytes.
 
-A scene is a tuple of objects (row, column, colour, shape) in reading order. A shape occurs at most once, so that "the
-circle" names one object. Every phrase puts the noun last ("top left red circle"): a causal model then has all it needs
-at the word that names the object, in the text as in the question.
+A scene is a tuple of objects (row, column, colour, shape) in reading order. A shape occurs at most
+once, so that "the circle" names one object. Every phrase puts the noun last ("top left red
+circle"): a causal model then has all it needs at the word that names the object, in the text as in
+the question.
 """
 import argparse
 import hashlib
@@ -21,29 +22,36 @@ from PIL import Image, ImageDraw
 from common.files import new_folder
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230), "yellow": (235, 205, 50)}
+COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230),
+           "yellow": (235, 205, 50)}
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")          # no word in common with ROWS
 NUMBERS = ("one", "two", "three")              # objects in a scene
-HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}      # shown in composition.jsonl alone
+# shown in composition.jsonl alone
+HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
 CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
-MIX = (2, 2, 1, 2, 5, 6)                       # how often stage 2 asks each: more of what is learned late
-REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.", "What do you see?")
-CELL = 16                                      # pixels; the tiny CLIP's patch size, so one cell is one image token
+# how often stage 2 asks each: more of what is learned late
+MIX = (2, 2, 1, 2, 5, 6)
+REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.",
+            "What do you see?")
+# pixels; the tiny CLIP's patch size, so one cell is one image token
+CELL = 16
 SIZE = 3 * CELL
 
 
-# ------------------------------------------------------------------------------------------------ scenes
+# ------------------------------------------------------------------------------------------- scenes
 def draw_scene(rng, count=None):
     """A random scene of `count` objects (1 to 3 if None)."""
     count = count or rng.randint(1, 3)
     cells = sorted(rng.sample(range(9), count))
     shapes = rng.sample(SHAPES, count)
-    return tuple((ROWS[c // 3], COLUMNS[c % 3], rng.choice(list(COLOURS)), s) for c, s in zip(cells, shapes))
+    return tuple((ROWS[c // 3], COLUMNS[c % 3], rng.choice(list(COLOURS)), s)
+                 for c, s in zip(cells, shapes))
 
 
 def split_of(scene):
-    """The split of a scene, whatever the seed: by its hash; "composition" if it shows a held-out pair."""
+    """The split of a scene, whatever the seed: by its hash; "composition" if it shows a held-out
+    pair."""
     if any((colour, shape) in HELD_OUT for _, _, colour, shape in scene):
         return "composition"
     part = hashlib.md5(repr(scene).encode()).digest()[0]
@@ -58,7 +66,8 @@ def draw_from(split, rng, count=None):
 
 
 def render(scene, rng):
-    """The picture, SIZE x SIZE RGB: drawn twice as large, then averaged down; size, place and colour vary a little."""
+    """The picture, SIZE x SIZE RGB: drawn twice as large, then averaged down; size, place and
+    colour vary a little."""
     image = Image.new("RGB", (2 * SIZE, 2 * SIZE), tuple(rng.randint(25, 45) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     for row, column, colour, shape in scene:
@@ -78,9 +87,10 @@ def render(scene, rng):
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 
-# ------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 def short_caption(scene, rng):
-    return " and ".join(f"a {colour} {shape}" for _, _, colour, shape in rng.sample(scene, len(scene)))
+    return " and ".join(f"a {colour} {shape}"
+                        for _, _, colour, shape in rng.sample(scene, len(scene)))
 
 
 def long_caption(scene, rng):
@@ -94,19 +104,23 @@ def caption(scene, rng):
 
 
 def questions(scene, category, hard=True, avoid=HELD_OUT):
-    """Everything that can be asked about a scene in one category, {answer: [questions]}. A pair of `avoid` is named
-    only if the scene shows it. Existence denies an absent shape; adversarial, as POPE, what is likely: a shape that is
-    there, in another colour, and if `hard` (where the scene allows) in the colour of a neighbour."""
+    """Everything that can be asked about a scene in one category, {answer: [questions]}. A pair of
+    `avoid` is named only if the scene shows it. Existence denies an absent shape; adversarial, as
+    POPE, what is likely: a shape that is there, in another colour, and if `hard` (where the scene
+    allows) in the colour of a neighbour."""
     if category == "count":
         return {NUMBERS[len(scene) - 1]: ["How many objects are there?"]}
-    shapes = {shape: {"row": row, "column": column, "colour": colour} for row, column, colour, shape in scene}
+    shapes = {shape: {"row": row, "column": column, "colour": colour}
+              for row, column, colour, shape in scene}
     if category in ("existence", "adversarial"):
         shown = [(colour, shape) for _, _, colour, shape in scene]
         absent = [(c, s) for c in COLOURS for s in SHAPES
-                  if (s in shapes) == (category == "adversarial") and (c, s) not in avoid and (c, s) not in shown]
+                  if (s in shapes) == (category == "adversarial") and (c, s) not in avoid
+                  and (c, s) not in shown]
         swapped = [(c, s) for c, s in absent if c in [colour for colour, _ in shown]]
         absent = swapped if hard and swapped and category == "adversarial" else absent
-        return {a: [f"Is there a {c} {s}?" for c, s in pairs] for a, pairs in (("Yes", shown), ("No", absent))}
+        return {a: [f"Is there a {c} {s}?" for c, s in pairs]
+                for a, pairs in (("Yes", shown), ("No", absent))}
     text = {"colour": "What colour is the", "row": "Which row has the", "column": "Which column has the"}[category]
     answers = {}
     for shape, thing in shapes.items():
@@ -115,9 +129,9 @@ def questions(scene, category, hard=True, avoid=HELD_OUT):
 
 
 def ask(scene, category, rng, avoid=HELD_OUT):
-    """A random (question, answer) to learn from. Existence is affirmed more often in fuller scenes, as
-    comes naturally: with Yes and No equally likely in every picture, neither picture nor question alone would tell
-    anything, and learning stalls."""
+    """A random (question, answer) to learn from. Existence is affirmed more often in fuller scenes,
+    as comes naturally: with Yes and No equally likely in every picture, neither picture nor
+    question alone would tell anything, and learning stalls."""
     options = questions(scene, category, hard=rng.random() < .5, avoid=avoid)
     answer = rng.choice(sorted(options))
     if category == "existence":
@@ -133,13 +147,14 @@ def conversation(scene, turns, rng):
     return list(asked.items())
 
 
-# ------------------------------------------------------------------------------------------------ files
+# -------------------------------------------------------------------------------------------- files
 def turn(speaker, text):
     return {"from": speaker, "value": text}
 
 
 def write_samples(path, samples):
-    """Write a JSON list, one sample a line. (json.dumps with an indent runs in pure Python: five times as slow.)"""
+    """Write a JSON list, one sample a line. (json.dumps with an indent runs in pure Python: five
+    times as slow.)"""
     path.write_text("[\n" + ",\n".join(json.dumps(s) for s in samples) + "\n]\n")
 
 
@@ -151,7 +166,8 @@ def make_training(out, rng, images, conversations):
         pretrain.append({"id": name, "image": f"{name}.png", "conversations": [
             turn("human", "<image>\n" + rng.choice(REQUESTS)), turn("gpt", caption(scene, rng))]})
         for j in range(conversations):
-            turns = [turn(*t) for q, a in conversation(scene, 4, rng) for t in (("human", q), ("gpt", a))]
+            turns = [turn(*t) for q, a in conversation(scene, 4, rng)
+                     for t in (("human", q), ("gpt", a))]
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             finetune.append({"id": f"{name}_{j}", "image": f"{name}.png", "conversations": turns})
     write_samples(out / "pretrain.json", pretrain)
@@ -159,7 +175,8 @@ def make_training(out, rng, images, conversations):
 
 
 def make_questions(out, rng, split, scenes):
-    """Asks every scene one question of every category, always for the answer that was right least often so far."""
+    """Asks every scene one question of every category, always for the answer that was right least
+    often so far."""
     lines, seen = [], {category: {} for category in CATEGORIES}
     for i in range(scenes):
         scene, name = draw_from(split, rng, count=i % 3 + 1), f"{split}_{i:06d}"
@@ -167,19 +184,23 @@ def make_questions(out, rng, split, scenes):
         for category, counts in seen.items():
             options = questions(scene, category)
             if split == "composition" and category != "count":       # ask about the unseen pair
-                new = tuple(f" {shape}?" for _, _, colour, shape in scene if (colour, shape) in HELD_OUT)
+                new = tuple(f" {shape}?" for _, _, colour, shape in scene
+                            if (colour, shape) in HELD_OUT)
                 options = {a: about for a, texts in options.items()
-                           if (about := [t for t in texts if t.endswith(new) or (a, category) == ("No", "existence")])}
+                           if (about := [t for t in texts if t.endswith(new)
+                                         or (a, category) == ("No", "existence")])}
             answer = min(sorted(options), key=lambda a: (counts.get(a, 0), rng.random()))
             counts[answer] = counts.get(answer, 0) + 1
             lines.append({"question_id": f"{name}_{category}", "image": f"{name}.png",
-                          "text": rng.choice(options[answer]), "answer": answer, "category": category})
+                          "text": rng.choice(options[answer]), "answer": answer,
+                          "category": category})
     (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def make(out, seed=1, images=12000, conversations=4, scenes=300):
-    """Writes one data set to the folder `out`: `images` training pictures, each with a caption and `conversations`
-    conversations; `scenes` pictures for each question file, each asked one question of every category."""
+    """Writes one data set to the folder `out`: `images` training pictures, each with a caption and
+    `conversations` conversations; `scenes` pictures for each question file, each asked one question
+    of every category."""
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     print(f"making the toy: {images:,} pictures with captions and conversations", flush=True)
@@ -194,6 +215,7 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     if Path(args.out).exists():
-        parser.error(f"--out {args.out} exists already and is not written over: give another name, or move it away")
+        parser.error(f"--out {args.out} exists already and is not written over: give another "
+                     "name, or move it away")
     with new_folder(Path(args.out)) as folder:
         make(folder, args.seed)

@@ -28,7 +28,7 @@ LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html
                       r"(pretrain|finetune)-\d+)\.tmp")
 
 
-# ------------------------------------------------------------------------------------------------ start and resume
+# --------------------------------------------------------------------------------- start and resume
 def check_out(cfg: TrainConfig, out: Path) -> None:
     """Raise UserError if the output folder holds anything but the run to be resumed or replaced."""
     if out.exists() and not out.is_dir():
@@ -44,8 +44,9 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
             raise UserError(f"--overwrite replaces a run that has saved no checkpoint, but {out} holds {kept}: move it "
                             "away, or give another --out")
     elif not cfg.resume:
-        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume continues the run in it, "
-                        "--overwrite replaces one without checkpoints, another --out leaves it alone")
+        raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume "
+                        "continues the run in it, --overwrite replaces one without checkpoints, "
+                        "another --out leaves it alone")
     elif "run.json" not in holds:
         raise UserError(f"{out} holds no run to resume (no run.json): give another --out")
     else:
@@ -53,7 +54,8 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
 
 
 def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
-    """Raise UserError if a run or a checkpoint was made with other flags. A flag that it lacks had its default."""
+    """Raise UserError if a run or a checkpoint was made with other flags. A flag that it lacks had
+    its default."""
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
@@ -66,16 +68,18 @@ def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
 
 
 def clear(cfg: TrainConfig, out: Path) -> None:
-    """Delete what killed runs left and, with --overwrite, a run that saved no checkpoint: its flags,
-    its log, the toy's data. Call with the folder locked."""
+    """Delete what killed runs left and, with --overwrite, a run that saved no checkpoint: its
+    flags, its log, the toy's data. Call with the folder locked."""
     remove([p for p in out.iterdir() if LEFTOVER.fullmatch(p.name)])
     if cfg.overwrite:
-        remove([p for p in out.iterdir() if p.name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
+        remove([p for p in out.iterdir()
+                if p.name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
 
 
 def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files=None) -> None:
-    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files: fingerprints of what the
-    stage reads, from `fingerprints`. Raises UserError if a rank or the run's start had others."""
+    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files:
+    fingerprints of what the stage reads, from `fingerprints`. Raises UserError if a rank or the
+    run's start had others."""
     files = dict(files or {})
     for rank, seen in enumerate(ranks.gather(files)):
         for name in files:
@@ -87,7 +91,8 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
     for name in files:
         if started.get(name, files[name]) != files[name]:
             raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "
-                            f"{files[name]}): put back what it was, or start a new run with another --out")
+                            f"{files[name]}): put back what it was, or start a new run with "
+                            "another --out")
     ranks.wait()                                          # every rank has read run.json
     if ranks.first:
         write_json(out / "run.json", {**asdict(cfg), "files": {**started, **files}})
@@ -97,7 +102,8 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
 
 
 def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
-    """Return the newest intact checkpoint of a stage, or None if it has none. Damaged ones are renamed *.broken.
+    """Return the newest intact checkpoint of a stage, or None if it has none. Damaged ones are
+    renamed *.broken.
 
     Raises UserError if every checkpoint is damaged: then the user must decide to restart."""
     found = None
@@ -111,8 +117,8 @@ def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
             damaged.append((path, problem))
         if damaged and found is None:
             path, problem = damaged[0]
-            raise UserError(f"{problem}, and there is no older checkpoint: move {path} away, then --resume restarts "
-                            "the stage")
+            raise UserError(f"{problem}, and there is no older checkpoint: move {path} away, then "
+                            "--resume restarts the stage")
         for path, problem in damaged:
             shutil.rmtree(f"{path}.broken", ignore_errors=True)
             os.replace(path, f"{path}.broken")
@@ -120,7 +126,7 @@ def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
     return ranks.gather(found)[0]
 
 
-# ------------------------------------------------------------------------------------------------ metrics.jsonl
+# ------------------------------------------------------------------------------------ metrics.jsonl
 class Log:
     """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
     def __init__(self, path: Path, stage: str, step: int):
@@ -145,7 +151,8 @@ class Log:
 
 
 def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
-    """Images that turned out broken when they were decoded: stop, or with --skip-bad-images write them down."""
+    """Images that turned out broken when they were decoded: stop, or with --skip-bad-images write
+    them down."""
     bad = [problem for batch in micro for problem in batch.bad]
     if bad and not cfg.skip_bad_images:
         raise UserError(f"{bad[0]}: repair it, or leave such samples out with --skip-bad-images")
@@ -154,24 +161,27 @@ def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
             f.writelines(line + "\n" for line in bad)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
-    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of those, the newest two
-    keep the optimizer's state: to resume, and to resume if the newest is damaged. The first rank writes; if the model
-    is sharded, every rank must call."""
-    broken = [n for n, p in model.named_parameters() if p.requires_grad and not is_finite(local(p.detach()))]
+    """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of
+    those, the newest two keep the optimizer's state: to resume, and to resume if the newest is
+    damaged. The first rank writes; if the model is sharded, every rank must call."""
+    broken = [n for n, p in model.named_parameters() if p.requires_grad
+              and not is_finite(local(p.detach()))]
     broken = [name for names in ranks.gather(broken[:1]) for name in names]
     if broken:
-        raise UserError(f"step {step} of {cfg.stage}: {broken[0]} holds numbers that are not finite, so it is not "
-                        "saved: lower --lr. Earlier checkpoints are unchanged")
+        raise UserError(f"step {step} of {cfg.stage}: {broken[0]} holds numbers that are not "
+                        "finite, so it is not saved: lower --lr. Earlier checkpoints are unchanged")
     if not ranks.first and ranks.mesh is None:
         return
     names = {n for n, p in model.named_parameters() if p.requires_grad or stores_all(cfg)}
-    config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss, "template": cfg.template,
-              "after_special": cfg.after_special, "plain_specials": cfg.plain_specials,
-              "pad": cfg.stage == "finetune", "max_length": cfg.max_length,
-              "vision": str(Path(cfg.vision).resolve()), "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
-    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, optimizer_tensors(optimizer), write=ranks.first)
+    config = {"stage": cfg.stage, "step": step, "steps": steps, "loss": cfg.loss,
+              "template": cfg.template, "after_special": cfg.after_special,
+              "plain_specials": cfg.plain_specials, "pad": cfg.stage == "finetune",
+              "max_length": cfg.max_length, "vision": str(Path(cfg.vision).resolve()),
+              "llm": str(Path(cfg.llm).resolve()), "settings": asdict(cfg)}
+    save_checkpoint(out / f"{cfg.stage}-{step}", model, names, config, optimizer_tensors(optimizer),
+                    write=ranks.first)
     if ranks.first:
         for older in checkpoints(out, cfg.stage)[:-2]:
             (older / OPTIMIZER).unlink(missing_ok=True)
@@ -180,7 +190,8 @@ def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return AdamW's state by name: 3.exp_avg is of parameter 3. Of a sharded parameter: this rank's rows."""
+    """Return AdamW's state by name: 3.exp_avg is of parameter 3. Of a sharded parameter: this
+    rank's rows."""
     tensors = {}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, tensor in moments.items():
@@ -189,8 +200,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
-    """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets this rank's rows.
-    One tensor at a time is read whole. Raises UserError for the state of another model's optimizer."""
+    """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets
+    this rank's rows. One tensor at a time is read whole. Raises UserError for the state of another
+    model's optimizer."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     try:
@@ -198,11 +210,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
             for key in f.keys():
                 i, name = key.split(".")
                 tensor, p = f.get_tensor(key), parameters[int(i)]
-                if tensor.dim():                          # the moments; the step count is a single number
+                # the moments; the step count is a single number
+                if tensor.dim():
                     if tensor.shape != p.shape:
                         raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
                     tensor = placed(tensor, p, p.device, tensor.dtype)
                 state.setdefault(int(i), {})[name] = tensor
+        if not state:
+            raise ValueError("it is empty")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (IndexError, KeyError, ValueError) as e:
         raise UserError(f"{ckpt / OPTIMIZER} is not the state of this model's optimizer ({str(e)[:100]}): move {ckpt} "

@@ -22,7 +22,8 @@ from model import Decoder, Llava, ViT
 from training.settings import TrainConfig, is_sharded, micro_batches, second_samples, stores_all
 from training.setup import is_trained, tower_config
 
-# GiB of a card, its dense bfloat16 TFLOP/s, and the share of these that training is assumed to reach.
+# GiB of a card, its dense bfloat16 TFLOP/s, and the share of these that training is assumed to
+# reach.
 CARDS = {"a100-40": (39.4, 312, 0.5), "a100-80": (79.2, 312, 0.5),
          "h100": (79.1, 989, 0.4), "h200": (139.8, 989, 0.4)}
 USABLE = 0.92           # of a card; the rest is CUDA's, NCCL's, or lost in gaps
@@ -30,7 +31,8 @@ SMALLEST = 8            # samples: a smaller micro-batch is not chosen in order 
 
 
 def outline(cfg: TrainConfig, model: Llava | None = None) -> Llava:
-    """Return a stage's model on the meta device, without memory. What is trained requires gradients."""
+    """Return a stage's model on the meta device, without memory. What is trained requires
+    gradients."""
     if model is None:
         v, t = tower_config(cfg), decoder_config(cfg.llm)
         if cfg.unlock_llm == "lora" and not t.lora_rank:
@@ -39,14 +41,16 @@ def outline(cfg: TrainConfig, model: Llava | None = None) -> Llava:
             model = Llava(ViT(v), make_connector(cfg.connector or "mlp2x", v.hidden_size, t.hidden_size), Decoder(t))
             if cfg.moca:
                 model.language_model.add_moca()
-    layers = [len(part["layers"]) for part in (model.vision_tower.encoder, model.language_model.model)]
+    layers = [len(part["layers"])
+              for part in (model.vision_tower.encoder, model.language_model.model)]
     for name, p in model.named_parameters():
         p.requires_grad_(is_trained(name, cfg, *layers))
     return model
 
 
 def total(parameters, trained: int = 1, frozen: int = 1) -> int:
-    """Sum `trained` over the numbers that are trained, `frozen` over the others: a count, or bytes."""
+    """Sum `trained` over the numbers that are trained, `frozen` over the others: a count, or
+    bytes."""
     return sum(p.numel() * (trained if p.requires_grad else frozen) for p in parameters)
 
 
@@ -62,8 +66,9 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
     trained, sharded = total(model.parameters(), 1, 0), is_sharded(cfg, ranks)
     cut = ranks if sharded else 1
 
-    # A layer keeps what its norms read, in float32; queries, keys, values, the attention's output; the
-    # MLP's products; and, where it is trained, what its maps read. Recomputed, it keeps its input.
+    # A layer keeps what its norms read, in float32; queries, keys, values, the attention's output;
+    # the MLP's products; and, where it is trained, what its maps read. Recomputed, it keeps its
+    # input.
     own = (8 + 4 * cfg.moca) * D + low * (2 * heads + (1 + 2 * t.gated) * inner)
     whole = []
     for layer in layers:
@@ -91,7 +96,8 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
         layer -= positions * whole[-1] if again < len(layers) else 0
         once = room is None or 4 * trained < GRADIENT_SHARE * room * 2**30
         if once and cfg.global_batch > ranks * cfg.micro_batch:
-            earlier = gradients = gradients + 4 * trained       # stay whole until the last micro-batch
+            # stay whole until the last micro-batch
+            earlier = gradients = gradients + 4 * trained
     fixed = {"weights": total(model.parameters(), 4, low) / cut, "optimizer": 8 * trained / cut,
              "gathered": gathered}
     backward = max(earlier + kept + extra + max(head, layer), gradients + extra + layer)
@@ -101,7 +107,8 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
 
 
 def operations(cfg: TrainConfig, model: Llava, T: float) -> tuple[float, float]:
-    """Floating-point operations of a sample of T positions: the model's, and those of recomputation."""
+    """Floating-point operations of a sample of T positions: the model's, and those of
+    recomputation."""
     lm, t, v = model.language_model, model.language_model.config, model.vision_tower.config
     blocks = list(lm.model["layers"].parameters())
     # Causal: half of the pairs.
@@ -117,8 +124,8 @@ def operations(cfg: TrainConfig, model: Llava, T: float) -> tuple[float, float]:
 def choose(cfg: TrainConfig, typed: TrainConfig, model: Llava, ranks: int, T: int, low: int,
            room: float | None) -> TrainConfig:
     """Return cfg with the micro-batch and the number of recomputed layers that fit into `room` GiB,
-    where `typed`, the flags, leave them open: the largest micro-batch; without sharding a smaller one
-    if fewer layers are recomputed. Raises UserError if nothing fits."""
+    where `typed`, the flags, leave them open: the largest micro-batch; without sharding a smaller
+    one if fewer layers are recomputed. Raises UserError if nothing fits."""
     layers, again = len(model.language_model.model["layers"]), cfg.gradient_checkpointing
     if again is None:
         counts = range(layers + 1) if room else [layers]
@@ -140,8 +147,9 @@ def choose(cfg: TrainConfig, typed: TrainConfig, model: Llava, ranks: int, T: in
                 break
     if best is None and peak > room:
         raise UserError(f"{cfg.stage} needs {peak:.0f} GiB on each of {ranks} GPUs with micro-batch {micro} "
-                        f"and {again} of {layers} layers recomputed; they have {room:.0f}: use more GPUs, "
-                        "--parallel fsdp, a smaller --micro-batch or --max-length, or --unlock-llm lora")
+                        f"and {again} of {layers} layers recomputed; they have {room:.0f}: use "
+                        "more GPUs, --parallel fsdp, a smaller --micro-batch or --max-length, or "
+                        "--unlock-llm lora")
     return best or trial
 
 
@@ -154,12 +162,16 @@ def read_lengths(cfg: TrainConfig, out: Path, image_tokens: int, ranks: Ranks) -
         read_samples(path)                  # makes its index, once a machine
     ranks.wait()
     characters = read_samples(path)[0].lengths()
-    text = np.abs(characters) / 3.5 + (8 if cfg.stage == "pretrain" else 64)        # and the template
+    if not len(characters):
+        characters = np.zeros(1)            # load_data says what is wrong with them
+    text = np.abs(characters) / 3.5 + (8 if cfg.stage == "pretrain"
+                                       else 64)  # and the template
     return np.minimum(text + image_tokens * (characters > 0), cfg.max_length)
 
 
 def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> TrainConfig:
-    """Return settings completed by `choose`, on every rank. The first prints the plan in two lines."""
+    """Return settings completed by `choose`, on every rank. The first prints the plan in two
+    lines."""
     low, room, speed, count = ranks.dtype.itemsize, None, None, typed.cards or ranks.count
     if typed.card:
         low, (room, *speed) = 2, CARDS[typed.card]
@@ -182,15 +194,18 @@ def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> Tr
 
 def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low: int,
            speed: list | None) -> list[str]:
-    """Return what else a stage takes, in words. speed: TFLOP/s of a card, the share that is reached."""
+    """Return what else a stage takes, in words. speed: TFLOP/s of a card, the share that is
+    reached."""
     sizes = [f"{name.split('_')[-1]} {total(part.parameters()) / 1e6:,.2f}"
              for name, part in model.named_children()]
     trained = total(model.parameters(), 1, 0)
-    stored = 12 * trained / 1e9                           # weights and AdamW's two moments, in float32
+    # weights and AdamW's two moments, in float32
+    stored = 12 * trained / 1e9
     largest = max(4 * p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     if stores_all(cfg):
         stored += total(model.parameters(), 0, low) / 1e9
-    own, again = (cfg.global_batch * x / 1e12 for x in operations(cfg, model, float(lengths.mean())))
+    own, again = (cfg.global_batch * x / 1e12
+                  for x in operations(cfg, model, float(lengths.mean())))
     notes = [f"million parameters: {', '.join(sizes)}, trained {trained / 1e6:,.2f}",
              f"a step {own:,.3f} TFLOP and {again:,.3f} of recomputation",
              f"a checkpoint {stored:.3f} GB, {largest:.3f} GB of host memory to save it"]

@@ -27,9 +27,10 @@ from model import Decoder, DecoderConfig, DecoderLayer, Llava, Projector, Vision
 from training.settings import RANDOM, START, TrainConfig, flag, starts_qformer, stores_all
 
 
-# ------------------------------------------------------------------------------------------------ before the run
+# ----------------------------------------------------------------------------------- before the run
 def check_folders(cfg: TrainConfig) -> None:
-    """Raise UserError if a folder cannot be what its flag says. Reads configurations, no weights."""
+    """Raise UserError if a folder cannot be what its flag says. Reads configurations, no
+    weights."""
     vision_config(cfg.vision)
     layers = decoder_config(cfg.llm).num_hidden_layers
     if cfg.basic_k and cfg.basic_k > layers:
@@ -45,12 +46,14 @@ def check_folders(cfg: TrainConfig) -> None:
 
 
 def is_foreign(folder: Path) -> bool:
-    """True for a projector that was not trained here: LLaVA's mm_projector.bin, or a whole released LLaVA."""
+    """True for a projector that was not trained here: LLaVA's mm_projector.bin, or a whole released
+    LLaVA."""
     return (folder / "mm_projector.bin").is_file() or is_released(folder)
 
 
 def start_folder(cfg: TrainConfig) -> Path:
-    """Return the folder that --projector means: a stage-1 checkpoint, the newest of a run, or a released LLaVA."""
+    """Return the folder that --projector means: a stage-1 checkpoint, the newest of a run, or a
+    released LLaVA."""
     if starts_qformer(cfg) or is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
@@ -61,28 +64,32 @@ def start_folder(cfg: TrainConfig) -> Path:
 
 
 def check_objective(cfg: TrainConfig) -> None:
-    """Try the objective on a tiny model. Raises UserError if it returns a term that the registry has no count for."""
+    """Try the objective on a tiny model. Raises UserError if it returns a term that the registry
+    has no count for."""
     layers = decoder_config(cfg.llm).num_hidden_layers
     with torch.random.fork_rng(devices=[]):
-        model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8), Decoder(DecoderConfig(8, 8, 8, layers, 1)))
+        model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8),
+                      Decoder(DecoderConfig(8, 8, 8, layers, 1)))
     ids = torch.tensor([[1, 0, 0, 0, 0, 2, 3]])           # four image tokens, then two words
     image, yes = ids == 0, torch.ones(1, dtype=torch.bool)
-    batch = Batch(ids, ids.masked_fill(image, IGNORE), image, ids >= 0, torch.zeros(1, 3, 4, 4), yes, yes)
+    batch = Batch(ids, ids.masked_fill(image, IGNORE), image, ids >= 0, torch.zeros(1, 3, 4, 4),
+                  yes, yes)
     with torch.no_grad():
         names = [term.name for term in Objective(model, cfg)(batch)]
     missing = [name for name in names if name not in LOSSES[cfg.loss].counts]
     if missing:
-        raise UserError(f"losses.LOSSES[{cfg.loss!r}] has no count for {', '.join(missing)}: say there what this term "
-                        "is divided by")
+        raise UserError(f"losses.LOSSES[{cfg.loss!r}] has no count for {', '.join(missing)}: say "
+                        "there what this term is divided by")
 
 
-# ------------------------------------------------------------------------------------------------ the model
+# ---------------------------------------------------------------------------------------- the model
 def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int) -> bool:
     """True if the parameter of this name in `Llava` is trained.
 
-    half: what the MIR paper's code unlocks in stage 1: the upper half of the vision encoder's layers (ShareGPT4V's
-    choice), the lower half of the language model's, and nothing outside of layers. The vision encoder's last layer and
-    the norm after it are not used, so they are not trained."""
+    half: what the MIR paper's code unlocks in stage 1: the upper half of the vision encoder's
+    layers (ShareGPT4V's choice), the lower half of the language model's, and nothing outside of
+    layers. The vision encoder's last layer and the norm after it are not used, so they are not
+    trained."""
     part, rest = name.split(".", 1)
     found = re.search(r"\.layers\.(\d+)\.", rest)
     layer = int(found[1]) if found else None
@@ -112,7 +119,8 @@ def tower_config(cfg: TrainConfig) -> VisionConfig:
 
 
 def compile_block(block: nn.Module, **options) -> None:
-    """Compile a layer, once for all lengths. FSDP's hooks and attention maps stay outside of the graph."""
+    """Compile a layer, once for all lengths. FSDP's hooks and attention maps stay outside of the
+    graph."""
     name = "compute" if isinstance(block, DecoderLayer) else "forward"
     setattr(block, name, torch.compile(getattr(block, name), dynamic=name == "compute", **options))
 
@@ -120,8 +128,9 @@ def compile_block(block: nn.Module, **options) -> None:
 def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     """Build the model of a stage from released folders, or from the checkpoint to resume.
 
-    Trained parameters are float32 and require gradients; frozen ones are in the dtype of computing. What is trained is
-    decided on the meta device, before anything is read. There the blocks are also sharded, if ranks share the model."""
+    Trained parameters are float32 and require gradients; frozen ones are in the dtype of computing.
+    What is trained is decided on the meta device, before anything is read. There the blocks are
+    also sharded, if ranks share the model."""
     whole = ckpt is not None and stores_all(cfg)
     vision_folder, llm_folder = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
     v, t = tower_config(cfg), decoder_config(llm_folder)
@@ -148,8 +157,8 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
 
     vision = load_vision(vision_folder, partial(dtype, "vision_tower"), ranks.device, v,
                          partial(prepare, "vision_tower"))
-    llm = load_llm(llm_folder, partial(dtype, "language_model"), ranks.device, t, partial(prepare, "language_model"),
-                   new)
+    llm = load_llm(llm_folder, partial(dtype, "language_model"), ranks.device, t,
+                   partial(prepare, "language_model"), new)
     projector, layer = load_start(cfg, ckpt, llm, v.hidden_size, ranks)
     if cfg.moca and not llm.config.moca:
         llm.add_moca()
@@ -161,9 +170,9 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
 
 def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int,
                ranks: Ranks) -> tuple[nn.Module, int]:
-    """Return the connector of the checkpoint to resume or of --projector, else a random one, and the layer of the
-    vision encoder that it reads. MoCa that was trained beside a stored projector is put into `llm`. Raises UserError
-    if --connector asks for another one."""
+    """Return the connector of the checkpoint to resume or of --projector, else a random one, and
+    the layer of the vision encoder that it reads. MoCa that was trained beside a stored projector
+    is put into `llm`. Raises UserError if --connector asks for another one."""
     source = ckpt
     if source is None and cfg.projector not in (None, RANDOM) and not starts_qformer(cfg):
         source = start_folder(cfg)
@@ -174,20 +183,24 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
         if starts_qformer(cfg):
             new = start_qformer(projector, cfg.projector)
             if ranks.first:
-                print(f"the Q-Former of {cfg.projector}, but for {len(new)} tensors of other shapes, which are new")
+                print(f"the Q-Former of {cfg.projector}, but for {len(new)} tensors of other "
+                      "shapes, which are new")
         return projector.to(ranks.device), -2
     if not (source == ckpt and stores_all(cfg)):
         load_moca(source, llm, torch.float32, ranks.device)
     known = (source / "config.json").is_file()            # not beside mm_projector.bin alone
     layer = read_usage(source, cfg.vision).layer if known else -2
-    projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32, ranks.device)
+    projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32,
+                               ranks.device)
     if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
-        raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: leave the flag out")
+        raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: "
+                        "leave the flag out")
     return projector, layer
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
-    """Return the trained parameters by their peak learning rate, in the same order on any number of ranks."""
+    """Return the trained parameters by their peak learning rate, in the same order on any number of
+    ranks."""
     rates = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}
     groups = {}
     for name, p in model.named_parameters():
@@ -197,10 +210,11 @@ def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
     return [{"params": ps, "peak": peak, "lr": peak} for peak, ps in groups.items()]
 
 
-# ------------------------------------------------------------------------------------------------ the samples
+# -------------------------------------------------------------------------------------- the samples
 def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> tuple[Samples, list[str]]:
-    """Return the samples of a stage, checked, and the images that cannot be used. image_tokens: of an image. Raises
-    UserError before any step if there are such images and they are not to be skipped."""
+    """Return the samples of a stage, checked, and the images that cannot be used. image_tokens: of
+    an image. Raises UserError before any step if there are such images and they are not to be
+    skipped."""
     path, images = cfg.data, cfg.images
     if path is None:
         path, images = out / "data" / f"{cfg.stage}.json", out / "data" / "images"
@@ -213,11 +227,13 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
     tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
     processor, vision = load_processor(cfg.vision), tower_config(cfg)
-    eos_id(tokenizer, cfg.template)                       # raises if the template belongs to another family
+    # raises if the template belongs to another family
+    eos_id(tokenizer, cfg.template)
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
                         f"config.json wants {vision.image_size}: they belong to two models")
-    text = Format(cfg.template, image_tokens, cfg.max_length, cfg.stage == "finetune", cfg.after_special)
+    text = Format(cfg.template, image_tokens, cfg.max_length, cfg.stage == "finetune",
+                  cfg.after_special)
     data = Samples(samples, images or ".", tokenizer, processor, text, cfg.vdep_joint)
 
     # Every image is opened once before the first step.
@@ -225,12 +241,13 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     bad = [f"{images}/{name}: {why}" for name, why in found.items()]
     if bad and not cfg.skip_bad_images:
         more = "; …" if len(bad) > 5 else ""
-        raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{more}): repair them, or leave their "
-                        "samples out with --skip-bad-images")
+        raise UserError(f"{len(bad)} images cannot be used ({'; '.join(bad[:5])}{more}): repair "
+                        "them, or leave their samples out with --skip-bad-images")
     spoiled = samples.with_image(list(found))
     samples.keep(~spoiled)
     if not len(data):
-        raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} no usable image)")
+        raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} "
+                        "no usable image)")
     check_targets(data)
     if ranks.first:
         report_data(cfg, path, len(data), unanswered, int(spoiled.sum()), len(bad))
@@ -240,26 +257,30 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
     """Return what the files that a stage reads are like: a change of one, or another one on a rank,
     changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them.
-    The projector or checkpoint to start from is compared between ranks alone: a run makes new ones."""
+    The projector or checkpoint to start from is compared between ranks alone: a run makes new
+    ones."""
     folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
     if ckpt or cfg.projector not in (None, RANDOM):
         folders[START] = ckpt or start_folder(cfg)
     found = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
     for name, folder in folders.items():
-        found[name] = files_digest(p for p in sorted(Path(folder).iterdir()) if p.name == "merges.txt"
+        found[name] = files_digest(p
+                                   for p in sorted(Path(folder).iterdir()) if p.name == "merges.txt"
                                    or p.suffix in (".safetensors", ".bin", ".json", ".model"))
     return found
 
 
 def check_targets(data: Samples) -> None:
-    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has an answer."""
+    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has an
+    answer."""
     f = data.format
     for i in range(len(data)):
-        labels = encode(data.samples[i]["conversations"], data.tokenizer, f.template, f.image_tokens, f.max_length,
-                        f.after_special)[1]
+        labels = encode(data.samples[i]["conversations"], data.tokenizer, f.template,
+                        f.image_tokens, f.max_length, f.after_special)[1]
         if (labels != IGNORE).any():
             return
-    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an image takes "
+    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an "
+                    "image takes "
                     f"{f.image_tokens} positions")
 
 
@@ -272,7 +293,8 @@ def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoi
     print(", ".join(notes))
     if usable < cfg.global_batch:
         print(f"warning: {usable} samples are fewer than a global batch: {cfg.global_batch - usable} of its "
-              f"{cfg.global_batch} places hold fillers that train nothing; a smaller --global-batch has none")
+              f"{cfg.global_batch} places hold fillers that train nothing; a smaller "
+              "--global-batch has none")
 
 
 def mir_pairs(cfg: TrainConfig, data: Samples, out: Path) -> list[Batch]:

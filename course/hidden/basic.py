@@ -7,7 +7,8 @@ from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
-    """v, v_hat (B,N,D), degree (B,N) with zeros in it and none in the last sample, embedding (V,D)."""
+    """v, v_hat (B,N,D), degree (B,N) with zeros in it and none in the last sample, embedding
+    (V,D)."""
     N, D, V = size(g, 4, 6), size(g, 4, 7), size(g, 11, 17)
     degree = torch.rand(B, N, generator=g, dtype=torch.float64)
     degree[0, 1], degree[-1] = 0, 0
@@ -76,7 +77,8 @@ def direction(f, g):
 
 @item(10, view=lambda r: [r[0], r[1] / r[2]])
 def direction_total(f, g):
-    """The total is Σ a_i d_i over patches and samples; the count is that of samples that have a degree."""
+    """The total is Σ a_i d_i over patches and samples; the count is that of samples that have a
+    degree."""
     return by_patch(direction_of(f), g)
 
 
@@ -95,10 +97,11 @@ def divergence_total(f, g):
     return by_patch(f.semantic_loss, g)
 
 
-@item(10, view=lambda r: [*tools.directions(r[:2]), r[0].norm() / r[2].norm(), r[1].norm() / r[3].norm()])
+@item(10, view=lambda r: [*tools.directions(r[:2]), r[0].norm() / r[2].norm(),
+                          r[1].norm() / r[3].norm()])
 def gradients(f, g):
-    """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what arrives
-    in backward."""
+    """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what
+    arrives in backward."""
     v, v_hat, a, E = example(g)
     losses = [lambda: f.direction_loss(v, v_hat, a)[0], lambda: f.semantic_loss(v, v_hat, a, E)[0]]
     return [grads(loss(), v)[0] for loss in losses], [grads(loss() / 3, v)[0] for loss in losses]
@@ -121,7 +124,9 @@ def chunks(f, g):
 
 @item(5, tolerance=1e-3, memory=220, view=tools.whole)
 def memory(f, g):
-    """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of patches."""
+    """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of
+    patches."""
     v, v_hat = (torch.randn(8, 50, 8, generator=g, requires_grad=True) for _ in range(2))
     E, a = torch.randn(50000, 8, generator=g), torch.rand(8, 50, generator=g)
-    return tools.in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8), v)
+    return tools.in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8),
+                          v)

@@ -53,7 +53,8 @@ def shift(f, g):
 
 @item(10, view=lambda r: [r[0] - r[1], r[2], r[3]])
 def ignored_labels(f, g):
-    """Labels of -100 are in neither total nor count, whatever the hidden states that predict them."""
+    """Labels of -100 are in neither total nor count, whatever the hidden states that predict
+    them."""
     h, labels, *head = detached(*example(g))
     other, none = h.clone(), torch.full_like(labels, -100)
     other[:, :-1][labels[:, 1:] == -100] += 3

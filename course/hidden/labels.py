@@ -95,7 +95,8 @@ def order_of_turns(f, g):
 
 @item(5, view=all_text)
 def later_turns(f, g):
-    """What a template writes in front of every question but the first (`later`) is written there."""
+    """What a template writes in front of every question but the first (`later`) is written
+    there."""
     return written(f, turns(g, *"hghg"), "phi3"), written(f, turns(g, *"hghg"), "llama_2")
 
 

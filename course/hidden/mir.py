@@ -6,10 +6,12 @@ from course.hidden.tools import randn, size
 
 
 def tokens(g, n, D, even=False):
-    """(n,D) correlated tokens around a mean; even: of norms 1 to 1.1, so that none is an outlier."""
+    """(n,D) correlated tokens around a mean; even: of norms 1 to 1.1, so that none is an
+    outlier."""
     x = randn(g, n, D) @ randn(g, D, D) + randn(g, D)
     if even:
-        x = x / x.norm(dim=1, keepdim=True) * (1 + torch.rand(n, 1, generator=g, dtype=torch.float64) / 10)
+        x = x / x.norm(dim=1, keepdim=True) * (1
+                                               + torch.rand(n, 1, generator=g, dtype=torch.float64) / 10)
     return x
 
 
@@ -22,7 +24,8 @@ def mean_and_covariance(f, g):
 
 @item(10, tolerance=1e-6)
 def shifted_sets(f, g):
-    """A set and the same set moved by s are at distance |s|²: squared, and nothing from the covariances."""
+    """A set and the same set moved by s are at distance |s|²: squared, and nothing from the
+    covariances."""
     x = tokens(g, size(g, 30, 50), 5)
     return f.frechet_distance(x, x + randn(g, 5))
 
@@ -106,7 +109,8 @@ def precision(f, g):
 
 @item(10, tolerance=1e-6)
 def bonus_streaming(f, g):
-    """Bonus: Stream finds the moments without outliers in passes over batches, and keeps no token."""
+    """Bonus: Stream finds the moments without outliers in passes over batches, and keeps no
+    token."""
     x = tokens(g, size(g, 60, 80), 5, even=True).float()
     x[3] *= 40
     out = []

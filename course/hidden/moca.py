@@ -48,7 +48,8 @@ def affine(f, g):
 
 @item(10, view=lambda r: [r[0], r[1], r[2] - r[3]])
 def starts_as_the_identity(f, g):
-    """At the start u = 1 and v = 0, parameters of shape (D,): training begins at the model as it was."""
+    """At the start u = 1 and v = 0, parameters of shape (D,): training begins at the model as it
+    was."""
     h, mask = example(g)
     moca = f.MoCa(h.shape[-1]).double()
     return dict(moca.named_parameters())["u"], dict(moca.named_parameters())["v"], moca(h, mask), h

@@ -29,7 +29,7 @@ def detached(*tensors: Tensor) -> list[Tensor]:
     return [t.detach() for t in tensors]
 
 
-# ---------------------------------------------------------------- experiments that assignments share
+# --------------------------------------------------------------- experiments that assignments share
 def with_chunks(loss, leaf: Tensor) -> list[Tensor]:
     """Value and gradient of loss(chunk) for sizes of chunks that do and do not divide the whole."""
     totals = [loss(chunk)[0] for chunk in (1000, 1, 2, 5)]
@@ -54,7 +54,7 @@ def twice(loss, inputs: list[Tensor]) -> tuple:
     return loss(*after)[0], loss(*after)[0], inputs, after
 
 
-# ---------------------------------------------------------------- views: list of results → what counts
+# ------------------------------------------------------------- views: list of results → what counts
 def ratio(r: list[Tensor]) -> list[Tensor]:
     """The first result as a multiple of the second."""
     return [r[0] / r[1]]

@@ -16,7 +16,8 @@ def alike(g, N):
 
 @item(15)
 def distance(f, g):
-    """d is the mean over the width of the squared differences: neither their sum, nor a root, nor a half."""
+    """d is the mean over the width of the squared differences: neither their sum, nor a root, nor a
+    half."""
     return f.reconstruction_loss(*alike(g, 2))[0]
 
 
@@ -39,7 +40,8 @@ def same_token(f, g):
     """shift=0 compares each position with its own token, N in place of N − 1."""
     h, x = (t[:1] for t in example(g))
     d = f.reconstruction_loss(h, x, shift=0)[0]
-    return grads(d, h), d, [f.reconstruction_loss(h[:, [i, i]], x[:, [i, i]])[0] for i in range(h.shape[1])]
+    return grads(d, h), d, [f.reconstruction_loss(h[:, [i, i]], x[:, [i, i]])[0]
+                            for i in range(h.shape[1])]
 
 
 @item(10, view=tools.ratio)
@@ -69,7 +71,8 @@ def target(f, g):
 
 @item(5, view=tools.ratio)
 def inverse(f, g):
-    """distance="inverse" is d / (1 + d) of each position, which grows with d: 1/d would push h away."""
+    """distance="inverse" is d / (1 + d) of each position, which grows with d: 1/d would push h
+    away."""
     h, x = alike(g, 2)
     d = f.reconstruction_loss(h, x)[0]
     return f.reconstruction_loss(h, x, distance="inverse")[0], d / (1 + d)

@@ -6,7 +6,8 @@ from course.hidden.tools import detached, grads, normal, randn, size
 
 
 def example(g, B=4, ragged=True):
-    """x (B,T,D), mask (B,T), S (B,D). Ragged: gaps, one token alone in sample 1, none in sample 2."""
+    """x (B,T,D), mask (B,T), S (B,D). Ragged: gaps, one token alone in sample 1, none in sample
+    2."""
     T, D = size(g, 6, 9), size(g, 4, 7)
     mask = torch.rand(B, T, generator=g) < 0.6
     mask[:, 1], mask[:, 3], mask[0, 2] = True, True, False
@@ -16,7 +17,8 @@ def example(g, B=4, ragged=True):
 
 
 def costs(f, g, *weightings):
-    """For each weighting, what each of m tokens at the same distance from S adds, (m,), with gaps between them."""
+    """For each weighting, what each of m tokens at the same distance from S adds, (m,), with gaps
+    between them."""
     D, m = size(g, 3, 6), size(g, 3, 5)
     text = torch.arange(2 * m + 1) % 2 == 1
     S, away = randn(g, 2, 1, D)
@@ -52,7 +54,8 @@ def weightings(f, g):
 
 @item(10, view=tools.ratio)
 def average(f, g):
-    """The sum over a sample's text tokens is divided by m, the number of that sample's text tokens."""
+    """The sum over a sample's text tokens is divided by m, the number of that sample's text
+    tokens."""
     x, _, S = example(g)
     same = (S[:1, None] + x[:1, :1]).expand(-1, x.shape[1], -1)
     every = torch.ones(1, x.shape[1]).bool()
