@@ -58,7 +58,7 @@ class Assistant:
     processor: ImageProcessor
     template: str
     after_special: str
-    pad: bool                   # images are padded to a square (stage 2) or cropped (stage 1), as in training
+    pad: bool  # images are padded to a square (stage 2) or cropped (stage 1), as in training
 
     @classmethod
     def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
@@ -297,7 +297,7 @@ def main() -> None:
     if cfg.compare:
         print(compare(cfg.compare))
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # prompts are encoded in a thread of their own
     ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
     with explain_lost_ranks(ranks):
         if cfg.prompt is None and cfg.image is None:

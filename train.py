@@ -63,7 +63,7 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
         log = folder.Log(out / "metrics.jsonl", cfg.stage, step)
 
-    hidden = None if ranks.first else True                # the bar: of the first rank, and only in a terminal
+    hidden = None if ranks.first else True  # the bar: of the first rank, and only in a terminal
     with (parallel.alarm(ranks, cfg.timeout) as alive, stop_signals() as stop,
           tqdm(total=steps, initial=step, desc=cfg.stage, unit="step", disable=hidden) as bar):
         workers = (4 if on_gpu else 1) if cfg.workers is None else cfg.workers
@@ -293,18 +293,18 @@ def main() -> None:
             prepare(plan, cfg, out, Ranks(0, 1, *parallel.choose_device(cfg.device, cfg.dtype)))
         return
 
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"        # batches are prepared in processes of their own
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # batches are prepared in processes of their own
     ranks = parallel.start(*parallel.choose_device(cfg.device, cfg.dtype), cfg.timeout)
-    with locked(out, ranks.first):                        # until the end: no other run writes to --out
+    with locked(out, ranks.first):  # until the end: no other run writes to --out
         with parallel.explain_lost_ranks(ranks, advice="--resume continues from the newest checkpoint"):
             ranks.wait()                                  # every rank has looked at --out
             if ranks.first:
-                folder.check_out(cfg, out)                # again: another run may have ended there since
+                folder.check_out(cfg, out)  # again: another run may have ended there since
                 folder.clear(cfg, out)
             for plan in plans:
                 run_stage(cfg, plan, out, ranks)
             alone = parallel.leave(ranks)                 # the report needs the first rank only
-        if ranks.first:                                   # imported here: training needs neither benchmarks nor pages
+        if ranks.first:  # imported here: training needs neither benchmarks nor pages
             if cfg.data is None:
                 from toy.report import report
                 results = report(out, stages, alone.device, alone.dtype)

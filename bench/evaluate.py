@@ -130,8 +130,9 @@ def theirs(model, load: Load, rows: range) -> list[list[int]]:
         n = len(load.input_ids[r])
         ids[i, -n:] = load.input_ids[r].masked_fill(load.image_mask[r], model.config.image_token_id)
         seen[i, -n:] = 1
-    new = model.generate(input_ids=ids, attention_mask=seen, do_sample=False,
-                         max_new_tokens=load.max_new_tokens, pixel_values=load.pixel_values[[load.image_index[r] for r in rows]])[:, width:].tolist()
+    pixels = load.pixel_values[[load.image_index[r] for r in rows]]
+    new = model.generate(input_ids=ids, attention_mask=seen, do_sample=False, pixel_values=pixels,
+                         max_new_tokens=load.max_new_tokens)[:, width:].tolist()
     return [a[:a.index(load.eos)] if load.eos in a else a for a in new]
 
 

@@ -1,7 +1,7 @@
 """Memory and time of one rank: estimated by arithmetic, or measured on one device that plays rank 0 of 8.
 
     python -m bench.memory                                         the estimate: GiB a rank, for docs/training.md
-    python -m bench.memory --track --shape 13b --moca              PyTorch's tracker on fake tensors, against the estimate
+    python -m bench.memory --track --shape 13b --moca              PyTorch's tracker, against the estimate
     python -m bench.memory --measure --shape small                 runs anywhere: plays 8 ranks on a CPU
     python -m bench.memory --measure --shape 7b --stage pretrain --loss basic --limit 40       on a GPU, 40 GiB of it
     python -m bench.memory --measure --shape 7b --stage finetune --limit 40

@@ -101,7 +101,7 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
     added = dict(sorted(tokenizer.get_added_tokens_decoder().items()))
     splits = [n for n, (i, _) in enumerate(tokens) if i in added and not added[i].normalized]
     if splits and after_special == "4.37":
-        bare = Tokenizer(tokenizer.model)                       # shares the vocabulary, adds no space in front
+        bare = Tokenizer(tokenizer.model)  # shares the vocabulary, adds no space in front
         bare.normalizer = normalizers.Replace(" ", SPACE)
         bare.add_tokens(list(added.values()))
         bare.encode_special_tokens = tokenizer.encode_special_tokens

@@ -24,8 +24,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
 def execute(solutions: list[dict[str, str]], items: list, seed: int) -> list[list[tuple]]:
     """parse() of every item for each solution {module: text}, from a process that ends with it."""
     done = subprocess.run([sys.executable, "-B", "-m", "course.worker"], cwd=ROOT, env=ENVIRONMENT,
-                          input=pickle.dumps((solutions, items, seed, SECONDS)),
-                          stdout=subprocess.PIPE)
+                          input=pickle.dumps((solutions, items, seed, SECONDS)), stdout=subprocess.PIPE)
     if done.returncode:
         raise UserError("the grader's worker ended: grading needs Linux on x86_64 or aarch64")
     return [[parse(answer) for answer in row] for row in pickle.loads(done.stdout)]
@@ -64,8 +63,7 @@ def agree(got: list[list[Tensor]], want: list[list[Tensor]], item) -> bool:
 
 
 def solution(name: str, *patch: str) -> dict[str, str]:
-    """The reference and what is handed out with it. patch: texts and what replaces them, in
-    turns."""
+    """The reference and what is handed out with it. patch: texts and what replaces them, in turns."""
     texts = {m: (ROOT / MODULES[m]["file"]).read_text() for m in find(name)["write"]}
     for old, new in zip(patch[::2], patch[1::2]):
         if sum(text.count(old) for text in texts.values()) != 1:
@@ -125,9 +123,8 @@ def grade(name: str, folder: Path, key: Key) -> list[dict]:
     tests = []
     for item in key.items:
         points = 0 if item.__name__ in lost else item.points
-        tests.append({"name": item.__name__.replace("_", " "), "visibility": "visible",
-                      "score": points, "max_score": item.points,
-                      "output": lost.get(item.__name__, "right")})
+        tests.append({"name": item.__name__.replace("_", " "), "visibility": "visible", "score": points,
+                      "max_score": item.points, "output": lost.get(item.__name__, "right")})
     return tests
 
 
@@ -152,8 +149,7 @@ def grade_all(name: str, submissions: Path, out: Path, seed: int) -> None:
             table.writerow([student, sum(points), *points])
             total = f"{student}: {sum(points)} of {most} points"
             print(total)
-            lines = [f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}"
-                     for t in tests]
+            lines = [f"{t['score']:3} of {t['max_score']:3} {t['name']}: {t['output']}" for t in tests]
             write_text(details / f"{student}.txt", "\n".join([total, *lines]) + "\n")
             write_json(details / f"{student}.json", {"tests": tests})
         write_text(out, rows.getvalue())

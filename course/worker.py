@@ -33,8 +33,7 @@ def lock() -> None:
     filters = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in code))
     program = struct.pack("HxxxxxxP", len(code), ctypes.addressof(filters))
     libc = ctypes.CDLL(None, use_errno=True)
-    # no new privileges, then seccomp
-    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):
+    if libc.prctl(38, 1, 0, 0, 0) or libc.prctl(22, 2, program):    # no new privileges, then seccomp
         raise OSError(ctypes.get_errno(), "seccomp is not available: nothing is graded without it")
 
 

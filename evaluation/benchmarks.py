@@ -196,7 +196,7 @@ BENCHMARKS = {
         parquet(RAW, "val2014")),
         score="vqa", max_new=1024, sizes=(5046,),
         suffix=lambda r, style: UNANSWERABLE + SHORT if style == "lmms" else SHORT),
-    "textvqa": Benchmark((                                      # a question_id is its image's: it may repeat
+    "textvqa": Benchmark((  # a question_id is its image's: it may repeat
         Source(near("llava_textvqa_val_v051_ocr.jsonl"), {**LLAVA, "image_id": "question_id"},
                "val",
                Source(near("TextVQA_0.5.1_val.json"),

@@ -30,7 +30,7 @@ class Chat:
         """Start again with an image. Raises UserError if it cannot be read."""
         a = self.assistant
         try:
-            pixels = a.processor(open_image(image), a.pad)[None]                            # (1,3,H,W)
+            pixels = a.processor(open_image(image), a.pad)[None]  # (1,3,H,W)
         except ValueError as e:
             raise UserError(f"{image}: {e}") from None
         self.pixels = pixels.to(next(a.model.parameters()).device)
@@ -74,12 +74,12 @@ class Chat:
                             "/reset starts again")
 
         # A cache with room for this answer, filled with what the last one holds of this prompt.
-        known, h = 0, lm.embed(ids[None])                                                   # (1,T,D)
+        known, h = 0, lm.embed(ids[None])  # (1,T,D)
         cache = KVCache(lm.config, 1, len(ids) + room, h.dtype, ids.device)
         if self.past is not None:
             old, old_ids, old_mask = self.past
             known = shared_prefix([ids, old_ids], [mask, old_mask])
-            cache.keys[..., :known, :] = old.keys[..., :known, :]                           # (L,1,K,S,d)
+            cache.keys[..., :known, :] = old.keys[..., :known, :]  # (L,1,K,S,d)
             cache.values[..., :known, :] = old.values[..., :known, :]
         if mask[known:].any():
             h = model.merge(h, model.embed_images(self.pixels), mask[None])

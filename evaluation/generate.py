@@ -44,7 +44,7 @@ def generate(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, max_ne
     lengths = [len(ids) for ids in input_ids]
     length = torch.tensor(lengths, device=device)                                       # (B,)
     done = torch.zeros(B, dtype=torch.bool, device=device)
-    answers = [lm.lm_head(h).argmax(-1)]                                                # (B,) per step
+    answers = [lm.lm_head(h).argmax(-1)]  # (B,) per step
     for step in range(1, max_new_tokens):
         if eos_token_id is not None:
             done |= answers[-1] == eos_token_id

@@ -29,12 +29,14 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 DIGITS = {word: str(i) for i, word in enumerate("zero one two three four five six seven "
                                                 "eight nine ten".split())}
 DIGITS["none"] = "0"
-APOSTROPHES = """ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll
-    how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't not've o'clock oughtn't shan't
-    should've shouldn't somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd
-    there're there's they'd they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's
-    where'd where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll
-    you're you've 'ow's'at y'all'll y'all'd've""".split()
+APOSTROPHES = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's
+    how'd how'll how's I'm I've isn't it'd it'll ma'am mightn't might've mustn't must've needn't
+    not've o'clock oughtn't shan't should've shouldn't somebody'll somebody's someone'd
+    someone'll someone's something'd something'll that's there'd there're there's they'd they'll
+    they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd
+    where's where've who'd who'll who's who've why'll why're why's won't would've wouldn't y'all
+    you'd you'll you're you've 'ow's'at y'all'll y'all'd've""".split()
 APOSTROPHES += [f"{x}'d've"
                 for x in "he I it she somebody someone something there they we who you".split()]
 APOSTROPHES += [f"{x}n't've" for x in "could had might should would".split()]
@@ -253,7 +255,7 @@ def mmmu_open(pred: str, gold: str | list[str]) -> bool:
     for tail in list(texts):
         for pattern in (r"-?\b\d{1,3}(?:,\d{3})+\b",                                       # 1,234
                         r"-?\d+(?:\.\d+)?e[+-]?\d+",                                       # 1e3
-                        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?!e[+-]?\d+)(?![,\d])"):              # 12, 3.4, .5
+                        r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?!e[+-]?\d+)(?![,\d])"):  # 12, 3.4, .5
             texts += re.findall(pattern, tail)
     for value in mmmu_values(texts):
         for reference in mmmu_values([str(g) for g in listed(gold)]):
@@ -311,12 +313,12 @@ BRACKETS = str.maketrans({"(": " -lrb- ", "[": " -lsb- ", "{": " -lcb- ", ")": "
 TOKEN = re.compile(r"""
     -[lr][rsc]b- | https?://\S+ | www\.\S+ | [\w.]+@\w+\.\w+
     | can(?=not\b) | (?:gon|wan)(?=na\b) | got(?=ta\b) | (?:gim|lem)(?=me\b) | 't(?=(?:is|was)\b)   # can not, gon na
-    | \w+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b                                                # do n't, he 's
+    | \w+?(?=n't\b) | n't\b | '(?:s|m|d|re|ve|ll)\b  # do n't, he 's
     | '\d0s\b | 'em\b | 'n' | [od]'\w+ | ma'am | y'(?=all\b)
-    | (?:[a-z]\.)+(?![a-z]{2})[a-z]?                                                                # u.s., p.m.
+    | (?:[a-z]\.)+(?![a-z]{2})[a-z]?  # u.s., p.m.
     | (?:mrs?|ms|dr|[js]r|st|mt|ft|lt|rt|ave|blvd|vs|etc|al|inc|co|corp|prof|gen|no(?=\.\ ?\d))\.     # mr., no. 5
-    | \d+(?:[.,:]\d+)+ | [-+]?\.?\d+(?:[.,:/]\d+)*(?![\w-])                                        # 10:30 am, -1, 1/2
-    | \w+(?:[-/.]\w+)*                                                                             # t-shirt, a/b
+    | \d+(?:[.,:]\d+)+ | [-+]?\.?\d+(?:[.,:/]\d+)*(?![\w-])  # 10:30 am, -1, 1/2
+    | \w+(?:[-/.]\w+)*  # t-shirt, a/b
     | [!?]{2,} | \*+ | \#(?:[a-z]\w*)? | \S""", re.X)
 
 

@@ -77,7 +77,8 @@ def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loa
     if source.labels is not None:
         labels = find_labels(source, reading, files[0], data)
         loaded.files += [str(p) for p in labels]
-        loaded.counts["labels without a question"] = join_labels(found, source, files, labels, reading.split)
+        loaded.counts["labels without a question"] = join_labels(found, source, files, labels,
+                                                                 reading.split)
 
     of_split = [r for r in found if r.get("split") in (None, "", reading.split)]
     if not of_split:

@@ -83,7 +83,8 @@ def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfi
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     activation = c.get("projector_hidden_act", "gelu")
     check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("projector_hidden_act", activation, activation == "gelu")])
+                                             ("projector_hidden_act", activation,
+                                              activation == "gelu")])
 
     # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a
     # patch.

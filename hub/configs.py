@@ -33,7 +33,8 @@ DECODERS = {
 }
 VISION = {"clip_vision_model": dict(),
           "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6,
-                                                                   hidden_act="gelu_tanh", class_token=False)}
+                                                                   hidden_act="gelu_tanh",
+                                                                   class_token=False)}
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
                     "gelu_fast": "gelu_tanh"}
@@ -185,7 +186,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
         c = {"model_type": "llama", **c["text_config"]}
     kind = c.get("model_type")
     if kind in (LLAVA_L, LLAVA_HF):
-        kind = "llama"                                          # liuhaotian's: LLaMA's fields, not nested
+        kind = "llama"  # liuhaotian's: LLaMA's fields, not nested
     if kind not in DECODERS:
         raise UserError(f"{path} has model_type {kind!r}; supported are {', '.join(DECODERS)}")
 
@@ -196,7 +197,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     act = c.get("hidden_activation") or c.get("hidden_act") or DECODERS[kind].get("hidden_act", "silu")
     act = ACTIVATION_NAMES.get(act, act)
     if kind == "gemma":
-        act = "gelu_tanh"                                       # its files say gelu, its code computes the tanh form
+        act = "gelu_tanh"  # its files say gelu, its code computes the tanh form
     quantized = top.get("quantization_config", c.get("quantization_config"))
     switches = [(field, True, not c.get(field)) for field in ("attention_bias", "mlp_bias", "qk_layernorm")]
     first_window = c.get("max_window_layers", 28)         # Qwen2's window acts from this layer on
@@ -210,7 +211,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
 
     fields = {**c, "hidden_act": act, "moca": bool(top.get("use_moca"))}
     fields["rope_scaling"] = {name: rope[name] for name in LLAMA3} if llama3 else None
-    if top.get("tie_word_embeddings") is True:                          # transformers 5 may say so there alone
+    if top.get("tie_word_embeddings") is True:  # transformers 5 may say so there alone
         fields["tie_word_embeddings"] = True
     for name in ("rope_theta", "partial_rotary_factor"):
         fields[name] = rope.get(name, c.get(name))
@@ -219,7 +220,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
     if kind == "qwen2" and not windows:
         fields["sliding_window"] = None
     if kind not in ("mistral", "phi3", "qwen2"):
-        fixed.append("sliding_window")                          # the other families ignore the field
+        fixed.append("sliding_window")  # the other families ignore the field
     config = from_fields(path, DecoderConfig, DECODERS[kind], fields, fixed)
     if kind == "gemma":
         config.embed_scale = config.hidden_size ** 0.5
@@ -254,7 +255,8 @@ def load_processor(folder: str | Path, vision: str | Path | None = None) -> Imag
         raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are "
                         "supported")
     for name in ("image_mean", "image_std"):
-        good = isinstance(c[name], list) and len(c[name]) == 3 and all(type(x) in (int, float) for x in c[name])
+        good = isinstance(c[name], list) and len(c[name]) == 3 and all(type(x) in (int, float)
+                                                                       for x in c[name])
         if not good or not all(0 <= x < 1000 for x in c[name]) or name == "image_std" and 0 in c[name]:
             raise UserError(f"{path}: {name} is {str(c[name])[:60]}, not three numbers as images "
                             "have them")

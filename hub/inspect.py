@@ -102,7 +102,8 @@ def describe_kind(c: dict) -> list[tuple[str, str]]:
 def describe_parts(v: VisionConfig | None, t: DecoderConfig | None) -> list[tuple[str, str]]:
     lines = []
     if v:
-        lines.append(("vision", f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
+        lines.append(("vision",
+                      f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
                                 f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens"))
     if t:
         keys = f" ({t.num_key_value_heads} of keys)" if t.num_key_value_heads != t.num_attention_heads else ""
@@ -121,10 +122,11 @@ def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
         with open_tensors(path) as f:
             for name, place in found.items():
                 if place.path == path:
-                    tensor, part = f.get_tensor(place.key), name.split(".")[0]      # mapped, not read
+                    tensor, part = f.get_tensor(place.key), name.split(".")[0]  # mapped, not read
                     counts[part] += tensor.numel()
                     dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
-    return [("stored", f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
+    return [("stored",
+             f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
             for part, what in PARTS.items() if counts[part]]
 
 

@@ -29,12 +29,12 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^text_model\..*", ""),
     (r"^(model\.)?vision_tower\.(_?vision_tower\.)?(vision_model\.)?", "vision_tower."),     # LLaVA, TinyLLaVA
     (r"^vision_model\.|^(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)", "vision_tower."),
-    (r"^vision_tower\.head\..*", ""),                                                        # SigLIP's pooling
+    (r"^vision_tower\.head\..*", ""),  # SigLIP's pooling
     (r"^(model\.)?(multi_modal_projector\.|mm_projector\.|(connector\.)?_connector\.)", "multi_modal_projector."),
     (r"^multi_modal_projector\.(?=weight$|bias$)", "multi_modal_projector.linear_1."),      # one linear map
     (r"^multi_modal_projector\.(\d+)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}."),
     (r"^(multi_modal_projector\.mm_mlp|language_projection)\.", "multi_modal_projector.projector."),     # Q-Formers
-    (r"^query_tokens$", "multi_modal_projector.query_tokens"),                               # BLIP-2's
+    (r"^query_tokens$", "multi_modal_projector.query_tokens"),  # BLIP-2's
     (r"^qformer\.(?=layernorm\.)", "multi_modal_projector.bert.embeddings."),
     (r"^qformer\.", "multi_modal_projector.bert."),
     (r"^(multi_modal_projector\.bert\.embeddings)\.layernorm\.", r"\1.LayerNorm."),
@@ -144,7 +144,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
     if isinstance(module, Decoder):
         here, tied = unfuse(here, module.config), module.config.tie_word_embeddings
     if tied:
-        here.pop("lm_head.weight", None)            # some files repeat the embedding table under this name
+        here.pop("lm_head.weight", None)  # some files repeat the embedding table under this name
     made = {name: new(name, p.shape) for name, p in wanted.items() if name not in here}
     made = {name: tensor for name, tensor in made.items() if tensor is not None}
     there = here.keys() | made.keys()

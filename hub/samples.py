@@ -35,7 +35,7 @@ WHITE_SPACE = re.compile(r"[ \t\r\n]*")                         # as JSON define
 HEADER = struct.Struct("<8sqqII")
 VERSION = b"samples2"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
-                  ("image", "<u8"),                             # image_key of its file; 0: text alone
+                  ("image", "<u8"),  # image_key of its file; 0: text alone
                   ("characters", "<u4"),                        # of all its turns
                   ("answered", "?"), ("malformed", "?")])
 

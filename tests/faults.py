@@ -186,7 +186,8 @@ def full_disk(data, out, whole):
 def full_quota(data, out, whole):
     """a file may not grow beyond 2 MB (ulimit -f), as with a full quota"""
     run = Run(data, out, program=("-c", "import resource, signal; signal.signal(signal.SIGXFSZ, "
-                                        "signal.SIG_IGN);resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY));"
+                                        "signal.SIG_IGN);"
+                                        "resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY));"
               "import train; from common.flags import run; run(train.main)"))
     code, message, _ = run.start().end()
     assert code == 2 and "could not be saved" in message, message

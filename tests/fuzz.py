@@ -224,7 +224,9 @@ def spoil_image(rng: random.Random, data: bytes) -> bytes:
                        lambda: b"", lambda: make_png(60_000, 60_000, 1),
                        lambda: make_png(9_000, 9_000, 9_000), lambda: make_png(0, 5, 0),
                        lambda: make_png(2**31 - 1, 2**31 - 1, 1), lambda: data[:60],
-                       lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n", lambda: make_png(11_000, 100, 100), lambda: make_png(1, 1, 1), lambda: b"P6 99999 99999 255 ",
+                       lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{} loop\n",
+                       lambda: make_png(11_000, 100, 100), lambda: make_png(1, 1, 1),
+                       lambda: b"P6 99999 99999 255 ",
                        lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"])()
 
 

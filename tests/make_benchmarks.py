@@ -278,7 +278,9 @@ def pope(root: Path) -> Case:
     return Case("pope", [r["text"] for r in rows],
                 ["No, there is not", "Yes", "Yes.", "Nope", "no", "NO"],
                 {"f1": 100 * (1 + 2 / 3) / 3,
-                 "category": {"random": {"acc": 50.0, "yes_ratio": 100.0, "n": 2}}, "pooled": {"acc": 50.0, "f1": 100 * 4 / 7}}, [r["question_id"] for r in rows])
+                 "category": {"random": {"acc": 50.0, "yes_ratio": 100.0, "n": 2}},
+                 "pooled": {"acc": 50.0, "f1": 100 * 4 / 7}},
+                [r["question_id"] for r in rows])
 
 
 def pope_raw(root: Path) -> Case:
@@ -343,7 +345,8 @@ BENCH = [
 def bench_rows(answers: bool = True, split: str = "dev") -> list[dict]:
     return [{"index": i, "question": q, "hint": h, **dict(zip("ABCD", o + ["nan", ""])),
              "category": "object", **({"answer": a} if answers else {}), "image": image,
-             "source": "s", "comment": "", "split": split, "l2-category": "coarse" if i % MILLION == 1 else "fine"} for i, q, h, o, a, image in BENCH]
+             "source": "s", "comment": "", "split": split, "l2-category": "coarse" if i % MILLION == 1 else "fine"}
+            for i, q, h, o, a, image in BENCH]
 
 
 BENCH_PROMPTS = ["Which?\nA. cat\nB. dog\nC. cow" + LETTER,
@@ -426,7 +429,8 @@ def mmmu(root: Path) -> Case:
             ("validation_Math_3", "multiple-choice", "Which?\nA. 1\nB. 2\n\nAnswer", {"A": "1", "B": "2"})]
     whole(root / "anns_for_eval.json", [
         {"id": i, "question_type": k, "prompt": p,
-         **({"image": f"{i}.png"} if i != "validation_Math_3" else {}), **({"index2ans": o, "all_choices": list(o)} if o else {})} for i, k, p, o in rows])
+         **({"image": f"{i}.png"} if i != "validation_Math_3" else {}),
+         **({"index2ans": o, "all_choices": list(o)} if o else {})} for i, k, p, o in rows])
     whole(root / "answer_dict_val.json",
           {i: {"question_type": k, "ground_truth": a} for (i, k, *_), a in zip(
         rows, ["B", ["24/7", "3.429"], "A"])})

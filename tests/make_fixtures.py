@@ -41,7 +41,8 @@ DECODERS = {  # family: model, its config, factor on the embeddings
     "phi": (hf.PhiForCausalLM,
             hf.PhiConfig(  # 4 of 10 dimensions are rotated
         **TEXT | {"hidden_size": 20, "num_attention_heads": 2}, layer_norm_eps=1e-4,
-        resid_pdrop=0.0, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}), 0.1),
+        resid_pdrop=0.0, rope_parameters={
+            "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.4}), 0.1),
     "phi3": (hf.Phi3ForCausalLM, hf.Phi3Config(
         **TEXT, num_key_value_heads=2, sliding_window=11, rms_norm_eps=1e-5), 0.1),
     "gemma": (hf.GemmaForCausalLM,

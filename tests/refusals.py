@@ -136,7 +136,8 @@ ROWS = [
     ("a log of NULs", put("run/metrics.jsonl", b"\0" * 4096 + b"\n"), "look --run run",
      "line 1 cannot be read"),
     ("the state of another model",
-     become("run/pretrain-1/optimizer.safetensors", lambda p: save_file({"0.exp_avg": torch.zeros(3)}, p)), RESUME, "is not what was saved"),
+     become("run/pretrain-1/optimizer.safetensors", lambda p: save_file({"0.exp_avg": torch.zeros(3)}, p)),
+     RESUME, "is not what was saved"),
     *((f"{words}: a number that cannot be", None, words, says) for words, says in FLAGS),
 ]
 # Commands that write, OUT being the place.

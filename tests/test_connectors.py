@@ -212,7 +212,9 @@ def test_a_new_q_former_starts_from_one_of_other_neighbours(tmp_path):
     fresh = {n: p.clone() for n, p in new.named_parameters()}
     left = start_qformer(new, tmp_path)
     assert sorted(left) == sorted(["bert.encoder.layer.0.crossattention.self.key.weight",
-                                   "projector.weight", "bert.encoder.layer.0.crossattention.self.value.weight", "projector.bias"])
+                                   "projector.weight",
+                                   "bert.encoder.layer.0.crossattention.self.value.weight",
+                                   "projector.bias"])
     for name, p in new.named_parameters():
         assert torch.equal(p, fresh[name] if name in left else dict(old.named_parameters())[name]), name
     with pytest.raises(UserError, match="query_tokens has shape"):

@@ -403,7 +403,8 @@ def terse(c):
 
 
 @pytest.mark.parametrize("form",
-                         [old_style, terse, lambda c: old_style(terse(c)), lambda c: terse(old_style(c))], ids=["old", "terse", "terse then old", "old then terse"])
+                         [old_style, terse, lambda c: old_style(terse(c)), lambda c: terse(old_style(c))],
+                         ids=["old", "terse", "terse then old", "old then terse"])
 @pytest.mark.parametrize("family", LLMS + TOWERS)
 def test_old_and_terse_configs_mean_the_same(family, form, tmp_path):
     store(tmp_path, form(config_of(family)), tensors_of(family))

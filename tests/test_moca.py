@@ -2,7 +2,15 @@
 import pytest
 import torch
 from adapters import make_moca
-from test_families import L, liuhaotian, renamed, store, tensors_of, tower, whole  # noqa: F401, tower and whole: fixtures
+from test_families import (  # noqa: F401, tower and whole are fixtures
+    L,
+    liuhaotian,
+    renamed,
+    store,
+    tensors_of,
+    tower,
+    whole,
+)
 from test_model import LENGTHS, batch_of, prompts, tiny, without_cache
 
 from common.flags import UserError

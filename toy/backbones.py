@@ -156,7 +156,7 @@ class TextTower(nn.Module):
         self.final_layer_norm = nn.LayerNorm(c["hidden_size"])
         self.eos = c["eos_token_id"]
 
-    def forward(self, ids):                                                                 # (B,T), padded with eos
+    def forward(self, ids):  # (B,T), padded with eos
         x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
         for block in self.encoder["layers"]:
             x = block(x)
@@ -276,7 +276,7 @@ def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
     for step in (bar := tqdm(optimise(llama, steps, lr, weight_decay=.01), "LLaMA", steps)):
         count = 1 if step < .1 * steps else rng.randint(1, 2) if step < .2 * steps else None      # easy scenes first
         ids, weights = text_batch(tokenizer, rng, batch, count)
-        logits = llama.lm_head(llama(llama.model["embed_tokens"](ids[:, :-1])))             # (B,T,V)
+        logits = llama.lm_head(llama(llama.model["embed_tokens"](ids[:, :-1])))  # (B,T,V)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
         loss = (loss * weights[:, 1:].flatten()).sum() / weights[:, 1:].sum()
         loss.backward()

@@ -31,7 +31,7 @@ NUMBERS = ("one", "two", "three")              # objects in a scene
 HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
 CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
 # how often stage 2 asks each: more of what is learned late
-MIX = (2, 2, 1, 2, 5, 6)
+MIX = (1, 2, 1, 2, 6, 7)
 REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.",
             "What do you see?")
 # pixels; the tiny CLIP's patch size, so one cell is one image token
@@ -55,7 +55,7 @@ def split_of(scene):
     if any((colour, shape) in HELD_OUT for _, _, colour, shape in scene):
         return "composition"
     part = hashlib.md5(repr(scene).encode()).digest()[0]
-    return "test" if part < 26 else "val" if part < 52 else "train"             # about 10, 10 and 80 %
+    return "test" if part < 26 else "val" if part < 52 else "train"  # about 10, 10 and 80 %
 
 
 def draw_from(split, rng, count=None):
@@ -197,7 +197,7 @@ def make_questions(out, rng, split, scenes):
     (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make(out, seed=1, images=12000, conversations=4, scenes=300):
+def make(out, seed=1, images=12000, conversations=3, scenes=300):
     """Writes one data set to the folder `out`: `images` training pictures, each with a caption and
     `conversations` conversations; `scenes` pictures for each question file, each asked one question
     of every category."""
