@@ -197,7 +197,7 @@ def make_questions(out, rng, split, scenes):
     (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def make(out, seed=1, images=12000, conversations=3, scenes=300):
+def make(out, seed=1, images=12000, conversations=4, scenes=300):
     """Writes one data set to the folder `out`: `images` training pictures, each with a caption and
     `conversations` conversations; `scenes` pictures for each question file, each asked one question
     of every category."""

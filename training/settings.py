@@ -27,7 +27,7 @@ LLAVA = {"pretrain": dict(global_batch=256, micro_batch=32, lr=1e-3, epochs=1, a
          "finetune": dict(global_batch=128, micro_batch=16, lr=2e-5, epochs=1, adam_beta2=0.999)}
 TOY = {"pretrain": dict(global_batch=48, micro_batch=48, lr=1e-2, epochs=4, adam_beta2=0.95,
                         gradient_checkpointing=0),
-       "finetune": dict(global_batch=48, micro_batch=48, lr=3e-3, epochs=1, adam_beta2=0.95,
+       "finetune": dict(global_batch=24, micro_batch=24, lr=2e-3, epochs=1, adam_beta2=0.95,
                         gradient_checkpointing=0)}
 TOY_PROJECTOR_SCALE = 0.25
 TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
