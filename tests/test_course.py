@@ -234,6 +234,7 @@ def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
 
 
 # ------------------------------------------------------------------------------------------ a class
+@pytest.mark.slow
 def test_a_class_is_graded_to_csv_text_and_gradescopes_json(tmp_path, capsys):
     texts = {"ada": CORRECT, "bob": CORRECT.replace("# 1..m", "- 1"),
              "eve": "import os\nos._exit(0)"}
@@ -293,7 +294,7 @@ def test_the_semester_is_one_command(tmp_path):
 
 # ------------------------------------------------------------------------------- the grader's grade
 @pytest.mark.parametrize("name",
-                         [pytest.param(n, marks=() if n in ("vista", "vdep") else pytest.mark.slow)
+                         [pytest.param(n, marks=() if n == "vdep" else pytest.mark.slow)
                                   for n in ASSIGNMENTS])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
     good, row, complaints = audit(name, seed=3)

@@ -14,9 +14,9 @@ def whole(small_world, tmp_path_factory):
     return Runs()
 
 
-@pytest.mark.parametrize("row", [faults.corrupt_newest, faults.flipped_bit, *(
+@pytest.mark.parametrize("row", [faults.corrupt_newest, *(
     pytest.param(row, marks=pytest.mark.slow)
-    for row in (faults.full_quota, faults.killed_rank, faults.nan_sample,
+    for row in (faults.flipped_bit, faults.full_quota, faults.killed_rank, faults.nan_sample,
                                                         faults.second_run, faults.changed_data))],
     ids=lambda row: row.__name__)
 def test_the_run_ends_with_its_reason_and_nothing_is_lost(row, small_world, whole, tmp_path):

@@ -2,9 +2,11 @@
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 
+@pytest.mark.slow
 def test_every_cause_of_an_error_is_named_by_every_command():
     done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], text=True,
                           capture_output=True)

@@ -22,7 +22,7 @@ def two_a_node() -> None:
 
 @pytest.mark.parametrize("ranks, micro, flags", [
     (2, 4, ["--loss", "vista", "--moca", "--gradient-checkpointing", "2"]),
-    (4, 2, ["--loss", "vista", "--moca", "--parallel", "hsdp"]),
+    pytest.param(4, 2, ["--loss", "vista", "--moca", "--parallel", "hsdp"], marks=pytest.mark.slow),
     pytest.param(4, 2, ["--loss", "basic", "--moca"], marks=pytest.mark.slow)])
 def test_a_sharded_model_trains_as_one_process_does(small_world, tmp_path, ranks, micro, flags):
     assert call(*command(small_world, tmp_path / "one"), *flags[:3]).returncode == 0

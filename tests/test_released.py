@@ -41,7 +41,7 @@ TINY = [(r"vision_tower\.", "vision_tower._vision_tower.vision_model."),
 def finetune(small_world, out, *more):
     done = call("train.py", "--stage", "finetune", "--projector", "random", "--data",
                 small_world / "finetune.json", "--images", small_world / "images", "--out", out,
-                "--global-batch", 8, "--max-steps", 30, "--lr", 2e-3, "--workers", 0, "--dtype",
+                "--global-batch", 8, "--max-steps", 45, "--lr", 2e-3, "--workers", 0, "--dtype",
                 "float32", *more)
     assert done.returncode == 0, done.stderr
     return checkpoint_folder(out)
@@ -128,7 +128,8 @@ def transformers_5(ckpt: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module",
-                params=["llava-hf", "liuhaotian", "transformers 5", "TinyLLaVA", "MoCa"])
+                params=["llava-hf", "TinyLLaVA", *(pytest.param(layout, marks=pytest.mark.slow)
+                                                   for layout in ("liuhaotian", "transformers 5", "MoCa"))])
 def pair(request, tmp_path_factory):
     """(checkpoint, the same model in a released layout, flags that it needs)."""
     folder, vision = tmp_path_factory.mktemp("released") / "model", ["--vision", CLIP]

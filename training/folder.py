@@ -216,8 +216,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
                         raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
                     tensor = placed(tensor, p, p.device, tensor.dtype)
                 state.setdefault(int(i), {})[name] = tensor
-        if not state:
-            raise ValueError("it is empty")
+        if not state or any(moments.keys() != state[min(state)].keys() for moments in state.values()):
+            raise ValueError("it is not whole")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (IndexError, KeyError, ValueError) as e:
         raise UserError(f"{ckpt / OPTIMIZER} is not the state of this model's optimizer ({str(e)[:100]}): move {ckpt} "
