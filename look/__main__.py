@@ -27,16 +27,14 @@ from look.runs import group_runs
 @dataclass
 class LookConfig:
     """Write one page about checkpoints (--ckpt), runs (--run) or training samples (--data)."""
-    ckpt: list[str] | None = option(None, "checkpoints, runs (their newest one), released LLaVAs",
-                                    "checkpoints")
+    ckpt: list[str] | None = option(None, "checkpoints, runs (their newest one), released LLaVAs", "checkpoints")
     image: str | None = option(None, "the picture")
     prompt: str | None = option(None, "the question about it")
     max_new_tokens: int = option(32, "the longest answer", most=2**16)
     tsne: bool = option(False, "t-SNE in place of PCA; needs scikit-learn")
     json: str | None = option(None, "also write the numbers to this file")
     png: str | None = option(None, "also write attention and similarity as pictures to this folder")
-    run: list[str] | None = option(None, "--out folders of train.py; seeds of one setting "
-                                         "make a band", "runs")
+    run: list[str] | None = option(None, "--out folders of train.py; seeds of one setting make a band", "runs")
     watch: int | None = option(None, "write the page again every N seconds, until Ctrl-C")
     data: str | None = option(None, "LLaVA JSON or JSONL", "data")
     images: str | None = option(None, "the folder of its images")
@@ -44,8 +42,7 @@ class LookConfig:
     vdep: bool = option(False, "after each sample with an image the same one in VDEP mode")
     vision: str | None = option(None, "folder of the vision encoder", "model")
     llm: str | None = option(None, "folder of the language model")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "how text is written (unset: as in "
-                                                              "training, or v1)")
+    template: Literal[tuple(TEMPLATES)] | None = option(None, "how text is written (unset: as in training, or v1)")
     out: str = option("page.html", "the page")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
 
@@ -60,53 +57,44 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
         raise UserError(f"--image {cfg.image}: {e}") from None
     looks = []
     for n, ckpt in enumerate(cfg.ckpt, 1):
-        assistant = Assistant.from_checkpoint(ckpt, *choose_device(cfg.device), cfg.template,
-                                              cfg.vision, cfg.llm)
+        assistant = Assistant.from_checkpoint(ckpt, *choose_device(cfg.device), cfg.template, cfg.vision, cfg.llm)
         looks.append(gather(assistant, ckpt, image, cfg.prompt, cfg.max_new_tokens, cfg.tsne))
         print(f"{ckpt}: {looks[-1]['answer']}")
         if cfg.png:
             write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json),
-                   convert(looks, lambda t: t.tolist(), lambda picture: picture.size), indent=None)
+        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: picture.size), indent=None)
 
 
 def look_at_samples(cfg: LookConfig) -> None:
     """The first samples of a file as `Samples` makes them, which is how training gets them."""
     if cfg.llm is None or cfg.vision is None:
-        raise UserError("--data needs --llm DIR for its tokenizer and --vision DIR for its "
-                        "preprocessing")
+        raise UserError("--data needs --llm DIR for its tokenizer and --vision DIR for its preprocessing")
     file, template = read_samples(cfg.data)[0], cfg.template or "v1"
     if file.column("image").any() and cfg.images is None:
         raise UserError(f"{cfg.data} names images: add --images with the folder they are in")
     text = Format(template, vision_config(cfg.vision).image_tokens, pad=template != "plain")
-    samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), load_processor(cfg.vision),
-                      text)
+    samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), load_processor(cfg.vision), text)
     shown = []
     for i in range(min(cfg.show, len(samples))):
         shown.append(show_sample(samples, i))
         if cfg.vdep and file[i].get("image") is not None:
-            # the same one in VDEP mode
-            shown.append(show_sample(samples, i + len(samples)))
-    write_page(Path(cfg.out), f"{Path(cfg.data).name} as the model gets it, template {template}",
-               samples=shown)
+            shown.append(show_sample(samples, i + len(samples)))                # the same one in VDEP mode
+    write_page(Path(cfg.out), f"{Path(cfg.data).name} as the model gets it, template {template}", samples=shown)
 
 
 def show_sample(samples: Samples, i: int) -> dict:
-    """Picture after preprocessing, and [text, kind] of each token; the image tokens are one
-    entry."""
+    """Picture after preprocessing, and [text, kind] of each token; the image tokens are one entry."""
     e, tokens = samples[i], []
     for token, label, image in zip(e.input_ids.tolist(), e.labels.tolist(), e.image_mask.tolist()):
         if not image:
-            tokens.append([show_token(samples.tokenizer, token),
-                           "text" if label == IGNORE else "answer"])
+            tokens.append([show_token(samples.tokenizer, token), "text" if label == IGNORE else "answer"])
         elif not tokens or tokens[-1][1] != "image":
             tokens.append([f"{int(e.image_mask.sum())} image tokens", "image"])
     picture = None if e.pixel_values is None else picture_of(samples.processor, e.pixel_values)
-    return {"id": e.id, "picture": picture, "tokens": tokens, "vdep": e.reconstruct,
-            "problem": e.problem, "length": len(e.input_ids),
-            "supervised": int((e.labels != IGNORE).sum())}
+    return {"id": e.id, "picture": picture, "tokens": tokens, "vdep": e.reconstruct, "problem": e.problem,
+            "length": len(e.input_ids), "supervised": int((e.labels != IGNORE).sum())}
 
 
 def main() -> None:

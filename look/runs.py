@@ -11,10 +11,8 @@ NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeo
 
 
 def write_report(out: Path, answers=(), looks=()) -> None:
-    """Write out/report.html. answers: what `gather` returns, with `wanted` and `right`; looks:
-    those shown whole."""
-    write_page(out / "report.html", f"run {out.name}", looks,
-               {"groups": group_runs([out]), "answers": answers})
+    """Write out/report.html. answers: what `gather` returns, with `wanted` and `right`; looks: those shown whole."""
+    write_page(out / "report.html", f"run {out.name}", looks, {"groups": group_runs([out]), "answers": answers})
 
 
 def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
@@ -29,10 +27,8 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
-    """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width`
-    steps, then of runs."""
-    # a curve has 200 points at most
-    width = -(-max(max(curve) for curve in curves) // 200)
+    """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width` steps, then of runs."""
+    width = -(-max(max(curve) for curve in curves) // 200)                  # a curve has 200 points at most
     points = {}
     for curve in curves:
         bins = {}
@@ -61,23 +57,18 @@ def group_runs(runs: list[Path]) -> list[dict]:
             name += f" ({folders[0].name})"
         read, stages = [read_curves(f) for f in folders], {}
         for stage in ("pretrain", "finetune"):
-            # in the order of the log
-            names = dict.fromkeys(n for curves in read for n in curves[stage])
-            stages[stage] = {n: overlay_curves([c[stage][n] for c in read if n in c[stage]])
-                             for n in names}
+            names = dict.fromkeys(n for curves in read for n in curves[stage])              # in the order of the log
+            stages[stage] = {n: overlay_curves([c[stage][n] for c in read if n in c[stage]]) for n in names}
         out.append({"name": name, "stages": stages, **results_of(folders)})
     return out
 
 
 def results_of(folders: list[Path]) -> dict:
-    """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance
-    by layer."""
-    results = [read_json(f / "results.json", dict)
-               for f in folders if (f / "results.json").is_file()]
+    """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance by layer."""
+    results = [read_json(f / "results.json", dict) for f in folders if (f / "results.json").is_file()]
     tables, layers = {}, {}
     for r in results:
-        rows = {**r["accuracy"], **{f"{name}, images shuffled": row
-                                    for name, row in r["shuffled"].items()}}
+        rows = {**r["accuracy"], **{f"{name}, images shuffled": row for name, row in r["shuffled"].items()}}
         for name, row in rows.items():
             for category, value in row.items():
                 tables.setdefault(name, {}).setdefault(category, []).append(value)
@@ -87,5 +78,4 @@ def results_of(folders: list[Path]) -> dict:
         for category, v in row.items():
             row[category] = [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0]
     return {"finished": len(results), "accuracy": tables,
-            "mir_layers": {stage: [statistics.fmean(v) for v in zip(*rows)]
-                           for stage, rows in layers.items()}}
+            "mir_layers": {stage: [statistics.fmean(v) for v in zip(*rows)] for stage, rows in layers.items()}}

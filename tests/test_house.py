@@ -144,6 +144,11 @@ def test_the_story_stays_short(name):
     assert lines <= most, f"{name} has {lines} lines; at most {most}. Move what a newcomer need not read into a room"
 
 
+def test_look_stays_short():
+    lines = sum(len(path.read_text().splitlines()) for path in (ROOT / "look").glob("*.py"))
+    assert lines <= 450, f"look/ has {lines} lines of Python; at most 450"
+
+
 def test_a_function_fits_on_a_screen():
     wrong = []
     for path in FILES.values():
