@@ -194,11 +194,13 @@ def after_fakes(earned):
     return dict(zip(FAKES, earned(list(FAKES.values()), names)))
 
 
+@pytest.mark.slow
 def test_a_right_solution_gets_every_point(tmp_path, key):
     (tmp_path / "vista.py").write_text(CORRECT)
     assert sum(t["score"] for t in grade("vista", tmp_path, key)) == 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", list(ESCAPES))
 def test_what_cannot_be_done_beside_a_right_solution_stops_it(trick, after_escapes):
     """It is refused or ended, and nothing outside is changed."""
@@ -208,17 +210,20 @@ def test_what_cannot_be_done_beside_a_right_solution_stops_it(trick, after_escap
     assert not (ROOT / "course/hacked").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trick", list(FAKES))
 def test_a_fake_earns_nothing(trick, after_fakes):
     assert after_fakes[trick] == []
 
 
+@pytest.mark.slow
 def test_a_link_to_the_solution_is_not_followed(tmp_path, key):
     (tmp_path / "vista.py").symlink_to(ROOT / "methods/vista.py")
     scores = grade("vista", tmp_path, key)
     assert sum(t["score"] for t in scores) == 0 and "link" in scores[0]["output"]
 
 
+@pytest.mark.slow
 def test_one_item_that_hangs_costs_its_own_points_alone(earned):
     endless = '    if distance == "cosine":\n        while True:\n            pass\n'
     before = "    exact = torch"
@@ -226,6 +231,7 @@ def test_one_item_that_hangs_costs_its_own_points_alone(earned):
     assert earned([CORRECT.replace(before, endless + before)], names) == [["distance", "gradients"]]
 
 
+@pytest.mark.slow
 def test_feedback_names_the_mistake_and_never_shows_a_tensor(tmp_path, key):
     (tmp_path / "vista.py").write_text(CORRECT.replace("# 1..m", "- 1"))
     lost = [t for t in grade("vista", tmp_path, key) if t["score"] == 0]
@@ -276,12 +282,14 @@ def test_the_zip_for_gradescope_grades_outside_the_checkout(tmp_path):
     assert sum(t["score"] for t in json.loads((tmp_path / "results/results.json").read_text())["tests"]) == 100
 
 
+@pytest.mark.slow
 def test_another_seed_asks_for_other_numbers(key):
     [other] = execute([solution("vista")], key.items, 2)
     for (results, _), want, item in zip(other, key.want, key.items):
         assert item.view is not list or not agree(results, want, item), item.__name__
 
 
+@pytest.mark.slow
 def test_the_semester_is_one_command(tmp_path):
     done = subprocess.run([sys.executable, "-m", "course", "make", "--all", "--out", str(tmp_path / "all")], cwd=ROOT,
                           capture_output=True, text=True)
