@@ -42,6 +42,7 @@ def test_a_sharded_model_trains_as_one_process_does(small_world, tmp_path, ranks
     assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(*norms)), "clipping would differ"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_passes_through_fsdp_and_ddp_and_back_bit_for_bit(small_world, tmp_path):
     assert call(*command(small_world, tmp_path / "start", steps=2), "--moca").returncode == 0
     first = last = tmp_path / "start" / "finetune-2"
