@@ -301,8 +301,9 @@ def test_the_semester_is_one_command(tmp_path):
 
 
 # ------------------------------------------------------------------------------- the grader's grade
+# Two of the eight; `python -m course audit` runs all in about 8 minutes.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ASSIGNMENTS)
+@pytest.mark.parametrize("name", ["vista", "vdep"])
 def test_the_grader_catches_wrong_solutions_and_passes_right_ones(name):
     good, row, complaints = audit(name, seed=3)
     assert row["wrong solutions"] >= 30 and row["right solutions"] >= 3
