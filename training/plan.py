@@ -17,6 +17,7 @@ from common.flags import UserError
 from common.parallel import GRADIENT_SHARE, Ranks
 from hub.configs import decoder_config
 from hub.connectors import make_connector
+from hub.released import PARTS
 from hub.samples import read_samples
 from model import Decoder, Llava, ViT
 from training.settings import TrainConfig, is_sharded, micro_batches, second_samples, stores_all
@@ -185,8 +186,8 @@ def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> Tr
     if ranks.first:
         gib = memory(cfg, model, count, T, low, room)
         peak = gib.pop("peak")
-        kinds = ", ".join(f"{kind} {value:.2f}" for kind, value in gib.items() if value >= 0.005)
-        print(f"{cfg.stage} needs about {peak:.2f} GiB a rank ({kinds}): micro-batch {cfg.micro_batch} × "
+        kinds = ", ".join(f"{kind} {value:.3f}" for kind, value in gib.items() if value >= 0.0005)
+        print(f"{cfg.stage} needs about {peak:.3f} GiB a rank ({kinds}): micro-batch {cfg.micro_batch} × "
               f"up to {T} positions, {cfg.gradient_checkpointing} of {layers} layers recomputed")
         print(f"{cfg.stage}: " + "; ".join(effort(cfg, model, count, lengths, low, speed)))
     return cfg
@@ -196,7 +197,7 @@ def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low:
            speed: list | None) -> list[str]:
     """Return what else a stage takes, in words. speed: TFLOP/s of a card, the share that is
     reached."""
-    sizes = [f"{name.split('_')[-1]} {total(part.parameters()) / 1e6:,.2f}"
+    sizes = [f"{PARTS[name]} {total(part.parameters()) / 1e6:,.2f} M"
              for name, part in model.named_children()]
     trained = total(model.parameters(), 1, 0)
     # weights and AdamW's two moments, in float32
@@ -206,7 +207,7 @@ def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low:
         stored += total(model.parameters(), 0, low) / 1e9
     own, again = (cfg.global_batch * x / 1e12
                   for x in operations(cfg, model, float(lengths.mean())))
-    notes = [f"million parameters: {', '.join(sizes)}, trained {trained / 1e6:,.2f}",
+    notes = [f"{', '.join(sizes)} parameters, {trained / 1e6:,.2f} M trained",
              f"a step {own:,.3f} TFLOP and {again:,.3f} of recomputation",
              f"a checkpoint {stored:.3f} GB, {largest:.3f} GB of host memory to save it"]
     if len(lengths) > 1:
