@@ -86,7 +86,7 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
     A real space stays in all three. Tokenizers that put no space in front are left alone. Control tokens in a text are
     found, wherever they stand; with `tokenizer.encode_special_tokens` not those that `hide_specials` has hidden."""
     assert after_special in RULES
-    if tokenizer.encode_special_tokens:
+    if plain := tokenizer.encode_special_tokens:
         ids, offsets, words = encode_plain(tokenizer, text)
         text = show_specials(tokenizer, text)
     else:
@@ -104,7 +104,7 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
         bare = Tokenizer(tokenizer.model)  # shares the vocabulary, adds no space in front
         bare.normalizer = normalizers.Replace(" ", SPACE)
         bare.add_tokens(list(added.values()))
-        bare.encode_special_tokens = tokenizer.encode_special_tokens
+        bare.encode_special_tokens = plain
 
     # Mend each stretch between two of them, the last one first: earlier tokens keep their numbers.
     stops = splits[1:] + [len(tokens)]

@@ -30,11 +30,11 @@ def names_in(node: ast.AST) -> tuple[set[str], set[str]]:
 
 
 def cut(source: str, keep: list[str] = (), drop: list[str] = ()) -> str:
-    """Source with only the definitions of `keep` and what they use (empty: all), without `drop`,
-    and the imports that they all use, made for files that lie side by side."""
+    """Source with `keep` (empty: all) and what that uses, without `drop`; imports of one folder."""
     tree, lines, kept = ast.parse(source), source.splitlines(), []
     about = {node: names_in(node) for node in tree.body}
     names = set(keep) or set().union(*(own for own, _ in about.values()))       # that are needed
+    names.update(*(read for node, (_, read) in about.items() if isinstance(node, ast.Expr)))
     while more := [node for node in tree.body if node not in kept and about[node][0] & names]:
         kept += more
         names = names.union(*(about[node][1] for node in more))
