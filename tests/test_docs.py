@@ -105,6 +105,7 @@ def played(clone) -> Path:
     return clone
 
 
+@pytest.mark.slow
 def test_every_command_of_readme_runs_in_the_order_of_the_page(played):
     results = json.loads((played / "out/toy/results.json").read_text())
     assert {"existence", "adversarial", "count", "colour"} < results["accuracy"]["test"].keys()

@@ -14,10 +14,10 @@ def whole(small_world, tmp_path_factory):
     return Runs()
 
 
-@pytest.mark.parametrize("row", [faults.corrupt_newest, *(
-    pytest.param(row, marks=pytest.mark.slow)
-    for row in (faults.flipped_bit, faults.full_quota, faults.killed_rank, faults.nan_sample,
-                                                        faults.second_run, faults.changed_data))],
-    ids=lambda row: row.__name__)
+# Half of the rows. Quick ones of the same causes are in test_promises.py, test_errors.py and test_train.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [
+    faults.corrupt_newest, faults.flipped_bit, faults.full_quota, faults.killed_rank, faults.nan_sample,
+    faults.second_run, faults.changed_data], ids=lambda row: row.__name__)
 def test_the_run_ends_with_its_reason_and_nothing_is_lost(row, small_world, whole, tmp_path):
     row(small_world, tmp_path / "run", whole)

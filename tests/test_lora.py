@@ -81,6 +81,7 @@ def test_what_is_unlocked_is_trained_and_nothing_else(small_world, base, tmp_pat
     assert torch.equal(model.language_model.lm_head.weight, after["language_model.lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_lora_resumes_on_two_ranks_and_is_merged_by_export(small_world, tmp_path):
     flags = ["--unlock-llm", "lora", "--lora-rank", "4", "--lora-alpha", "8", "--projector-lr",
              "1e-4"]
