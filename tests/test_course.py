@@ -20,9 +20,7 @@ from runs.walk import walk
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_public.py"]
 
 
-# One folder in the suite, the others with the slow tests.
-NAMES = [name if name == "vista" else pytest.param(name, marks=pytest.mark.slow)
-         for name in ASSIGNMENTS]
+NAMES = [pytest.param(name, marks=pytest.mark.slow) for name in ASSIGNMENTS]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -594,6 +594,7 @@ def test_inputs_as_released_are_images_as_trained_uncut_text_and_the_newline(che
     assert asked.samples.samples[0]["conversations"][0]["value"] == "<image>\nIs it red?"
 
 
+@pytest.mark.slow
 def test_two_ranks_measure_what_one_does(small_world, checkpoint, tmp_path):
     # 5 batches: one rank has one more
     wanted = run_mir(checkpoint, "-n", 36, "--batch-size", 8)[0]

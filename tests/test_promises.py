@@ -465,6 +465,7 @@ def test_numbers_of_unknown_range_are_refused_and_8_bits_in_32_are_kept():
 
 
 # -------------------------------------------------------------------------------------------- ranks
+@pytest.mark.slow
 def test_a_resumed_run_is_exact_on_the_same_ranks_and_equal_to_rounding_on_others(small_world, tmp_path):
     words = command(small_world, tmp_path / "run", steps=4, **{"save-every": 2, "keep-last": 2})
     assert launch(*words, ranks=2).returncode == 0
