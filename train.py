@@ -101,8 +101,8 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
             summed = ranks.sum([*totals.values(), tokens, len(stop), bool(late)])
             numbers = torch.cat([summed, torch.stack(list(counts.values())), norm[None]]).tolist()
             n = len(totals)
-            total, (tokens, stopping, late), count, norm = numbers[:n], numbers[n:n + 3], numbers[n + 3:-1], numbers[-1]
-            count = dict(zip(counts, count))
+            total, count, norm = numbers[:n], dict(zip(counts, numbers[n + 3:-1])), numbers[-1]
+            tokens, stopping, late = numbers[n:n + 3]
             values = {name: t / max(count[name], 1) for name, t in zip(totals, total)}
             loss = sum(t.weight * values[t.name] for t in terms)
             stop_if_not_finite(loss, norm, step + 1, totals, micro, ranks)

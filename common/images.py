@@ -32,9 +32,8 @@ def read_header(source: Path | bytes) -> Image.Image:
         raise ValueError(str(e) or type(e).__name__) from None
     w, h = image.size
     if w * h > MAX_PIXELS or max(w, h) > MAX_SIDE or max(w, h) > MAX_ASPECT * min(w, h):
-        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in "
-                         "all and an "
-                         f"aspect of {MAX_ASPECT} are read")
+        raise ValueError(f"{w} x {h} pixels; at most {MAX_SIDE:,} a side, {MAX_PIXELS:,} in all "
+                         f"and an aspect of {MAX_ASPECT} are read")
     return image
 
 

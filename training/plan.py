@@ -76,7 +76,7 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
         whole.append(own + low * (4 * D + inner) if total(layer.parameters(), 1, 0) else own)
     kept = positions * (low * D * (again + 1) + sum(whole[again:]))
     layer = positions * (2 * low * inner + (whole[-1] if again == len(layers) else 0))
-    head = 10 * min(1024, cfg.micro_batch * (T - v.image_tokens)) * V + 6 * low * positions * D
+    head = 10 * min(1024, max(1, positions - tokens)) * V + 6 * low * positions * D
     if lm.lm_head.weight.requires_grad:
         head += (8 + 2 * low) * V * D
     extra = 0
@@ -165,9 +165,9 @@ def read_lengths(cfg: TrainConfig, out: Path, image_tokens: int, ranks: Ranks) -
     characters = read_samples(path)[0].lengths()
     if not len(characters):
         characters = np.zeros(1)            # load_data says what is wrong with them
-    text = np.abs(characters) / 3.5 + (8 if cfg.stage == "pretrain"
-                                       else 64)  # and the template
-    return np.minimum(text + image_tokens * (characters > 0), cfg.max_length)
+    template = 8 if cfg.stage == "pretrain" else 64
+    positions = np.abs(characters) / 3.5 + template + image_tokens * (characters > 0)
+    return np.minimum(positions, cfg.max_length)
 
 
 def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> TrainConfig:

@@ -74,8 +74,7 @@ class TrainConfig:
     lora_rank: int = option(128, "rank of --unlock-llm lora", most=2**14)
     lora_alpha: float = option(256.0, "scales the LoRA update by alpha / rank")
     projector_scale: float | None = option(None, "factor on the projector's last layer at its "
-                                                 "start; unset: 1, the "
-                                           f"toy {TOY_PROJECTOR_SCALE}")
+                                                 f"start; unset: 1, the toy {TOY_PROJECTOR_SCALE}")
     drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
 
     data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy's, made in --out", "data")

@@ -19,6 +19,7 @@ from hub.connectors import make_connector, name_of, read_connector
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
 from hub.samples import read_samples
+from hub.tensors import weight_files
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from losses import LOSSES, Objective
@@ -264,9 +265,11 @@ def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str
         folders[START] = ckpt or start_folder(cfg)
     found = {f"the --data of {cfg.stage}": data.samples.fingerprint()}
     for name, folder in folders.items():
-        found[name] = files_digest(p
-                                   for p in sorted(Path(folder).iterdir()) if p.name == "merges.txt"
-                                   or p.suffix in (".safetensors", ".bin", ".json", ".model"))
+        files = set(weight_files(Path(folder)))           # TinyLLaVA's lie in folders of their own
+        for path in Path(folder).iterdir():
+            if path.suffix in (".json", ".model") or path.name == "merges.txt":
+                files.add(path)
+        found[name] = files_digest(sorted(files))
     return found
 
 
@@ -279,9 +282,8 @@ def check_targets(data: Samples) -> None:
                         f.image_tokens, f.max_length, f.after_special)[1]
         if (labels != IGNORE).any():
             return
-    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an "
-                    "image takes "
-                    f"{f.image_tokens} positions")
+    raise UserError(f"--max-length {f.max_length} leaves no sample an answer to train on; an image "
+                    f"takes {f.image_tokens} positions")
 
 
 def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoiled: int, bad: int) -> None:
