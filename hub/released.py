@@ -110,17 +110,17 @@ def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
 
 
 # ------------------------------------------------------------------------------------------ tensors
-def read_tensors(places: dict[str, Place]) -> Iterator[tuple[str, Tensor]]:
+def read_tensors(places: dict[str, Place], check: bool = True) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, stored tensor), file by file. Do not keep a tensor: it may be a view of the
     file, and what was read of a mapped file counts as memory in use until the file is closed. So a
-    file is opened anew for every 8 tensors."""
+    file is opened anew for every 8 tensors. check: see open_tensors."""
     by_file = {}
     for name, place in places.items():
         by_file.setdefault(place.path, []).append(name)
     for path, names in by_file.items():
         size = 8 if is_mapped(path) else len(names)
         for i in range(0, len(names), size):
-            with open_tensors(path) as f:
+            with open_tensors(path, check) as f:
                 for name in names[i:i + size]:
                     yield name, f.get_tensor(places[name].key)
 
@@ -131,9 +131,8 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
     file may change or vanish later) and cast. Of a parameter sharded over ranks only this rank's
     rows are copied.
 
-    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name,
-    shape): makes a tensor that no file holds yet (LoRA's), or returns None. Raises UserError on any
-    difference in names or shapes."""
+    dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape):
+    makes a tensor that no file holds yet (LoRA's). Raises UserError if names or shapes differ."""
     what = PARTS.get(prefix, prefix)
     wanted = dict(module.named_parameters())
     here = {name[len(prefix) + 1:]: place
@@ -162,7 +161,8 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
 
     for name, tensor in made.items():
         put(name, tensor)
-    for name, tensor in read_tensors(here):
+    read = str(device) != "meta"                    # else names, shapes and dtypes are all that is asked for
+    for name, tensor in read_tensors(here, check=read):
         path, key, rows = here[name]
         stored, shape = tensor.shape, wanted[name].shape
         if rows:
@@ -170,7 +170,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
             tensor, shape = tensor[first:end], (total, *shape[1:])
         if tuple(stored) != tuple(shape):
             raise UserError(f"{path}: {key} has shape {tuple(stored)}, but the config makes it {tuple(shape)}")
-        check_weight(path, key, tensor)
+        check_weight(path, key, tensor, read)
         put(name, tensor)
         del tensor                                  # else the file stays mapped
     if tied:
@@ -239,7 +239,7 @@ def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
     prefix, own = "multi_modal_projector.", dict(qformer.named_parameters())
     found = {name: place for name, place in find_tensors(folder).items()
              if name.removeprefix(prefix) in own}
-    shapes = {name: tensor.shape for name, tensor in read_tensors(found)}
+    shapes = {name: tensor.shape for name, tensor in read_tensors(found, check=False)}
     for name, shape in shapes.items():
         if BETWEEN.match(name) and shape != own[name.removeprefix(prefix)].shape:
             del found[name]

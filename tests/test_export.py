@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import hub.tensors
 from common.images import open_image
 from data import IMAGE, TEMPLATES, encode, pieces
 from evaluate import Assistant
@@ -247,6 +248,15 @@ def facts(folder) -> dict[str, list[str]]:
         name, text = re.fullmatch(r"  (\w+(?: on)?) +(.*)", line).groups()
         out.setdefault(name, []).append(text)
     return out
+
+
+def test_inspect_reads_headers_of_weights_alone(run, monkeypatch):
+    def read(tensor):
+        raise AssertionError("a tensor was read: 7B would take half a minute")
+    monkeypatch.setattr(hub.tensors, "digest", read)
+    monkeypatch.setattr(hub.tensors, "is_finite", read)
+    for folder in (run, "toy/llm", "toy/clip"):
+        assert facts(folder)["problems"] == ["none"]
 
 
 def test_inspect_says_what_the_toy_and_its_checkpoints_are(run, exported):
