@@ -36,7 +36,7 @@ from training.plan import prepare
 from training.settings import TrainConfig, check_start, fill_parts, is_sharded, second_samples, settings
 from training.setup import build, check_folders, check_objective, fingerprints, load_data, mir_pairs, parameter_groups
 
-# steps between two lines of output where there is no terminal for a progress bar
+# Steps between two lines of output where there is no terminal for a progress bar.
 LINE_EVERY = 50
 
 

@@ -293,7 +293,7 @@ def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tens
     norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
     if ranks.mesh is not None:
         square = norm.double().square()
-        # nodes hold the same rows
+        # Nodes hold the same rows: count each once.
         dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))
         norm = square.sqrt()
     norm = norm.float()

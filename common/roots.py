@@ -37,7 +37,7 @@ def factor(covariance: Tensor, panel: int = 128) -> Tensor:
     rounding = 16 * D ** 0.5 * EPS * covariance.diagonal()                      # (D,)
     while len(rows):
         columns = a.new_zeros(panel, len(rows)).T                               # the next columns of L
-        # variance that they leave
+        # What they leave of each variance.
         left = a.diagonal().clone()
         for j in range(panel):
             left[left <= rounding[rows]] = 0
@@ -63,7 +63,7 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
     rounding may hide small ones, a factor of Σ_t shows them."""
     L = factor(v)                                                               # (D,r)
     if L.numel() == 0:
-        # tokens that are all the same
+        # All tokens are the same.
         return v.new_zeros(())
     total, error = sum_of_roots(L.T @ (t @ L))                       # of C
     if error <= 1e-9 * total:
@@ -73,7 +73,7 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
     total, error = sum_of_roots(gram(product))
     if error <= 1e-9 * total:
         return total
-    # slower; squares no small value away
+    # Slower, but it loses no small value by squaring.
     return torch.linalg.svdvals(product).sum()
 
 

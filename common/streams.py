@@ -66,7 +66,7 @@ def check_tokens(name: str, tokens: Tensor) -> None:
     """Raise ValueError if tokens (n,…) are fewer than 2 or not finite."""
     if len(tokens) < 2:
         raise ValueError(f"{name} tokens: {len(tokens)}, but a covariance needs 2")
-    # far faster than asking every token
+    # Far faster than asking every token.
     if not torch.stack(tokens.aminmax()).isfinite().all():
         raise ValueError(f"{name} tokens: some are not finite")
 
@@ -74,7 +74,7 @@ def check_tokens(name: str, tokens: Tensor) -> None:
 def outlier_bounds(norms: Tensor) -> tuple[Tensor, Tensor]:
     """(median, 3 std) of norms (n,). A token is an outlier if its norm is farther than 3 std from
     the median."""
-    # so that sums do not depend on the order of the tokens
+    # Sums must not depend on the order of the tokens.
     norms = norms.sort().values
     return norms.median(), 3 * norms.std()
 

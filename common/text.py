@@ -5,9 +5,9 @@ import re
 from tokenizers import AddedToken, Tokenizer, normalizers
 
 SPACE = "▁"                                               # how SentencePiece writes a space
-# stands for the first character of a control token
+# Stands for the first character of a control token.
 HIDDEN = "\ufdd0"
-# versions of transformers, see encode_text
+# Versions of transformers, see encode_text.
 RULES = ("4.31", "4.37", "legacy")
 
 

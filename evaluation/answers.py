@@ -18,7 +18,7 @@ def questions_digest(samples: list[Sample]) -> str:
     """Hash ids, prompts and images (those in files by name: they are not opened)."""
     h = hashlib.sha256()
     for s in samples:
-        # a file or a cell by its name, base64 whole
+        # A file or a cell counts by its name, base64 by its text.
         image = getattr(s.image, "name", s.image)
         h.update(json.dumps([s.id, s.prompt, image, s.region]).encode())
     return h.hexdigest()[:16]
@@ -31,13 +31,13 @@ def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ra
     groups = ranks.gather(group_by_image(q.samples) if ranks.first else None)[0]
     share = []
     for group in groups[ranks.rank::ranks.count]:
-        # the same cell of a parquet file for all that show it
+        # All that show one image of a parquet file get the same cell.
         image = q.samples[group[0]].image
         share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():
-        # remove the half line of a stopped run
+        # Remove the half line of a stopped run.
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     # None: show the bar on a terminal only
     hide = None if ranks.first else True

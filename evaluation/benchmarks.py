@@ -23,7 +23,7 @@ class Source:
     row; "?" in front marks a column that may be absent. Required are `id` and one of `question`
     (raw), `text` (written as LLaVA asks it) and `prompt` (asked as it is). `image` is a file's name
     in --images, or the image itself."""
-    # names to look for, the first that is there; {split} is filled in
+    # Names to look for: the first that is there. {split} is filled in.
     files: str
     columns: dict
     split: str = ""

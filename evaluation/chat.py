@@ -39,7 +39,7 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said, keep the image."""
         self.turns = []                         # as LLaVA writes them: {from, value}
-        # the cache, and ids and image mask (T,) of the tokens in it
+        # (cache, ids (T,), image mask (T,)) of all tokens that the model has read.
         self.past = None
 
     def ask(self, question: str) -> Iterator[str]:
@@ -55,7 +55,7 @@ class Chat:
         for token in self.tokens(ids.to(self.pixels.device), mask.to(self.pixels.device)):
             answer.append(token)
             said = a.tokenizer.decode(answer).strip()
-            # else a character of several tokens, not complete yet
+            # This mark stands for a character whose tokens are not all here yet: wait for them.
             if not said.endswith("\ufffd"):
                 yield said[len(shown):]
                 shown = said

@@ -176,7 +176,7 @@ def read_tsv(path: Path) -> list[dict]:
     if not rows or "image" not in rows[0]:
         return rows
     cells = {row.get("index"): row["image"] for row in rows}
-    # one copy in memory of an image that several rows hold
+    # Several rows may hold the same image: keep one copy.
     first = {}
     for n, row in enumerate(rows, 1):
         cell, seen = row["image"], set()

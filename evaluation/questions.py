@@ -41,7 +41,7 @@ class Loaded:
     samples: list[Sample]                       # in the file's order
     settings: dict                              # what of Reading changes the score
     files: list[str]
-    # what a reader should know → how often
+    # What a reader should know → how often.
     counts: dict[str, int] = field(default_factory=dict)
     max_new: int = 64                           # tokens of an answer
 

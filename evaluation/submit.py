@@ -28,7 +28,7 @@ def mmbench_row(s: Sample, p: str, parsed) -> dict:
     return {**row, "split": s.record["split"] or ""}
 
 
-# name → (kind of file, (sample, prediction, parsed) → its row; of an object its (key, value))
+# Name → (kind of file, (sample, prediction, parsed) → its row; of an object its (key, value)).
 SUBMISSIONS = {
     "vqav2": ("json", vqa_row),
     "textvqa": ("json", vqa_row),

@@ -95,7 +95,7 @@ def check(path: str | Path, cfg: CheckFlags) -> tuple[dict[str, int], dict[int, 
             why[i] = f"has image {name}: {found[name]}"
     if cfg.llm:
         tokenizer, row = load_tokenizer(cfg.llm), f"no answer within {cfg.max_length} positions"
-        # raises if the template is another family's
+        # Raises if the template is another family's.
         eos_id(tokenizer, cfg.template)
         rows[row] = 0
         for i in tqdm(np.flatnonzero(answered).tolist(), desc="text", delay=2, leave=False):

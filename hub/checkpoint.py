@@ -198,5 +198,5 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
     write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})
     for path in folder.iterdir():
         with open(path, "rb") as f:
-            # the rename must not reach the disk before the data
+            # The rename must not reach the disk before the data.
             os.fsync(f.fileno())

@@ -32,14 +32,13 @@ DECODERS = {
                   hidden_act="gelu_tanh", norm_plus_one=True),
 }
 VISION = {"clip_vision_model": dict(),
-          "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6,
-                                                                   hidden_act="gelu_tanh",
-                                                                   class_token=False)}
+          "siglip_vision_model": dict(patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_tanh",
+                                      class_token=False)}
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
                     "gelu_fast": "gelu_tanh"}
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-# model_type of whole models
+# The model_type of whole models.
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"
 RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 # Fields of config.json whose type is checked wherever they stand; null means unset.
@@ -52,7 +51,7 @@ FIELDS = {
     "plain_specials": bool}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
-# organization/name; not our own folders
+# organization/name, but not our own folders.
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")
 
 

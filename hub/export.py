@@ -86,7 +86,7 @@ def chat_template(name: str) -> str:
              "AFTER": after + t.after}
     out = MESSAGES.replace("TRIM", "ns.text | trim" if t.strip else "ns.text")
     for word, text in words.items():
-        # a JSON string is a Jinja string too
+        # A JSON string is a Jinja string too.
         out = out.replace(word, json.dumps(text))
     return out
 

@@ -42,7 +42,7 @@ def inspect(folder: str | Path, vision: str | None = None) -> str:
     kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
-        # of a run, its newest checkpoint
+        # A run stands for its newest checkpoint.
         folder = checkpoints(folder)[-1]
     c = read_config(folder)
     kind = c.get("model_type")
@@ -86,7 +86,7 @@ def load_parts(problems: list[str], folder: Path, kind: str, found,
             return whole.vision_tower, whole.language_model
         if not is_whole(folder, found):
             return None, None
-    # alone, or in a LLaVA without its tower
+    # A language model alone, or in a LLaVA without its tower.
     llm = attempt(problems, load_llm, folder, device="meta", found=found)
     return None, llm
 

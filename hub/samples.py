@@ -137,7 +137,7 @@ class Window:
             except RecursionError:
                 raise ValueError(f"nested too deeply: byte {self.start}") from None
             self.more(size)
-            # a long value is retried a few times only
+            # Twice as much each time: a long value is retried a few times only.
             size *= 2
 
 
@@ -208,7 +208,7 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
     left = list(place.parent.glob(f"{place.name}.*.tmp"))
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp", delete=False) as out:
         lock(out)
-        # of a killed process if nobody has locked it
+        # If nobody has locked it, it is what a killed process left.
         for other in left:
             with contextlib.suppress(OSError), open(other, "a") as file:
                 if lock(file):
@@ -216,7 +216,7 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
         try:
             out.write(index)
             out.flush()
-            # who may read the data may read its index
+            # Who may read the data may read its index.
             os.chmod(out.name, path.stat().st_mode & 0o666)
             os.replace(out.name, place)
         except BaseException:

@@ -18,7 +18,7 @@ from common.flags import UserError
 from common.parallel import whole
 
 CODE_VERSION = 1                    # of our checkpoints
-# beside a checkpoint's weights: the name of a tensor → its digest
+# Beside a checkpoint's weights: the name of a tensor → its digest.
 DIGESTS = "digests.json"
 FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
 ITEM_BYTES = {**dict.fromkeys("BOOL U8 I8 F8_E4M3 F8_E5M2".split(), 1),
@@ -35,7 +35,7 @@ def check_safetensors(path: Path) -> None:
     check_download(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
-        # of the header, which follows
+        # The header's length; the header follows.
         length = struct.unpack("<Q", f.read(8))[0]
         if length <= MAX_HEADER and size < 8 + length:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
@@ -237,7 +237,7 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dty
     library's save_file. Returns the digest of each tensor written."""
     def kind(name: str) -> torch.dtype:
         return dtype or tensors[name].dtype
-    # wide ones first: all are aligned
+    # Wide ones first: then all are aligned.
     order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))
     digests = {}
     if not write:

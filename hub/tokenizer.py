@@ -122,7 +122,7 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
-        # in vocab.json, never part of a text
+        # It is in vocab.json, and never part of a text.
         tokenizer.add_special_tokens(["<|endoftext|>"])
     return tokenizer
 

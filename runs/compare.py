@@ -14,7 +14,7 @@ from common.files import read_json
 from common.flags import UserError, run
 
 ONE, TWO = "pretrain", "finetune"
-# the order of the columns; other methods follow
+# The order of the columns; other methods follow.
 FIRST = ["ce", "vdep", "vista", "basic", "moca"]
 T_ROWS = ("mean", "unseen pairs", "caption CE, 1", "MIR, 2")
 FILES = {"test": ("accuracy", "test"), "unseen pairs": ("accuracy", "composition"),

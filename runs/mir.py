@@ -20,7 +20,7 @@ from mir import measure
 from toy import world
 
 STAGES = ("pretrain", "finetune")
-# the paper draws ten sets of each size, too
+# The paper draws ten sets of each size, too.
 NS, SEEDS = (10, 20, 50, 100, 200), range(10)
 
 

@@ -18,7 +18,7 @@ from hub.checkpoint import checkpoint_folder
 from look.gather import answer
 from toy.world import CATEGORIES, COLUMNS, ROWS
 
-# image, text, both, losses
+# The colours of image, text, both, losses.
 BLUE, AMBER, VIOLET, GREEN = (37, 99, 235), (217, 119, 6), (109, 40, 217), (5, 122, 85)
 INK, GREY, LINE, WHITE, RED = (30, 41, 59), (100, 116, 139), (203, 213, 225), (255, 255, 255), (185, 28, 28)
 SCALE = 2                       # drawn this much larger than saved, so that edges are smooth
@@ -92,7 +92,7 @@ def pale(colour: tuple, share: float = 0.10) -> tuple:
 def draw_data_path(path: Path) -> None:
     """One batch: image and text enter Llava, hidden states leave it, a loss reads them."""
     c = Canvas(1200, 480)
-    # the rows of the image, of the text, and of both
+    # The rows of the image, of the text, and of both.
     top, bottom, middle = 100, 284, 192
 
     c.tensor(84, top, "pixel_values", "(B, 3, H, W)", BLUE)

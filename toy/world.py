@@ -27,14 +27,14 @@ COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230),
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")          # no word in common with ROWS
 NUMBERS = ("one", "two", "three")              # objects in a scene
-# shown in composition.jsonl alone
+# Shown in composition.jsonl alone.
 HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
 CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
-# how often stage 2 asks each: more of what is learned late
+# How often stage 2 asks each: more of what is learned late.
 MIX = (1, 2, 1, 2, 6, 7)
 REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.",
             "What do you see?")
-# pixels; the tiny CLIP's patch size, so one cell is one image token
+# Pixels: the tiny CLIP's patch size, so one cell is one image token.
 CELL = 16
 SIZE = 3 * CELL
 

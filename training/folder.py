@@ -210,7 +210,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
             for key in f.keys():
                 i, name = key.split(".")
                 tensor, p = f.get_tensor(key), parameters[int(i)]
-                # the moments; the step count is a single number
+                # Moments have their parameter's shape; the step count is a single number.
                 if tensor.dim():
                     if tensor.shape != p.shape:
                         raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")

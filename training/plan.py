@@ -97,7 +97,7 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
         layer -= positions * whole[-1] if again < len(layers) else 0
         once = room is None or 4 * trained < GRADIENT_SHARE * room * 2**30
         if once and cfg.global_batch > ranks * cfg.micro_batch:
-            # stay whole until the last micro-batch
+            # They stay whole until the last micro-batch.
             earlier = gradients = gradients + 4 * trained
     fixed = {"weights": total(model.parameters(), 4, low) / cut, "optimizer": 8 * trained / cut,
              "gathered": gathered}
@@ -200,7 +200,7 @@ def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low:
     sizes = [f"{PARTS[name]} {total(part.parameters()) / 1e6:,.2f} M"
              for name, part in model.named_children()]
     trained = total(model.parameters(), 1, 0)
-    # weights and AdamW's two moments, in float32
+    # Weights and AdamW's two moments, in float32.
     stored = 12 * trained / 1e9
     largest = max(4 * p.numel() for p in model.parameters() if p.requires_grad) / 1e9
     if stores_all(cfg):

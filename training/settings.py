@@ -33,7 +33,7 @@ TOY_PROJECTOR_SCALE = 0.25
 TOY_QFORMER = "qformer-4-96x4"                            # 4 queries for 9 patches
 LORA = dict(lr=2e-4, projector_lr=2e-5)                   # LLaVA-1.5's, with --unlock-llm lora
 RANDOM = "random"                                         # --projector random
-# its projector or checkpoint, as a name of a fingerprint
+# The name of a fingerprint: of the projector or checkpoint that a stage starts from.
 START = "the start of a stage"
 
 

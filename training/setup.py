@@ -228,7 +228,7 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
     tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
     processor, vision = load_processor(cfg.vision), tower_config(cfg)
-    # raises if the template belongs to another family
+    # Raises if the template belongs to another family.
     eos_id(tokenizer, cfg.template)
     if processor.crop_size != vision.image_size:
         raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
