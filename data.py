@@ -165,6 +165,11 @@ class ImageProcessor:
         x = (np.asarray(image, np.float32) / 255 - np.float32(self.image_mean)) / np.float32(self.image_std)
         return torch.from_numpy(x).permute(2, 0, 1).contiguous()   # (3,H,W)
 
+    def picture(self, pixels: Tensor) -> Image.Image:
+        """(3,H,W) as returned above → the picture that the model gets."""
+        x = pixels.permute(1, 2, 0) * torch.tensor(self.image_std) + torch.tensor(self.image_mean)
+        return Image.fromarray((x.clamp(0, 1) * 255).round().byte().numpy())
+
 
 # ------------------------------------------------------------------------------ samples and batches
 @dataclass

@@ -1,4 +1,5 @@
 """The one place where pictures are opened: files or bytes, of named formats and bounded sizes."""
+import base64
 import io
 import stat
 from pathlib import Path
@@ -61,3 +62,10 @@ def with_8_bits(image: Image.Image) -> Image.Image:
     if image.mode != "I" or pixels.max() > 255:
         pixels = pixels >> 8
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def data_uri(image: Image.Image) -> str:
+    """Return a picture as text that stands inside a page: small ones without loss."""
+    file, kind = io.BytesIO(), "PNG" if image.width <= 128 else "JPEG"
+    image.save(file, kind, quality=88)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()

@@ -13,6 +13,7 @@ from common.flags import UserError, option
 from common.images import open_image, read_header
 from data import IGNORE, TEMPLATES, encode, eos_id
 from hub.samples import SampleFile, sample_problem
+from hub.show import sample_page
 from hub.tokenizer import load_tokenizer
 
 
@@ -20,10 +21,13 @@ from hub.tokenizer import load_tokenizer
 class CheckFlags:
     """Look through FILE, LLaVA JSON or JSONL, before a run. The exit code is 0 if every sample can be used, else 2.
 
-    `python -m look --data FILE --images DIR --llm DIR --vision DIR --show N` shows samples as the
-    model gets them."""
+    With --show N it writes a page of the first N samples as the model gets them, and counts nothing."""
     images: str | None = option(None, "the folder of its images", "samples")
-    out: str | None = option(None, "write the list of the samples that cannot be used to this file")
+    out: str | None = option(None, "write the list of the samples that cannot be used to this file; with --show: the "
+                                   "page")
+    show: int | None = option(None, "show so many samples: picture and tokens; needs --llm, --vision and --out")
+    vision: str | None = option(None, "with --show: a vision encoder's folder, for its preprocessing")
+    vdep: bool = option(False, "with --show: after each sample with an image the same one in VDEP mode")
     llm: str | None = option(None, "a language model's folder: find the samples of which "
                                    "--max-length leaves no answer",
                              "length (with --llm)")
@@ -116,6 +120,13 @@ def print_check(path: str, cfg: CheckFlags) -> None:
     if cfg.out and not os.access(Path(cfg.out).parent, os.W_OK):
         raise UserError(f"--out {cfg.out} cannot be written: {Path(cfg.out).parent} is no folder, "
                         "or is read-only")
+    if cfg.show is not None:
+        if not (cfg.llm and cfg.vision and cfg.out):
+            raise UserError("--show needs --llm DIR for its tokenizer, --vision DIR for its preprocessing and --out PAGE")
+        page = sample_page(path, cfg.images, cfg.llm, cfg.vision, cfg.template, cfg.max_length, cfg.show, cfg.vdep)
+        write_text(Path(cfg.out), page)
+        print(f"wrote {cfg.out}")
+        return
     rows, why = check(path, cfg)
     for name, count in rows.items():
         print(f"{name:32} {count:12,}")

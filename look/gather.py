@@ -16,7 +16,7 @@ from torch import Tensor
 import mir
 from common.flags import UserError
 from common.text import is_word, show_token
-from data import IMAGE, ImageProcessor, encode, eos_id
+from data import IMAGE, encode, eos_id
 from evaluate import Assistant
 from methods.basic import supervision_degree
 
@@ -128,12 +128,6 @@ def traces(a: Assistant, inside: Inside) -> dict:
     return {"degree": degree, "vdep": vdep, "vista": {"d": d.tolist(), "f(t) d": (f * d).tolist()}, "moca": moca}
 
 
-def picture_of(processor: ImageProcessor, pixels: Tensor) -> Image.Image:
-    """Normalised pixels (3,H,W) → the picture that the model gets."""
-    x = pixels * torch.tensor(processor.image_std)[:, None, None] + torch.tensor(processor.image_mean)[:, None, None]
-    return Image.fromarray((x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
 @torch.inference_mode()
 def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: int = 32, tsne: bool = False) -> dict:
     """Every number of the page for one checkpoint and one question, as tensors, lists and text."""
@@ -154,7 +148,7 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     head_rows = sorted(order[:max(1, HEAD_NUMBERS // to_image[:, :, 0].numel())])
     return {
         "name": name, "prompt": prompt, "template": a.template,
-        "picture": picture_of(a.processor, a.processor(image, a.pad)), "prompt_rows": asked,
+        "picture": a.processor.picture(a.processor(image, a.pad)), "prompt_rows": asked,
         "side": math.ceil(grid ** 0.5), "first": grid - a.model.image_tokens, "layers": len(inside.attention),
         "before": tokens[:int(inside.image.nonzero()[0])], "tokens": [tokens[i] for i in inside.rows.tolist()],
         "answer": a.tokenizer.decode(inside.ids[inside.answer:].tolist()).strip(),

@@ -1,6 +1,5 @@
 """Numbers → one HTML file, JSON, or pictures. The page holds tensors in 8 bits, JSON unrounded."""
 import base64
-import io
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.files import write_text
+from common.images import data_uri
 
 
 def text_of(array: np.ndarray) -> str:
@@ -27,13 +27,6 @@ def pack(t: Tensor) -> dict:
     return {"shape": list(t.shape), "type": "uint8", "data": text_of(steps), "low": text_of(low), "high": text_of(high)}
 
 
-def data_uri(image: Image.Image) -> str:
-    """A picture inside the page: small ones without loss."""
-    file, kind = io.BytesIO(), "PNG" if image.width <= 128 else "JPEG"
-    image.save(file, kind, quality=88)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
-
-
 def convert(value, tensor, picture):
     """A gathered value as JSON takes it; tensor and picture say what becomes of those. Not finite: null."""
     if isinstance(value, Tensor):
@@ -47,9 +40,9 @@ def convert(value, tensor, picture):
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
-def write_page(path: Path, title: str, looks=(), run=None, samples=(), refresh: int | None = None) -> None:
+def write_page(path: Path, title: str, looks=(), run=None, refresh: int | None = None) -> None:
     """Write one self-contained page of the parts that are given. refresh: seconds until a browser reads it again."""
-    data = {"title": title, "looks": looks, "run": run, "samples": samples}
+    data = {"title": title, "looks": looks, "run": run}
     text = json.dumps(convert(data, pack, data_uri), ensure_ascii=False, separators=(",", ":"))
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     if refresh:

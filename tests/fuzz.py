@@ -289,7 +289,7 @@ POPE = "evaluate --bench pope --data pope --images images --ckpt ckpt --out new 
 MIR = "mir --ckpt ckpt --data {} --images images --n 3"
 LOOK = ["look", "--ckpt", "ckpt", "--image", "images/a.png", "--prompt", "What?",
         "--max-new-tokens", "2"]
-LOOK_DATA = "look --data data.json --images images --llm llm --vision clip --show 2"
+SHOW_DATA = "hub check data.json --images images --llm llm --vision clip --show 2 --out page.html"
 CHECK = "hub check {} --images images --llm {} --image-tokens 9"
 EVERY_MODEL = [PRETRAIN, FINETUNE]
 TEXT, DATA, BYTES = [spoil_json] * 4 + [spoil_text], [spoil_jsonl] * 4 + [spoil_text], [spoil_bytes]
@@ -298,12 +298,12 @@ TEXT, DATA, BYTES = [spoil_json] * 4 + [spoil_text], [spoil_jsonl] * 4 + [spoil_
 TARGETS = [
     ("llm/config.json", TEXT, ["hub inspect llm", *EVERY_MODEL]),
     ("clip/config.json", TEXT, ["hub inspect clip", *EVERY_MODEL]),
-    ("clip/preprocessor_config.json", TEXT, [PRETRAIN, "hub inspect clip", LOOK_DATA]),
+    ("clip/preprocessor_config.json", TEXT, [PRETRAIN, "hub inspect clip", SHOW_DATA]),
     ("ckpt/config.json", TEXT,
      ["hub inspect ckpt", ASK, OWN, MIR.format("q.jsonl"), "hub export ckpt new", LOOK]),
     ("ckpt/preprocessor_config.json", TEXT, [ASK, "hub export ckpt new", MIR.format("data.json")]),
     ("data.json", TEXT, [CHECK.format("data.json", "llm"), PRETRAIN, FINETUNE,
-                         MIR.format("data.json"), LOOK_DATA]),
+                         MIR.format("data.json"), SHOW_DATA]),
     ("data.jsonl", DATA, [CHECK.format("data.jsonl", "llm"), FINETUNE.replace(".json", ".jsonl")]),
     ("q.jsonl", DATA, [OWN, MIR.format("q.jsonl"), OWN + " --score-only answers.jsonl"]),
     ("answers.jsonl", DATA, [OWN + " --score-only answers.jsonl"]),

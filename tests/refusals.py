@@ -83,7 +83,7 @@ MARKED = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "<image>
 FLAGS = [("train --workers 999999", "--workers must be"), ("train --lr inf", "--lr must be"), (
     "train --seed " + str(2**70), "--seed must be"), ("train --timeout 1e15", "--timeout must be"),
     ("evaluate --limit -1", "--limit must be"), ("mir --n -1", "--n must be"),
-    ("look --show nan", "invalid int")]
+    ("hub check data.json --show nan", "invalid int")]
 # (what is wrong, how it comes about, the command, what its line says)
 ROWS = [
     ("PostScript called a.png", put("images/a.png", SCRIPT), ASK, "not an image"),

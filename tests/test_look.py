@@ -372,19 +372,6 @@ def test_results_of_seeds_are_means_with_their_deviation(tmp_path):
     assert group["mir_layers"] == {"finetune": [3.0, 5.0]}
 
 
-def test_a_sample_is_shown_as_training_gets_it(small_world, tmp_path):
-    page = tmp_path / "page.html"
-    done = call("look", "--data", small_world / "pretrain.json", "--images", small_world / "images",
-                "--llm", "toy/llm", "--vision", "toy/clip", "--template", "plain", "--vdep",
-                "--show", "2", "--out", page)
-    assert done.returncode == 0, done.stderr
-    shown = data_of(page)["samples"]
-    assert [s["vdep"] for s in shown] == [False, True, False, True]
-    caption = json.loads((small_world / "pretrain.json").read_text())[0]["conversations"][1]["value"]
-    assert "".join(t for t, kind in shown[0]["tokens"] if kind == "answer").strip() == caption
-    assert shown[1]["tokens"] == [["<s>", "text"], ["9 image tokens", "image"]] and shown[1]["supervised"] == 0
-
-
 def data_of(page: Path) -> dict:
     return json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.S)[1])
 

@@ -1,9 +1,11 @@
 """A file of samples and its index: the same samples as json.load gives, and never those of another file."""
+import base64
 import copy
 import io
 import json
 import os
 import pickle
+import re
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,9 @@ from PIL import Image
 from common.flags import UserError
 from data import Format, ImageProcessor, Order, Samples, loader
 from hub.check import image_problems
+from hub.configs import load_processor
 from hub.samples import SampleFile, elements, image_key, read_samples
+from programs import ROOT, call
 
 
 def sample(i, text="What is this?", answer="noise", **more):
@@ -290,6 +294,40 @@ def test_each_image_is_checked_once_and_named(tmp_path):
     assert list(found) == ["empty.png", "absent.png", "folder", "bomb.png", "a\0b.png"]
     assert found["absent.png"] == "missing" and found["empty.png"] == "empty file" and "null" in found["a\0b.png"]
     assert "decompression bomb" in found["bomb.png"] and found["folder"] == "not a file"
+
+
+def test_a_page_shows_samples_as_training_gets_them(small_world, tmp_path):
+    page = tmp_path / "page.html"
+    done = call("hub", "check", small_world / "pretrain.json", "--images", small_world / "images", "--vision",
+                "toy/clip", "--llm", "toy/llm", "--template", "plain", "--show", "2", "--vdep", "--out", page)
+    assert done.returncode == 0, done.stderr
+    shown = page.read_text().split("<section")[1:]
+    assert ["VDEP mode" in s for s in shown] == [False, True, False, True]
+    samples = json.loads((small_world / "pretrain.json").read_text())
+    caption = samples[0]["conversations"][1]["value"]
+    supervised = re.findall(r'<bdi class="token answer">(.*?)</bdi>', shown[0])
+    assert "".join(supervised).strip("↵ ") == caption, "the green boxes are the caption, its newline included"
+    assert "9 image tokens" in shown[1] and "0 supervised" in shown[1] and "token answer" not in shown[1]
+
+    # The picture is the file as preprocessing leaves it.
+    uri = re.search(r"base64,([^\"]+)", shown[0])[1]
+    seen = Image.open(io.BytesIO(base64.b64decode(uri)))
+    processor = load_processor(ROOT / "toy/clip")
+    with Image.open(small_world / "images" / samples[0]["image"]) as image:
+        pixels = processor(image, pad=False)
+    assert seen.size == (processor.crop_size, processor.crop_size)
+    again = processor(seen, pad=False)
+    assert (again - pixels).abs().max() < 0.01
+
+
+def test_a_page_of_text_that_looks_like_html_shows_it_as_text(tmp_path):
+    path, page = tmp_path / "data.json", tmp_path / "page.html"
+    path.write_text(json.dumps([sample("<b>", "<script>alert(1)</script>", "</bdi>")]))
+    done = call("hub", "check", path, "--vision", "toy/clip", "--llm", "toy/llm", "--show", "5", "--out", page)
+    assert done.returncode == 0, done.stderr
+    text = page.read_text()
+    assert "<script" not in text and "s&lt;b&gt;" in text
+    assert call("hub", "check", path, "--show", "5").stderr.startswith("error: --show needs --llm DIR")
 
 
 @pytest.mark.parametrize("runs", [[1], [3], [8], [8, 3, 1], [1, 3, 8]])
