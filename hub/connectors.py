@@ -27,9 +27,9 @@ def read_connector(name: str) -> Connector:
     """Return what a name means. Raises UserError for one that is not known."""
     found = NAME.fullmatch(name)
     if not found:
-        raise UserError(f"connector {name!r} is not known: say linear, mlp2x (or another number of "
-                        "maps), qformer, qformer-64 (queries) or qformer-64-768x12 (queries, width, "
-                        "layers)")
+        raise UserError(f"connector {name!r} is not known: say linear, mlp2x (or another number "
+                        "of maps), qformer, qformer-64 (queries) or qformer-64-768x12 (queries, "
+                        "width, layers)")
     maps, queries, width, layers = [int(n or 0) for n in found.groups()]
     if name.startswith("qformer"):
         return Connector(0, queries or 32, width or 768, layers or 12)
