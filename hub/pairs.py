@@ -64,11 +64,13 @@ def pair_batches(folder: Path, samples: list[dict], images: Path, template: str 
 
 
 def held_out(data: Samples, path: Path, images: str | Path) -> list[Batch]:
-    """Return the first 100 pairs of a file as batches, written as `data` is; v1 instead of plain."""
+    """Return a file's first 100 pairs as batches, written as `data` is; in v1 if that is plain."""
     template = "v1" if data.format.template == "plain" else data.format.template
     text = replace(data.format, template=template, pad=True)
     pairs = read_pairs(path, Path(images), 100)
     return list(PairBatches(Samples(pairs, images, data.tokenizer, data.processor, text)))
+
+
 # ---------------------------------------------------------------------------------- files → samples
 def sample(image: str, answer: str, question: str = "") -> dict:
     """Return one pair as LLaVA writes it."""
