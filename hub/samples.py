@@ -2,10 +2,9 @@
 
     data.json ─ elements (.jsonl: lines) ─→ samples ─ entry ─→ .data.json.index ─ mapped ─→ SampleFile
 
-The index is made once, by reading the file from end to end, and is valid for one size and
-modification time of it. It holds what a run needs of all samples at its start: lengths, images,
-which are malformed. Every process of a machine maps the same pages of it, and reads a sample from
-the file when it is used.
+The index is made once, by reading the file from end to end, and is valid for its size and
+modification time. It holds what a run needs of all samples at its start: lengths, images, which are
+malformed. All processes of a machine map the same pages of it. A sample is read when it is used.
 """
 import codecs
 import contextlib
@@ -110,11 +109,11 @@ class Window:
 
     def peek(self) -> str:
         """Skip white space and return the next character; "" at the end of the file."""
-        self.advance(WHITE_SPACE.match(self.text, self.at).end())
-        while self.at == len(self.text) and not self.ended:
-            self.more(self.block)
+        while True:
             self.advance(WHITE_SPACE.match(self.text, self.at).end())
-        return self.text[self.at:self.at + 1]
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at:self.at + 1]
+            self.more(self.block)
 
     def value(self):
         """Read the JSON value that begins here. Raises ValueError with the byte that is invalid."""
@@ -142,22 +141,21 @@ def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
     """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError."""
     window = Window(file, block)
     try:
-        if window.peek() != "[":
+        mark = window.peek()
+        if mark != "[":
             window.value()
             raise UserError(f"{path} is not {SAMPLES}; a file with a sample a line is called .jsonl")
-        window.advance(window.at + 1)
-        mark = window.peek()
-        if mark == "]":
-            window.advance(window.at + 1)
         while mark != "]":
-            window.peek()
+            window.advance(window.at + 1)                       # past the mark
+            if window.peek() == "]" and mark == "[":
+                break                                           # an empty list
             start = window.start
             value = window.value()
             yield start, window.start - start, value
             mark = window.peek()
             if mark not in (",", "]"):
                 raise ValueError(f"Expecting ',' or ']': byte {window.start}")
-            window.advance(window.at + 1)
+        window.advance(window.at + 1)
         if window.peek():
             raise ValueError(f"Extra data: byte {window.start}")
     except ValueError as e:
@@ -217,8 +215,7 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
 
 
 def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
-    """Map the entries of an index; return them and the crc of the data. None if it is absent,
-    damaged, or not of this state of the file."""
+    """Map an index, see open_index; None if it is absent, damaged or of another state of a file."""
     stat = path.stat()
     try:
         with open(place, "rb") as f:
@@ -231,8 +228,9 @@ def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
 
 
 def open_index(path: Path) -> tuple[np.ndarray, int]:
-    """Map the index of a file: (samples,) of ENTRY, and the crc of the file. The first use writes
-    it, beside the file or else in the user's cache. Raises UserError if neither can be written."""
+    """Map the index of a file: (samples,) of ENTRY, and the file's crc. The first use writes it,
+    beside the file or else in the user's cache. Raises UserError if neither can be written."""
+
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]

@@ -7,7 +7,6 @@ from hub.configs import OURS, TINY, image_settings, read_config, vision_config
 from hub.connectors import configured, image_tokens
 from hub.tensors import weight_files
 from hub.tokenizer import family_template
-from model import VisionConfig
 
 
 @dataclass
@@ -17,8 +16,6 @@ class Usage:
     after_special: str          # see common.text.encode_text
     pad: bool                   # images: padded to a square, or the centre cropped
     max_length: int
-    tower: VisionConfig
-    layer: int                  # of the tower, which the projector reads
     image_tokens: int           # that the projector makes of an image
 
 
@@ -28,7 +25,7 @@ def model_folder(path: str | Path) -> Path:
 
 
 def results_folder(folder: Path) -> Path:
-    """Return where results go without --out: beside a run's checkpoints, not beside other weights."""
+    """Return where results go without --out: beside our checkpoints, not beside other weights."""
     if is_released(folder):
         return Path("out/eval") / folder.resolve().name
     return folder.parent / "eval" / folder.name
@@ -52,10 +49,9 @@ def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
     c = read_config(folder)
     if c.get("model_type") == OURS:
         c = read_config(folder, "template", "after_special", "pad", "vision_layer")
-        tower = vision_config(folder)
-        return Usage(c["template"], c["after_special"], c["pad"], c.get("max_length", 2048), tower,
-                     c["vision_layer"], image_tokens(configured(c), tower))
-    tower, layer = released_tower(folder, vision)
+        return Usage(c["template"], c["after_special"], c["pad"], c.get("max_length", 2048),
+                     image_tokens(configured(c), vision_config(folder)))
+    tower, _ = released_tower(folder, vision)
 
     # Padding: as the image settings say (llava-hf's may), else LLaVA's own key.
     pad = image_settings(folder, vision)[1].get("do_pad")
@@ -65,6 +61,6 @@ def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
     later = c.get("use_moca") or c["model_type"] == TINY
     after_special = c.get("after_special", "4.37" if later else "4.31")
     longest = c.get("tokenizer_model_max_length", 2048)
-    return Usage(family_template(folder), after_special, pad, longest, tower, layer,
+    return Usage(family_template(folder), after_special, pad, longest,
                  image_tokens(configured(c), tower))
 
