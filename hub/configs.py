@@ -24,13 +24,12 @@ DECODERS = {
                 gated=False, bias=True, head_bias=True, parallel=True),
     "phi3": dict(vocab_size=32064, hidden_size=3072, intermediate_size=8192, rms_norm_eps=1e-5,
                  max_position_embeddings=4096),
-    "gemma": dict(vocab_size=256000, hidden_size=3072, intermediate_size=24576,
+    "gemma": dict(vocab_size=256000, hidden_size=3072, intermediate_size=24576, head_dim=256,
                   num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=16,
-                  head_dim=256, max_position_embeddings=8192, tie_word_embeddings=True,
-                  hidden_act="gelu_tanh", norm_plus_one=True),
-}
-VISION = {"clip_vision_model": dict(), "siglip_vision_model": dict(
-    patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_tanh", class_token=False)}
+                  max_position_embeddings=8192, tie_word_embeddings=True, hidden_act="gelu_tanh",
+                  norm_plus_one=True)}
+SIGLIP = dict(patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_tanh", class_token=False)
+VISION = {"clip": {}, "clip_vision_model": {}, "siglip": SIGLIP, "siglip_vision_model": SIGLIP}
 # Names of activations in released files → in model.py. Export writes the first name of each.
 ACTIVATION_NAMES = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_tanh")
 LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -45,8 +44,8 @@ FIELDS = {
     int: ("step", "steps", "max_length", "vision_layer"), bool: ("pad", "plain_specials")}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
-# organization/name, but not our own folders.
-HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")
+HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")      # not our own folders
+
 
 
 def refuse_hub_id(folder: str | Path) -> None:
@@ -150,10 +149,9 @@ def vision_config(folder: str | Path) -> VisionConfig:
     if kind == OURS:
         own = read_config(folder, "vision_config")["vision_config"]
         return from_fields(path, VisionConfig, {}, own)
-    kind = {"siglip": "siglip_vision_model", "clip": "clip_vision_model"}.get(kind, kind)
     if "vision_config" in c:
         c = c["vision_config"]
-        kind = c.get("model_type") or (kind if kind in VISION else "clip_vision_model")
+        kind = c.get("model_type") or (kind if kind in VISION else "clip")
     if kind not in VISION:
         raise UserError(f"{path} has model_type {kind!r}; a CLIP or SigLIP vision encoder is "
                         "supported")
@@ -220,8 +218,7 @@ def decoder_config(folder: str | Path) -> DecoderConfig:
 # ------------------------------------------------------------------------------------------- images
 def image_settings(folder: str | Path, vision: str | Path | None = None) -> tuple[Path, dict]:
     """Return (file that says how images are prepared, what it says): preprocessor_config.json, or
-    processor_config.json of transformers 5, in `folder`, else in `vision`. Raises UserError if
-    there is none."""
+    transformers 5's processor_config.json, in `folder`, else in `vision`. Raises UserError."""
     for place in (folder, vision or folder):
         older, newer = Path(place) / "preprocessor_config.json", Path(place) / "processor_config.json"
         if older.is_file():
@@ -240,8 +237,9 @@ def load_processor(folder: str | Path, vision: str | Path | None = None) -> Imag
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:
         raise UserError(f"{path} lacks {', '.join(absent)}: it belongs to another kind of model")
-    if c.get("resample", 3) not in (2, 3):
-        raise UserError(f"{path} resamples by {c['resample']}; 3, bicubic, and 2, bilinear, are "
+    resample = c.get("resample", 3)
+    if resample not in (2, 3):
+        raise UserError(f"{path} resamples by {resample}; 3, bicubic, and 2, bilinear, are "
                         "supported")
     for name in ("image_mean", "image_std"):
         good = isinstance(c[name], list) and len(c[name]) == 3
@@ -256,7 +254,8 @@ def load_processor(folder: str | Path, vision: str | Path | None = None) -> Imag
             size = size.get("shortest_edge") or size.get("height")
         check_value(path, name, size, int)
         return size
+
     stretch = "crop_size" not in c or c.get("do_center_crop") is False
-    crop_size = edge("size" if stretch else "crop_size")
-    return ImageProcessor(edge("size"), crop_size, stretch, tuple(c["image_mean"]),
-                          tuple(c["image_std"]), c.get("resample", 3))
+    size, crop_size = edge("size"), edge("size" if stretch else "crop_size")
+    mean, std = tuple(c["image_mean"]), tuple(c["image_std"])
+    return ImageProcessor(size, crop_size, stretch, mean, std, resample)

@@ -99,18 +99,18 @@ def extend_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 # ------------------------------------------------------------------------------------------ configs
-def shared_fields(c: VisionConfig | DecoderConfig, names: str) -> dict:
+def shared_fields(c: VisionConfig | DecoderConfig, *names: str) -> dict:
     """Return fields of our config as transformers has them: the activation by its released name."""
-    fields = {name: getattr(c, name) for name in names.split()}
+    both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     released = [name for name, ours in ACTIVATION_NAMES.items() if ours == c.hidden_act]
-    return {"hidden_act": released[0] if released else c.hidden_act, **fields}
+    act = released[0] if released else c.hidden_act
+    return {"hidden_act": act, **{name: getattr(c, name) for name in both + names}}
 
 
 def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
     """Return `text_config` of llava-hf. Mistral is LLaMA with a window, Qwen2 with biases."""
-    out = shared_fields(c, "hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                           "num_key_value_heads head_dim rms_norm_eps rope_theta "
-                           "max_position_embeddings tie_word_embeddings")
+    out = shared_fields(c, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+                        "max_position_embeddings", "tie_word_embeddings")
     out["vocab_size"] = vocab_size
     if c.rope_scaling:
         out["rope_scaling"] = {"rope_type": "llama3", **c.rope_scaling}
@@ -127,8 +127,7 @@ def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
 
 def vision_fields(c: VisionConfig) -> dict:
     """Return `vision_config` of llava-hf."""
-    out = shared_fields(c, "hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                           "image_size patch_size layer_norm_eps")
+    out = shared_fields(c, "image_size", "patch_size", "layer_norm_eps")
     if c.class_token:
         return {"model_type": "clip_vision_model", **out}
     return {"model_type": "siglip_vision_model", "vision_use_head": False, **out}

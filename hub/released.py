@@ -30,7 +30,6 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^vision_tower\.head\..*", ""),                                           # SigLIP's pooling
     (r"^(model\.)?(multi_modal_projector\.|mm_projector\.|(connector\.)?_connector\.)", "multi_modal_projector."),
     (r"^multi_modal_projector\.(?=weight$|bias$)", "multi_modal_projector.linear_1."),      # one linear map
-
     (r"^multi_modal_projector\.(\d+)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}."),
     (r"^(multi_modal_projector\.mm_mlp|language_projection)\.", "multi_modal_projector.projector."),     # Q-Formers
     (r"^query_tokens$", "multi_modal_projector.query_tokens"),                  # BLIP-2
@@ -217,7 +216,6 @@ def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype
 
 def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
     """Return weights that change nothing, for the norm that a TinyLLaVA's Q-Former lacks."""
-
     if name.startswith("bert.embeddings.LayerNorm."):
         return torch.full(shape, float(name.endswith("weight")))
 

@@ -230,7 +230,6 @@ def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
 def open_index(path: Path) -> tuple[np.ndarray, int]:
     """Map the index of a file: (samples,) of ENTRY, and the file's crc. The first use writes it,
     beside the file or else in the user's cache. Raises UserError if neither can be written."""
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
@@ -339,7 +338,6 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
     named = [r["image"] for r in rows if r["image"] is not None]
     missing = [name for name in named if not (Path(images) / name).is_file()]
     if missing:
-
         raise UserError(f"{len(missing)} of the images that {path} names are not in {images}, such as {missing[0]}")
     return rows
 

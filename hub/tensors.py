@@ -132,7 +132,6 @@ def open_tensors(path: Path, check: bool = True) -> Iterator:
                     raise UserError(f"{path}: {name} is not what was saved, by its digest in "
                                     f"{DIGESTS}: take another checkpoint, or remove {DIGESTS} if "
                                     "you changed the tensor yourself")
-
                 return tensor
             yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:
@@ -186,7 +185,6 @@ def weight_files(folder: Path) -> list[Path]:
              "connector/pytorch_model.bin", "mm_projector.bin")
     if parts := [folder / name for name in names if (folder / name).is_file()]:
         return parts
-
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "nothing: it does not exist"
     raise UserError(f"{folder} has no model.safetensors, pytorch_model.bin or index of shards; it holds {holds}")
 
@@ -243,7 +241,6 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dty
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
             full = whole(tensors[name].detach()).to("cpu", kinds[name]).contiguous()
-
             digests[name] = digest(full)
             f.write(full.reshape(-1).view(torch.uint8).numpy())
     return digests

@@ -231,7 +231,6 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     merges = [m[3:] for m in ranked]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
                                      byte_fallback=bool(trainer.get(35))))
-
     normalize = [normalizers.Replace(" ", SPACE)]
     decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:

@@ -63,4 +63,3 @@ def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
     longest = c.get("tokenizer_model_max_length", 2048)
     return Usage(family_template(folder), after_special, pad, longest,
                  image_tokens(configured(c), tower))
-
