@@ -16,6 +16,7 @@ class Usage:
     after_special: str          # see common.text.encode_text
     pad: bool                   # images: padded to a square, or the centre cropped
     max_length: int
+    layer: int                  # of the vision encoder, which the projector reads
     image_tokens: int           # that the projector makes of an image
 
 
@@ -50,8 +51,8 @@ def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
     if c.get("model_type") == OURS:
         c = read_config(folder, "template", "after_special", "pad", "vision_layer")
         return Usage(c["template"], c["after_special"], c["pad"], c.get("max_length", 2048),
-                     image_tokens(configured(c), vision_config(folder)))
-    tower, _ = released_tower(folder, vision)
+                     c["vision_layer"], image_tokens(configured(c), vision_config(folder)))
+    tower, layer = released_tower(folder, vision)
 
     # Padding: as the image settings say (llava-hf's may), else LLaVA's own key.
     pad = image_settings(folder, vision)[1].get("do_pad")
@@ -61,5 +62,5 @@ def read_usage(folder: Path, vision: str | Path | None = None) -> Usage:
     later = c.get("use_moca") or c["model_type"] == TINY
     after_special = c.get("after_special", "4.37" if later else "4.31")
     longest = c.get("tokenizer_model_max_length", 2048)
-    return Usage(family_template(folder), after_special, pad, longest,
+    return Usage(family_template(folder), after_special, pad, longest, layer,
                  image_tokens(configured(c), tower))

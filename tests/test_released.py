@@ -22,8 +22,8 @@ from data import IMAGE, encode, eos_id
 from evaluate import Assistant
 from evaluation.chat import Chat, talk
 from evaluation.generate import generate
-from hub.checkpoint import checkpoint_folder, load_model, released_tower
-from hub.configs import load_processor, read_config
+from hub.checkpoint import checkpoint_folder, load_model
+from hub.configs import load_processor, read_config, vision_config
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from model import Llava, VisionConfig
@@ -437,8 +437,8 @@ def test_an_export_remembers_template_rule_and_padding(ckpt, tmp_path):
     (tmp_path / "finetune-1/config.json").write_text(json.dumps(c))
     assert call("hub", "export", tmp_path / "finetune-1", tmp_path / "hf").returncode == 0
     use = read_usage(tmp_path / "hf")
-    assert (use.template, use.after_special, use.pad) == ("llama_2", "legacy", False)
-    assert released_tower(tmp_path / "hf", None) == (VisionConfig(**c["vision_config"]), -2)
+    assert (use.template, use.after_special, use.pad, use.layer) == ("llama_2", "legacy", False, -2)
+    assert vision_config(tmp_path / "hf") == VisionConfig(**c["vision_config"])
 
 
 def change(folder: Path, **fields) -> Path:
