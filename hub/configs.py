@@ -37,11 +37,10 @@ LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_positio
 OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"
 RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 # Fields of config.json whose type is checked wherever they stand; null means unset.
-FIELDS = {
-    str: ("model_type", "hidden_act", "hidden_activation", "stage", "template", "after_special",
-          "vision", "llm", "connector"),
-    dict: ("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"),
-    int: ("step", "steps", "max_length", "vision_layer"), bool: ("pad", "plain_specials")}
+FIELDS = {str: ("model_type", "hidden_act", "hidden_activation", "stage", "template",
+                "after_special", "vision", "llm", "connector"),
+          dict: ("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"),
+          int: ("step", "steps", "max_length", "vision_layer"), bool: ("pad", "plain_specials")}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")      # not our own folders
@@ -231,8 +230,7 @@ def image_settings(folder: str | Path, vision: str | Path | None = None) -> tupl
 
 
 def load_processor(folder: str | Path, vision: str | Path | None = None) -> ImageProcessor:
-    """Read the image settings of a folder. vision: see image_settings. Raises UserError if they
-    lack a field or ask for what is not supported."""
+    """Read the image settings of a folder. Raises UserError if they are not supported."""
     path, c = image_settings(folder, vision)
     absent = [k for k in ("size", "image_mean", "image_std") if k not in c]
     if absent:

@@ -78,9 +78,8 @@ def chat_template(name: str) -> str:
     t = TEMPLATES[name]
     start, ask = t.user.split("{text}")
     before, after = t.answer.split("{text}")
-    words = {"FIRST": start.replace("{system}", t.system),
-             "LATER": t.later + start.replace("{system}", ""),
-             "ASK": ask, "BEFORE": before, "AFTER": after + t.after}
+    first, later = start.replace("{system}", t.system), t.later + start.replace("{system}", "")
+    words = {"FIRST": first, "LATER": later, "ASK": ask, "BEFORE": before, "AFTER": after + t.after}
     out = MESSAGES.replace("TRIM", "ns.text | trim" if t.strip else "ns.text")
     for word, text in words.items():
         out = out.replace(word, json.dumps(text))       # a JSON string is a Jinja string too
@@ -137,11 +136,10 @@ def preprocessor_config(p: ImageProcessor, pad: bool) -> dict:
     """Return preprocessor_config.json. LlavaImageProcessor can pad to a square; CLIP's cannot."""
     square = {"height": p.crop_size, "width": p.crop_size}
     return {"image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True, "do_pad": pad, "do_resize": True,
-            "size": square if p.stretch else {"shortest_edge": p.size}, "resample": p.resample,
-            "do_center_crop": not p.stretch, "crop_size": square, "do_rescale": True,
-            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(p.image_mean),
-            "image_std": list(p.image_std)}
+            "do_convert_rgb": True, "do_pad": pad, "do_resize": True, "resample": p.resample,
+            "size": square if p.stretch else {"shortest_edge": p.size}, "crop_size": square,
+            "do_center_crop": not p.stretch, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(p.image_mean), "image_std": list(p.image_std)}
 
 
 def special_tokens(tokenizer: Tokenizer, template: str) -> dict:

@@ -96,25 +96,22 @@ def unpickle(path: Path):
     """Return what torch.save wrote, mapped into memory where its format allows; no code in it is
     run. Raises UserError for any other file, and for a packed one, which could fill the memory."""
     check_download(path)
-    zipped = is_mapped(path)
+    size, unpacked, zipped = path.stat().st_size, 0, is_mapped(path)
+    if zipped and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is cut off ({size} bytes): download it again")
     try:
-        if zipped and not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > path.stat().st_size:
-                raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save packs "
-                                "nothing")
-        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except UserError:
-        raise
+        if unpacked <= size:
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds Python objects other than tensors, and loading those can "
                         "run code: re-save it as safetensors on a machine you trust") from None
     except Exception as e:                                      # a spoiled pickle raises anything
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UserError(f"{path} cannot be read ({reason}): download it again") from None
+    raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save packs nothing")
 
 
 @contextlib.contextmanager
@@ -193,24 +190,24 @@ def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dt
                  write: bool = True, limit: float = 5e9) -> dict[str, str]:
     """Write model.safetensors, or shards of at most `limit` bytes with an index, as on the Hugging
     Face hub. dtype, write: see write_tensors. Returns the digest of each tensor written."""
-    shards, size, total, digests = [[]], 0, 0, {}
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
+    shards, size = [{}], 0
     for name, t in tensors.items():
-        bytes_ = t.numel() * (dtype or t.dtype).itemsize
-        if shards[-1] and size + bytes_ > limit:
-            shards.append([])
+        if shards[-1] and size + sizes[name] > limit:
+            shards.append({})
             size = 0
-        shards[-1].append(name)
-        size += bytes_
-        total += bytes_
-    places = {}
-    for n, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        shard = {name: tensors[name] for name in names}
+        shards[-1][name] = t
+        size += sizes[name]
+    if len(shards) == 1:
+        return write_tensors(folder / "model.safetensors", tensors, dtype, write)
+    places, digests = {}, {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n:05}-of-{len(shards):05}.safetensors"
         digests |= write_tensors(folder / file, shard, dtype, write)
-        places |= dict.fromkeys(names, file)
-    if write and len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": places})
+        places |= dict.fromkeys(shard, file)
+    if write:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
     return digests
 
 
