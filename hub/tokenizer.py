@@ -17,7 +17,10 @@ from common.templates import FAMILY_TEMPLATE, TOKEN_TEMPLATES
 from common.text import SPACE
 from hub.configs import read_config
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
+# Numbers in sentencepiece_model.proto: types of pieces, fields of trainer and normalizer.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK = 3, 24, 35
+CHARSMAP, PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
 
 
 def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits: bool = True) -> Tokenizer:
@@ -124,9 +127,8 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
 def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary, in
     order of their ids. They are found in a text before it is normalized, as in transformers."""
-    plain, config = (read_json(path, dict) if path.is_file() else {}
-                     for path in (folder / "added_tokens.json", folder / "tokenizer_config.json"))
-    extra = {}
+    files, extra = [folder / "added_tokens.json", folder / "tokenizer_config.json"], {}
+    plain, config = (read_json(path, dict) if path.is_file() else {} for path in files)
     try:
         for token, i in plain.items():
             extra[int(i)] = AddedToken(token, normalized=False)
@@ -206,12 +208,12 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     special = [p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
     user = [p for p, _, kind in pieces if kind == USER_DEFINED]
     unknown = next(p for p, _, kind in pieces if kind == UNKNOWN)
-    prefix = bool(normalizer.get(3, True))                      # a space is put in front of a text
-    other_spaces = not normalizer.get(5, True) or trainer.get(24)
+    prefix = bool(normalizer.get(PREFIX, True))                 # a space is put in front of a text
+    other_spaces = not normalizer.get(ESCAPE_SPACES, True) or trainer.get(SPACE_BEHIND)
     for refused, what in [
-            (trainer.get(3) != 2, "is not a BPE model (but unigram, word or char)"),
-            (normalizer.get(2), "changes characters by a table (charsmap)"),
-            (normalizer.get(4, True), "removes extra spaces"),
+            (trainer.get(MODEL_TYPE) != 2, "is not a BPE model (but unigram, word or char)"),
+            (normalizer.get(CHARSMAP), "changes characters by a table (charsmap)"),
+            (normalizer.get(REMOVE_SPACES, True), "removes extra spaces"),
             (other_spaces, "writes spaces in another way than Llama's"),
             (prefix and user, "has both user-defined symbols and a space put in front of a text")]:
         if refused:
@@ -230,7 +232,7 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     ranked.sort(key=lambda m: m[:3])
     merges = [m[3:] for m in ranked]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
-                                     byte_fallback=bool(trainer.get(35))))
+                                     byte_fallback=bool(trainer.get(BYTE_FALLBACK))))
     normalize = [normalizers.Replace(" ", SPACE)]
     decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:
