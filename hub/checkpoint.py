@@ -33,7 +33,7 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
     vision, llm: folders of parts that `folder` does not hold: the CLIP of liuhaotian's LLaVA; both
     of a stage-1 checkpoint, if they have moved. Raises UserError if a part is missing."""
     for base in (vision, llm):
-        if base is not None:
+        if base:
             refuse_hub_id(base)
     if is_released(folder):
         return load_released(Path(folder), vision, dtype, device)

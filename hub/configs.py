@@ -46,7 +46,6 @@ MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, 
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")      # not our own folders
 
 
-
 def refuse_hub_id(folder: str | Path) -> None:
     """Raise UserError if `folder` is no folder but reads like a Hugging Face id."""
     name = str(folder)

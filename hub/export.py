@@ -30,6 +30,7 @@ from model import DecoderConfig, Llava, VisionConfig
 
 PAD = "<pad>"
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+# The chat template in Jinja. chat_template fills in the words in capitals.
 MESSAGES = """\
 {%- for message in messages %}
     {%- if message['role'] not in ('user', 'assistant') %}

@@ -1,4 +1,5 @@
 """Image-text pairs to measure a model on: pairs of one file, or images and texts mixed at random.
+
     read_pairs, mix_pairs, choose_pairs     files → samples as LLaVA writes them
     pair_batches                            samples → batches as a checkpoint reads them (`PairBatches`)
 

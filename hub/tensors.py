@@ -68,6 +68,7 @@ def header_problem(header, size: int, start: int) -> str | None:
 
 
 def is_sizes(value) -> bool:
+    """True for a list of numbers that sizes and offsets can have."""
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
 
 
