@@ -46,13 +46,12 @@ class PairBatches:
 
 def pair_batches(folder: Path, samples: list[dict], images: Path, template: str | None = None,
                  batch_size: int = 20, vision: Path | None = None, as_released: bool = False) -> PairBatches:
-    """Return samples as the model in `folder` reads them. vision: the folder of its vision encoder,
-    if it is elsewhere. template None: the model's; v1 instead of plain (stage 1).
+    """Return samples as the model in `folder` reads them. vision: its vision encoder's folder, if
+    elsewhere. template None: the model's; v1 instead of plain (stage 1).
 
-    as_released: as the script that came with MIR's paper prepares them. Images are treated as in
-    training (centre crop after stage 1), text is never cut, and an empty question keeps its
-    newline: "<image>\\n ASSISTANT:". Otherwise images are padded to a square, text is cut at the
-    checkpoint's max_length, and that newline is stripped."""
+    as_released: as the script of MIR's paper does. Images are treated as in training (centre crop
+    after stage 1), text is never cut, an empty question keeps its newline: "<image>\\n ASSISTANT:".
+    Otherwise images are padded to a square, text is cut at max_length, that newline is stripped."""
     use = read_usage(folder, vision)
     if template is None:
         template = "v1" if use.template == "plain" else use.template

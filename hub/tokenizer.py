@@ -82,8 +82,7 @@ def language_config(folder: Path) -> dict:
 
 
 def family_template(folder: str | Path) -> str:
-    """Return the template that config.json names (our checkpoints' and exports' do), else the one
-    that the language model was tuned with, else v1."""
+    """Return the template of config.json, else the one the language model was tuned with, or v1."""
     folder = Path(folder)
     c = language_config(folder)
     if c.get("template"):
