@@ -46,6 +46,7 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^(language_model\..*)\.mlp\.fc2\.", r"\1.mlp.down_proj."),
     (r"^language_model\.model\.final_layernorm\.", "language_model.model.norm."),
 ]]
+# Maps between a Q-Former and its neighbours; how names begin in Meta's, old Phi-2's, … layouts.
 BETWEEN = re.compile(r"multi_modal_projector\.(bert\..*\.crossattention\.self\.(key|value)\.weight|projector\.)")
 OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "gpt_neox.")
 
