@@ -109,6 +109,7 @@ def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, c
     v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Under autocast
     the products with the embedding are in its dtype, the rest in float32. Peak memory: four times
     `chunk` rows of V. Every patch is computed: leave out the samples that have no degree."""
+    # The dtype that autocast would choose for the products. It is off below, for all else is exact.
     device = v.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
     patches = v.flatten(0, 1), v_hat.detach().flatten(0, 1)                                     # (P,D) twice

@@ -62,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):
+        # Chain rule: all was computed in forward, but for the factor d loss / d total. None: y, chunk.
         grad_h, grad_weight, grad_bias = ctx.saved_tensors
         return (None if grad_h is None else grad_h * grad_total.to(grad_h.dtype), None,
                 None if grad_weight is None else (grad_weight * grad_total).to(ctx.dtypes[0]),
@@ -81,6 +82,7 @@ def next_token_loss(hidden_states: Tensor, labels: Tensor, head_weight: Tensor, 
     sample, t = supervised.nonzero().T if places is None else places            # (m,) twice
     h = hidden_states[sample, t]                                                # (m,D)
     y = labels[sample, t + 1]                                                   # (m,)
+    # The dtype that autocast would choose, cast once and not for every chunk.
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     weight = head_weight.to(h.dtype)
