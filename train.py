@@ -218,9 +218,11 @@ def measure_mir(objective: nn.Module, pairs: list[Batch], step: int, cfg: TrainC
 # ---------------------------------------------------------------------------------- what is printed
 def describe(cfg: TrainConfig, ranks: Ranks, steps: int, accumulation: int, trained: list[Tensor], once: bool) -> str:
     dtype = str(ranks.dtype).removeprefix("torch.")
-    batch = f"global batch {cfg.global_batch} = {ranks.count} × {accumulation} × {cfg.micro_batch}"
-    parts = [f"{cfg.stage}: {batch} (ranks × accumulation × micro-batch)", f"{steps} steps",
-             f"lr {cfg.lr:g}", cfg.loss, f"{dtype} on {ranks.device}",
+    split = [f"{n} {name}" for n, name in ((ranks.count, "ranks"), (accumulation, "accumulation steps")) if n > 1]
+    batch = f"{cfg.stage}: global batch {cfg.global_batch}"
+    if split:
+        batch += f" = {' × '.join(split)} × micro-batch {cfg.micro_batch}"
+    parts = [batch, f"{steps} steps", f"lr {cfg.lr:g}", cfg.loss, f"{dtype} on {ranks.device}",
              f"{sum(p.numel() for p in trained):,} parameters trained"]
     if ranks.mesh is not None:
         parts.append("sharded" if ranks.mesh.ndim == 1 else "sharded within a node")
@@ -285,9 +287,7 @@ def main() -> None:
     check_folders(flags)
     for cfg in stages:
         check_objective(cfg)
-
-    # --plan: `prepare` prints what each stage needs. A single process speaks for --cards.
-    if flags.plan:
+    if flags.plan:                                       # `prepare` prints what each stage needs
         for cfg in stages:
             prepare(cfg, flags, out, Ranks(0, 1, *parallel.choose_device(flags.device, flags.dtype)))
         return

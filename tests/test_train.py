@@ -59,8 +59,8 @@ def assert_same_losses(wanted, got, steps=STEPS):
 
 
 @pytest.mark.parametrize("stage, ranks, micro, says", [
-    ("finetune", 1, 2, "1 × 8 × 2 (ranks × accumulation × micro-batch)"),
-    ("pretrain", 2, 4, "2 × 2 × 4 (ranks × accumulation × micro-batch)")])
+    ("finetune", 1, 2, "8 accumulation steps × micro-batch 2"),
+    ("pretrain", 2, 4, "2 ranks × 2 accumulation steps × micro-batch 4")])
 def test_ranks_and_accumulation_change_no_loss(small_world, trained, tmp_path, stage, ranks, micro,
                                                says):
     arguments = command(small_world, tmp_path / "run", stage, **{"micro-batch": micro})
