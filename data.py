@@ -5,9 +5,8 @@
 
 Each chunk of text around <image> is encoded once. Labels come from the character offsets of the
 tokens: no token is counted twice, so nothing can mismatch. The order of samples is a function of
-(seed, epoch) alone, cut into global
-batches: any number of ranks and accumulation steps sees the same batches, and a run resumes from
-its step number.
+(seed, epoch) alone, cut into global batches. So any number of ranks and accumulation steps sees
+the same batches, and a run resumes from its step number.
 Shape letters: B samples · T sequence positions · H, W pixels.
 """
 from collections.abc import Callable, Sequence
@@ -84,8 +83,7 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
 
 
 def eos_id(tokenizer: Tokenizer, template: str) -> int:
-    """Return the id that ends an answer (plain: the newline). Raises UserError if the tokenizer
-    lacks it."""
+    """Return the id that ends an answer (plain: the newline). Raises UserError if there is none."""
     eos = TEMPLATES[template].eos
     if eos == "\n":
         return encode_text(tokenizer, eos)[0][-1]
@@ -98,8 +96,7 @@ def eos_id(tokenizer: Tokenizer, template: str) -> int:
 def encode(conversations: list[dict], tokenizer: Tokenizer, template: str = "v1", image_tokens: int = 576,
            max_length: int | None = None, after_special: str = "4.31",
            image_first: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """One LLaVA sample → input_ids (T,) int64, labels (T,) int64 with -100 where not supervised,
-    image_mask (T,) bool.
+    """One LLaVA sample → input_ids (T,), labels (T,) with -100 where not supervised, image_mask (T,).
 
     <image> becomes `image_tokens` positions. A sample longer than max_length is cut at the end; an
     image that does not fit whole is left out with all that follows. Ids and labels are those of
@@ -286,8 +283,7 @@ class Samples(Dataset):
 class Order:
     """Sample numbers of one micro-batch after another, for one rank, without end.
 
-    Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch: who computes it
-    does not matter."""
+    Rank r's a-th micro-batch of a step is slice a·ranks + r of the global batch."""
     n: int                              # samples
     global_batch: int
     micro_batch: int
@@ -308,12 +304,10 @@ class Order:
         return np.append(numbers, fillers).reshape(-1, self.global_batch)
 
     def epoch(self, epoch: int) -> np.ndarray:
-        """Global batches of an epoch, (steps, global_batch) sample numbers: each of 0..n-1 once,
-        then fillers.
+        """Sample numbers of an epoch, (steps, global_batch): each of 0..n-1 once, then fillers.
 
-        With lengths a batch is all image or all text, except the one that takes both remainders.
-        Its samples are sorted by length, so that those of a micro-batch need little padding
-        (LLaVA's grouping)."""
+        With lengths (LLaVA's grouping) a batch is all image or all text, except the one that takes
+        both remainders. It is sorted by length, so that a micro-batch needs little padding."""
         rng = np.random.default_rng([self.seed, epoch])
         numbers = np.arange(self.n, dtype=np.int32)             # 4 bytes a sample: there may be millions
         order = rng.permutation(numbers)

@@ -35,7 +35,6 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -43,7 +42,7 @@ from common.files import refuse_existing, write_json
 from common.flags import UserError, option, parse, run
 from common.parallel import choose_device, explain_lost_ranks, finish, start
 from common.roots import cholesky, five_rounds, newton_schulz, root_trace
-from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds
+from common.streams import Stream, add_up, check_tokens, gram, mean, outlier_bounds, place
 from data import TEMPLATES, Batch
 from hub.checkpoint import load_model
 from hub.pairs import choose_pairs, pair_batches
@@ -67,19 +66,19 @@ class Moments(NamedTuple):
 
 def moments(tokens: Tensor, products: torch.dtype = torch.float64) -> Moments:
     """Of tokens (n,D), in float64. products: see `gram`."""
-    centre = mean(tokens)                                                       # (D,)
+    centre = mean(tokens)                           # (D,) first: products of uncentred tokens would cancel
     return Moments(centre, gram(tokens, centre, products) / (len(tokens) - 1))  # eq. (4)
 
 
 def distance(v: Moments, t: Moments, mode: Mode = "exact") -> tuple[float, float]:
     """(Fréchet distance, residual of the square root). The residual is 0 except for newton-schulz."""
     if mode == "exact":
-        root, residual = root_trace(v.covariance, t.covariance), 0.0
+        root, residual = root_trace(v.covariance, t.covariance), 0.0            # of a symmetric matrix: no iteration
     elif mode == "newton-schulz":
-        y, residual = newton_schulz(v.covariance @ t.covariance)
+        y, residual = newton_schulz(v.covariance @ t.covariance)                # a real root, to compare speed with
         root = y.trace()
     elif mode == "released":
-        v, t = (Moments(m.mean.float(), m.covariance.float()) for m in (v, t))
+        v, t = (Moments(m.mean.float(), m.covariance.float()) for m in (v, t))      # it computes in float32
         root, residual = five_rounds(v.covariance @ t.covariance).trace(), 0.0
     else:
         raise ValueError(f"mode {mode!r} is not known: exact, newton-schulz, released are")
@@ -95,6 +94,7 @@ def well_conditioned(tokens: Tensor) -> bool:
     n, D = tokens.shape
     if tokens.dtype == torch.float64 or D < 256 or n < 4 * D:
         return False
+    # Pivots far above rounding: no direction is nearly empty, so float32's 7 digits lose nothing that counts.
     return cholesky(moments(tokens[::2 * n // (3 * D)], torch.float32).covariance, least=1e-4) is not None
 
 
@@ -115,7 +115,7 @@ def frechet_distance(x: Tensor, y: Tensor, mode: Mode = "exact") -> float:
 # ----------------------------------------------------------------------------------------- the rate
 def replace_outliers(tokens: Tensor, outliers: Outliers) -> Tensor:
     """ω of eq. (3): tokens (n,D) with |norm − median| > 3 std replaced by the per-dimension median, or dropped."""
-    norms = tokens.norm(dim=1)                                                  # (n,)
+    norms = tokens.norm(dim=1)                                                  # (n,) a token is far by its norm alone
     median, width = outlier_bounds(norms)
     far = (norms - median).abs() > width
     return tokens[~far] if outliers == "drop" else torch.where(far[:, None], tokens.median(0).values, tokens)
@@ -139,6 +139,7 @@ def modality_integration_rate(layers: list[tuple[Tensor, Tensor]], mode: Mode = 
             check_tokens(f"layer {k}: {name}", t)
         vision, text = vision.double(), text.double()                           # eq. (1)
         alpha = 1 / text.norm(dim=1).mean() if normalise else 1.0               # eq. (2)
+        # Outliers are found among scaled tokens; their share is the same, so α and ω commute.
         v, t = (moments(replace_outliers(alpha * x, outliers)) for x in (vision, text))
         distances.append(distance(v, t, mode)[0])
     return log_sum(distances), distances                                        # eq. (3)
@@ -152,10 +153,10 @@ def visit(model: Llava, batch: Batch, see) -> tuple[Output, Tensor]:
     depth = model.language_model.config.num_hidden_layers
 
     def watch(k: int, h: Tensor, _) -> None:
-        if k < depth:
+        if k < depth:                               # the last layer's output is seen below, after the norm
             see(k, h[batch.image_mask], h[after])
     out = model(batch, watch)
-    see(depth, out.hidden_states[batch.image_mask], out.hidden_states[after])   # the last layer, after the final norm
+    see(depth, out.hidden_states[batch.image_mask], out.hidden_states[after])
     return out, after
 
 
@@ -171,6 +172,7 @@ class Beside:
         head = model.language_model.lm_head
         V = out.image_embeds[batch.has_image].flatten(0, 1).double()            # (n,D)
         words = out.text_embeds[after].double().norm(dim=1)                     # (m,)
+        # A sum and a count, as in training: ranks add up theirs, then divide once.
         loss, answers = next_token_loss(out.hidden_states, batch.labels, head.weight, head.bias)
         self.V_sum += V.sum(0)
         self.sums += torch.stack([V.new_tensor(len(V)), V.norm(dim=1).sum(), V.pow(2).sum(),
@@ -178,6 +180,7 @@ class Beside:
 
     def results(self) -> dict:
         """The means over all ranks' pairs."""
+        # Σ (V − mean)² = Σ V² − |Σ V|² / n, summed over dimensions.
         V_mean_square = add_up(self.V_sum).pow(2).sum().item()
         n, V_norms, V_squares, m, word_norms, answers, loss = add_up(self.sums).tolist()
         ce = loss / answers if answers else None
@@ -205,19 +208,13 @@ def one_pass(model: Llava, batches, streams: list[list[Stream]], step: int, besi
             beside.add(model, batch, out, after)
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of ranks); (0, 1) without torchrun."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
 def layer_distances(streams: list[list[Stream]], mode: Mode, normalise: bool) -> tuple[list[float], float]:
     """(distance per layer, the largest residual of a square root). Each rank computes every ranks-th layer."""
     rank, ranks = place()
     found = torch.zeros(len(streams), 2, dtype=torch.float64, device=streams[0][0].sum.device)
-    for k in range(rank, len(streams), ranks):
+    for k in range(rank, len(streams), ranks):      # rows of other ranks stay 0, so their sum is the whole
         alpha = 1 / streams[k][1].norms.mean().item() if normalise else 1.0     # eq. (2)
+        # α is known only now, after the passes; it scales a mean by α and a covariance by α².
         v, t = (Moments(*s.mean_and_covariance()).scaled(alpha) for s in streams[k])
         found[k] = found.new_tensor(distance(v, t, mode))
     distances, residuals = add_up(found).T.tolist()
@@ -235,12 +232,13 @@ def measure(model: Llava, batches, mode: Mode = "exact", outliers: Outliers = "m
     for _ in range(c.num_hidden_layers):
         streams.append([Stream(c.hidden_size, device, outliers == "drop") for _ in ("vision", "text")])
     beside = Beside(c.hidden_size, device)
-    modes = {module: module.training for module in model.modules()}
+    modes = {module: module.training for module in model.modules()}     # to be put back: training may go on
     model.eval()
     try:
         step = 0            # two passes for the moments, more while a median is not complete
         while step < 2 or any(s.median is not None for layer in streams for s in layer):
             one_pass(model, batches, streams, step, beside if step == 0 else None)
+            # Ranks meet here: sums and counts of bytes are added up over them.
             for k, layer in enumerate(streams, 1):
                 for name, s in zip(("vision", "text"), layer):
                     s.close(f"layer {k}: {name}", step)
@@ -323,7 +321,7 @@ def main() -> None:
         except ValueError as e:
             raise UserError(f"{folder}: {e}") from None
     if ranks.first:
-        cfg.template = batches.samples.format.template
+        cfg.template = batches.samples.format.template              # what was used where the flag was unset
         notes = [f"{folder}: {len(samples)} image-text pairs", cfg.template, cfg.mode, f"outliers {cfg.outliers}"]
         if cfg.no_normalise:
             notes.append("without normalisation")

@@ -17,8 +17,7 @@ EPS = torch.finfo(torch.float64).eps
 
 
 def cholesky(covariance: Tensor, least: float) -> Tensor | None:
-    """L (D,D) with L Lᵀ = Σ, or None unless each dimension keeps this share of its variance given
-    those before."""
+    """L (D,D) with L Lᵀ = Σ; None if a dimension keeps too little of its variance given those before."""
     L, failed = torch.linalg.cholesky_ex(covariance)
     if failed or (L.diagonal().square() <= least * covariance.diagonal()).any():
         return None
@@ -78,8 +77,7 @@ def root_trace(v: Tensor, t: Tensor) -> Tensor:
 
 
 def sum_of_roots(squares: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum of the roots of the eigenvalues of a symmetric matrix ≥ 0, a bound on its rounding
-    error)."""
+    """(Σ √λ over the eigenvalues of a symmetric matrix ≥ 0, a bound on its rounding error)."""
     values = torch.linalg.eigvalsh(squares).clamp(min=0)                        # (r,) ascending
     # An eigenvalue is wrong by rounding of a row of its size: rows fall as the columns of L do. The
     # root of a wrong value is wrong by δ / (2√value), at most by √δ.

@@ -1,5 +1,4 @@
-"""Moments and medians of tokens that nobody keeps: from several passes over the same batches,
-summed over ranks.
+"""Moments and medians of tokens that nobody keeps: from passes over the same batches, on all ranks.
 
     mean, gram    of a set of tokens in memory: Σ_i x_i / n and Σ_i (x_i − c)(x_i − c)ᵀ
     Median        the exact median of every dimension, one byte a pass
@@ -15,9 +14,16 @@ from torch import Tensor
 
 
 # --------------------------------------------------------------------------------------- over ranks
+def place() -> tuple[int, int]:
+    """(rank, number of ranks); (0, 1) without torchrun."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
 def add_up(t: Tensor) -> Tensor:
     """Sum t over ranks, in place."""
-    if dist.is_available() and dist.is_initialized():
+    if place()[1] > 1:
         dist.all_reduce(t)
     return t
 
@@ -25,16 +31,15 @@ def add_up(t: Tensor) -> Tensor:
 def gather(t: Tensor) -> Tensor:
     """Concatenate every rank's t, on the CPU."""
     parts = [t.cpu()]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
+    if place()[1] > 1:
+        parts = [None] * place()[1]
         dist.all_gather_object(parts, t.cpu())
     return torch.cat(parts)
 
 
 # ------------------------------------------------------------------------------ of tokens in memory
 def mean(x: Tensor) -> Tensor:
-    """(D,) of x (n,D), in float64: 512 tokens at a time, ten times as fast as x.mean(0,
-    dtype=torch.float64)."""
+    """(D,) of x (n,D), in float64. 512 tokens at a time: ten times as fast as all at once."""
     total = x.new_zeros(x.shape[1], dtype=torch.float64)
     for part in x.split(512):
         total += part.double().sum(0)
@@ -62,30 +67,26 @@ def check_tokens(name: str, tokens: Tensor) -> None:
     """Raise ValueError if tokens (n,…) are fewer than 2 or not finite."""
     if len(tokens) < 2:
         raise ValueError(f"{name} tokens: {len(tokens)}, but a covariance needs 2")
-    # Far faster than asking every token.
+    # The two bounds are NaN or infinite if any number is: far faster than asking every one.
     if not torch.stack(tokens.aminmax()).isfinite().all():
         raise ValueError(f"{name} tokens: some are not finite")
 
 
 def outlier_bounds(norms: Tensor) -> tuple[Tensor, Tensor]:
-    """(median, 3 std) of norms (n,). A token is an outlier if its norm is farther than 3 std from
-    the median."""
-    # Sums must not depend on the order of the tokens.
-    norms = norms.sort().values
+    """(median, 3 std) of norms (n,). An outlier's norm is farther than 3 std from the median."""
+    norms = norms.sort().values                     # sums must not depend on the order of the tokens
     return norms.median(), 3 * norms.std()
 
 
 # ---------------------------------------------------------------------------------------- in passes
 class Median:
-    """The exact (lower) median of every dimension, one byte a pass from the highest (radix
-    selection).
+    """The exact (lower) median of every dimension: radix selection, a byte a pass, highest first.
 
     A pass counts, among the values that agree with the median so far, which have which next byte;
     the byte that holds the middle value is the median's next one. Bits of floats order as integers
     once the bits below the sign are flipped in negative ones."""
     def __init__(self, dim: int, device):
-        # (D,) the bytes so far, times 256
-        self.base = torch.full((dim,), -128, device=device)
+        self.base = torch.full((dim,), -128, device=device)                     # (D,) the bytes so far, times 256
         self.counts = torch.zeros(256, dim, dtype=torch.int32, device=device)
         self.dtype, self.shift, self.value = None, None, None
 
@@ -93,14 +94,12 @@ class Median:
         if self.shift is None:
             self.dtype, self.shift = x.dtype, 8 * (x.element_size() - 1)
         key = self.flip(x.view(self.integer()).long())                          # (n,D)
-        # 0..255 if all before it agree
-        byte = (key >> self.shift) - self.base
+        byte = (key >> self.shift) - self.base                                  # 0..255 if all before it agree
         agree = (byte >= 0) & (byte < 256)
         self.counts.scatter_add_(0, byte.clamp(0, 255), agree.int())
 
     def close(self, middle: Tensor) -> Tensor:
-        """End a pass. middle (D,): how many values that agree so far lie below the median. Returns
-        it updated."""
+        """End a pass. Returns middle (D,), updated: how many values that agree lie below the median."""
         below = add_up(self.counts).cumsum(0)                                   # (256,D)
         byte = (below <= middle).sum(0)                                         # (D,)
         middle = middle - below.gather(0, (byte - 1).clamp(min=0)[None])[0].where(byte > 0, 0)
@@ -119,20 +118,15 @@ class Median:
 
 
 class Stream:
-    """Mean and covariance of one set of tokens whose outliers are dropped, or replaced by the
-    per-dimension median.
+    """Mean and covariance of tokens whose outliers are dropped, or replaced by the median.
 
     Pass 0 keeps the norm of every token and their mean. Pass 1 adds up the moments of all but the
-    outliers about that mean, so that nothing cancels. The medians take one pass for every byte of
-    the tokens' dtype, those two included: bfloat16 needs 2 passes, float32 needs 4 if there are
-    outliers, else 2."""
+    outliers about that mean, so that nothing cancels. The medians take a pass for every byte of
+    the dtype, those two included: 2 for bfloat16; for float32 4 if there are outliers, else 2."""
     def __init__(self, dim: int, device, drop: bool = False):
-        # Σ f, then Σ (f − centre)
-        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
-        # Σ (f − centre)(f − centre)ᵀ
-        self.scatter = None
-        # an array: one small tensor kept per batch would fragment the heap
-        self.norms = array("d")
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)         # Σ f, then Σ (f − centre)
+        self.scatter = None                                                     # Σ (f − centre)(f − centre)ᵀ
+        self.norms = array("d")             # one small tensor a batch would fragment the heap
         self.median = None if drop else Median(dim, device)
         self.drop = drop
 
@@ -151,8 +145,7 @@ class Stream:
             self.median.add(x)
 
     def close(self, name: str, step: int) -> None:
-        """End a pass, on all ranks together. Raises ValueError after pass 0 if the tokens cannot be
-        used."""
+        """End a pass, on all ranks together. Raises ValueError if the tokens cannot be used."""
         if step == 0:
             norms = gather(torch.tensor(self.norms, dtype=torch.float64)).to(self.sum.device)
             check_tokens(name, norms)

@@ -57,8 +57,7 @@ def image_problem(path: Path) -> str | None:
 
 
 def image_problems(samples: SampleFile, images: str | Path) -> dict[str, str]:
-    """Return image file → why it cannot be used. Checks every file once, a few thousand at a
-    time."""
+    """Return image file → why it cannot be used. Checks every file once."""
     # One sample of each image, in the order of the file. Key 0 means text alone.
     keys, first = np.unique(samples.column("image"), return_index=True)
     first = np.sort(first[keys != 0])
