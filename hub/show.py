@@ -23,7 +23,8 @@ article { display: grid; grid-template-columns: 140px minmax(0, 1fr); gap: 1rem;
 article img { width: 100%; }
 section { border-top: 1px solid #8886; padding-bottom: 1rem; }
 section.vdep { background: #a070d022; }
-.token { border: 1px solid #8886; border-radius: 4px; padding: 0 .3em; overflow-wrap: anywhere; white-space: pre-wrap; }
+.token { display: inline-block; max-width: 100%; border: 1px solid #8886; border-radius: 4px; padding: 0 .3em;
+  overflow-wrap: anywhere; white-space: pre-wrap; }
 .answer { background: #2fa04f55; } .image { background: #3f7fd055; }
 </style>
 <h1>TITLE</h1>
