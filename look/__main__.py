@@ -14,7 +14,7 @@ from common.images import open_image
 from common.parallel import choose_device
 from data import TEMPLATES
 from evaluate import Assistant
-from look.gather import gather, picture_of
+from look.gather import gather
 from look.page import convert, write_page, write_pictures
 from look.runs import group_runs
 
