@@ -17,8 +17,8 @@ def text_of(array: np.ndarray) -> str:
 
 
 def pack(t: Tensor) -> dict:
-    """A tensor for the page: whole numbers as they are, others in 8 bits between the bounds of each last-axis row: off
-    by 1/510 of that range at most. NaN becomes the row's least number."""
+    """A tensor for the page: whole numbers as they are, others in 8 bits between the bounds of each
+    last-axis row: off by 1/510 of that range at most. NaN becomes the row's least number."""
     if not t.is_floating_point():
         return {"shape": list(t.shape), "type": "uint32", "data": text_of(t.cpu().numpy().astype(np.uint32))}
     x = t.cpu().float().numpy()

@@ -105,8 +105,8 @@ def show(run: Path, results: dict) -> None:
             layers = " ".join(f"{d:.{digits}f}" for d in results[stage][name]["layers"])
             print(f"  {title:10} {stage}: {layers}")
     for line in results["curve"]:
-        print(f"  {line['stage']:9} step {line['step']:5}  MIR {line['mir']:.3f}  CE {line['answer_ce']:.3f}  "
-              f"|V| {line['V_norm']:6.1f}  |h| {line['h_norm']:.1f}")
+        print(f"  {line['stage']:9} step {line['step']:5}  MIR {line['mir']:.3f}  CE "
+              f"{line['answer_ce']:.3f}  |V| {line['V_norm']:6.1f}  |h| {line['h_norm']:.1f}")
 
 
 def ranks(values) -> list[int]:
@@ -122,8 +122,8 @@ def correlate(table: list[list[float]]) -> None:
         for kind, wanted in (("test", columns[-2]), ("unseen pairs", columns[-1])):
             if len(set(column)) > 1 and len(set(wanted)) > 1:
                 rho = statistics.correlation(ranks(column), ranks(wanted))
-                print(f"rank correlation of {name} after stage 1 with accuracy on {kind}: {rho:+.2f} "
-                      f"(n = {len(table)})")
+                print(f"rank correlation of {name} after stage 1 with accuracy on {kind}: "
+                      f"{rho:+.2f} (n = {len(table)})")
 
 
 def main() -> None:

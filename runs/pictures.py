@@ -190,9 +190,8 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
     assistant = Assistant.from_checkpoint(folder)
     rows = read_jsonl(data / "test.jsonl")
     c = Canvas(1056, 588)
-    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the "
-             "attention of the prompt's "
-             f"last token divides over the 9 image tokens (layer {layer}).")
+    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the attention "
+             f"of the prompt's last token divides over the 9 image tokens (layer {layer}).")
     c.text(24, 28, title, 14, GREY, "lm")
     for n, category in enumerate(CATEGORIES):
         of = [row for row in rows if row["category"] == category]
