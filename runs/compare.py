@@ -1,8 +1,8 @@
 """Tables of toy runs: mean ± standard deviation over seeds, and Welch's t against ce.
 
-    python -m runs.compare out/compare            runs named METHOD-SEED in a folder, as runs/compare.sh makes them
-    python -m runs.compare out/toy-seed*          any runs: each gives its results.json, together they are one column
-    python -m runs.compare --by-category DIR …    accuracy by category instead, a row for each question file
+    python -m runs.compare out/compare            a folder of runs METHOD-SEED, by runs/compare.sh
+    python -m runs.compare out/toy-seed*          any runs, together one column
+    python -m runs.compare --by-category DIR …    accuracy by category, a row for each question file
 
 Prints Markdown. Needs finished runs of the toy; reads results.json alone.
 """
@@ -14,8 +14,7 @@ from common.files import read_json
 from common.flags import UserError, run
 
 ONE, TWO = "pretrain", "finetune"
-# The order of the columns; other methods follow.
-FIRST = ["ce", "vdep", "vista", "basic", "moca"]
+FIRST = ["ce", "vdep", "vista", "basic", "moca"]           # columns; other methods follow
 T_ROWS = ("mean", "unseen pairs", "caption CE, 1", "MIR, 2")
 FILES = {"test": ("accuracy", "test"), "unseen pairs": ("accuracy", "composition"),
          "test, images shuffled": ("shuffled", "test")}
@@ -65,8 +64,9 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
     """Return method → the results.json of its runs. Raises UserError for a folder without any."""
     runs = {}
     for folder in folders:
-        paths = [folder / "results.json"] if (folder / "results.json").is_file() else \
-            sorted(folder.glob("*/results.json"))
+        paths = sorted(folder.glob("*/results.json"))
+        if (folder / "results.json").is_file():
+            paths = [folder / "results.json"]
         if not paths:
             raise UserError(f"{folder} has no results.json, and no folder in it has one: give "
                             "runs of the toy")

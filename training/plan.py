@@ -63,8 +63,8 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
     # the MLP's products; if trained, what its maps read. Recomputed, it keeps its input alone.
     own = (8 + 4 * cfg.moca) * D + low * (2 * heads + (1 + 2 * t.gated) * inner)
     whole = []
-    for layer in layers:
-        whole.append(own + low * (4 * D + inner) if total(layer.parameters(), 1, 0) else own)
+    for block in layers:
+        whole.append(own + low * (4 * D + inner) if total(block.parameters(), 1, 0) else own)
     kept = positions * (low * D * (again + 1) + sum(whole[again:]))
     layer = positions * (2 * low * inner + (whole[-1] if again == len(layers) else 0))
     head = 10 * min(1024, max(1, positions - tokens)) * V + 6 * low * positions * D
@@ -85,7 +85,8 @@ def memory(cfg: TrainConfig, model: Llava, ranks: int, T: int, low: int,
         gathered = total((p for n, p in model.named_parameters() if ".layers." not in n), 4, low)
         gathered += 2 * low * total(layers[0].parameters())
         layer += total(layers[-1].parameters(), low + 4, 0) + total(lm.lm_head.parameters(), 4, 0)
-        layer -= positions * whole[-1] if again < len(layers) else 0
+        if again < len(layers):
+            layer -= positions * whole[-1]
         once = room is None or 4 * trained < GRADIENT_SHARE * room * 2**30
         if once and cfg.global_batch > ranks * cfg.micro_batch:     # whole until the last of them
             earlier = gradients = gradients + 4 * trained

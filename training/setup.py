@@ -39,15 +39,14 @@ def check_folders(cfg: TrainConfig) -> None:
         return
     path = start_folder(cfg)
     if not is_foreign(path) and is_whole(path):
-        for other in (cfg.vision, cfg.llm):
-            if Path(other).resolve() != path.resolve():
-                raise UserError(f"{path} trained more than its projector, which "
-                                f"{Path(other).resolve()} would leave behind: add --vision {path} "
-                                f"--llm {path}")
+        for other in (Path(cfg.vision).resolve(), Path(cfg.llm).resolve()):
+            if other != path.resolve():
+                raise UserError(f"{path} trained more than its projector, which {other} would leave "
+                                f"behind: add --vision {path} --llm {path}")
 
 
 def is_foreign(folder: Path) -> bool:
-    """True for a projector not trained here: of LLaVA's mm_projector.bin or a whole LLaVA."""
+    """True for a projector not trained here: LLaVA's mm_projector.bin, or a released LLaVA."""
     return (folder / "mm_projector.bin").is_file() or is_released(folder)
 
 
@@ -123,7 +122,7 @@ def llm_config(cfg: TrainConfig, folder: str | Path) -> DecoderConfig:
 
 
 def compile_block(block: nn.Module, **options) -> None:
-    """Compile a layer, once for all lengths, without FSDP's hooks and attention maps."""
+    """Compile a layer once for all lengths. FSDP's hooks and attention maps stay outside."""
     name = "compute" if isinstance(block, DecoderLayer) else "forward"
     setattr(block, name, torch.compile(getattr(block, name), dynamic=name == "compute", **options))
 
@@ -200,7 +199,7 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
-    """Return the trained parameters by peak learning rate, in the same order on any ranks."""
+    """Return the trained parameters by peak learning rate. Their order is the same on all ranks."""
     rates = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}
     groups = {}
     for name, p in model.named_parameters():
@@ -259,9 +258,9 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
 
 def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
-    """Hash the files that a stage reads, by name: another file, or on one rank another one, changes
-    losses. Of a folder: its weights and the JSON beside them. What the stage starts from (START) is
-    compared between ranks alone: a run makes new ones."""
+    """Return name → hash of what a stage reads: other files on --resume or on a rank change losses.
+    Of a folder: its weights and the JSON beside them. START, what the stage starts from, is compared
+    between ranks alone, as a run makes new ones."""
     folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
     if ckpt or cfg.projector not in (None, RANDOM):
         folders[START] = ckpt or start_folder(cfg)
