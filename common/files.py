@@ -69,10 +69,9 @@ def read_json(path: str | Path, kind: type | None = None):
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
-        holds = ", ".join(sorted(p.name for p in path.parent.iterdir())[:6])
-        if not holds:
-            raise UserError(f"{path} does not exist; the folder is empty") from None
-        raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
+        names = sorted(p.name for p in path.parent.iterdir())[:6]
+        state = f"holds: {', '.join(names)}" if names else "is empty"
+        raise UserError(f"{path} does not exist; the folder {state}") from None
     except ValueError as e:
         check_download(path, "JSON", least=0)
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
@@ -162,7 +161,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | None = None) -> None:
-    """Raise UserError if a file would be written over. ours: how one begins that may be."""
+    """Raise UserError if a file would be written over, except one that begins with `ours`."""
     if path is None or not os.path.lexists(path):
         return
     if ours and Path(path).is_file():
@@ -198,8 +197,8 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
         if not lock(file):
-            raise UserError(f"{folder} is in use: another process writes to it. Wait until "
-                            "it ends, or give another --out")
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends, "
+                            "or give another --out")
         try:
             yield
         finally:
@@ -244,8 +243,8 @@ def file_crc(path: Path) -> int:
 
 
 def files_digest(paths: Iterator[Path]) -> str:
-    """Hash of each file its name, size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows it; hashing all of 14 GB would take longer than loading."""
+    """Hash name, size and 64 blocks of 64 KiB of each file. Training changes weights everywhere, so
+    this shows it; hashing all of 14 GB would take longer than loading them."""
     h = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

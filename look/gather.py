@@ -65,10 +65,9 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
 
 
 def words_of_patches(a: Assistant, inside: Inside, image_states: list[Tensor]) -> dict:
-    """The 3 nearest words by cosine of every patch and layer, of those that the tokenizer knows
-    (released matrices are padded, and released tokenizers have <image> and <pad> besides); the
-    cosine of every text token's own word; and the answer when each patch is its nearest word's
-    embedding: words then, no image, which MoCa leaves alone."""
+    """The 3 nearest words by cosine of every patch and layer. Rows of E without a word (released
+    matrices are padded), <image> and <pad> do not count. The cosine of each text token's word with
+    each patch. The answer to a prompt whose patches are their nearest words: no image for MoCa."""
     E = F.normalize(a.model.language_model.model["embed_tokens"].weight.float(), dim=1)         # (V,D)
     names = [a.tokenizer.id_to_token(i) for i in range(a.tokenizer.get_vocab_size())]
     known = [i for i, name in enumerate(names) if name not in (IMAGE, "<pad>")]
@@ -121,10 +120,11 @@ def neighbours(tokens: Tensor) -> Tensor:
 def traces(a: Assistant, inside: Inside) -> dict:
     """What each method's objective is about, of any checkpoint.
 
-    degree (N,): BASIC eq. (5), over layers 1..L/2, heads and text rows. vdep (N,): VDEP eq. (11), the
-    squared error of a patch predicted from the one before, a mean over D; NaN for patch 0. (Training
-    has no prompt before the image, which changes the number.) vista: eq. (10) of the answer's tokens
-    t = 1..m, d a mean over D, f(t) = t/m. moca: quantiles of u and v by layer, or None."""
+    degree (N,)    BASIC eq. (5), over layers 1..L/2, heads and text rows
+    vdep (N,)      VDEP eq. (11): mean squared error of a patch predicted from the one before, NaN
+                   for patch 0. Training differs: it has no prompt before the image
+    vista          eq. (10) of the answer's tokens t = 1..m, d a mean over D, f(t) = t/m
+    moca           quantiles of u and v by layer, or None"""
     k = max(1, len(inside.attention) // 2)
     shallow = inside.attention[:k].mean((0, 1))[None, :, inside.image]          # (1,M,N)
     degree = supervision_degree(shallow, torch.ones_like(shallow[..., 0], dtype=torch.bool))[0]
@@ -161,7 +161,8 @@ def gather(a: Assistant, name: str, image: Image.Image, prompt: str, max_new: in
     tokens = [show_token(a.tokenizer, i) for i in inside.ids.tolist()]
     # Single heads of the question's last token, and of as many others as there is room for.
     asked = int((inside.rows < inside.answer).sum())
-    order = [*range(max(asked - 1, 0), len(inside.rows)), *range(max(asked - 1, 0))]
+    last = max(asked - 1, 0)
+    order = list(range(last, len(inside.rows))) + list(range(last))
     head_rows = sorted(order[:max(1, HEAD_NUMBERS // to_image[:, :, 0].numel())])
     return {
         "name": name, "prompt": prompt, "template": a.template,

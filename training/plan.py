@@ -161,7 +161,8 @@ def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> Tr
     """Return settings completed by `choose`, on every rank. The first prints the plan."""
     low, room, speed, count = ranks.dtype.itemsize, None, None, typed.cards or ranks.count
     if typed.card:
-        low, (room, *speed) = 2, CARDS[typed.card]
+        room, flops, share = CARDS[typed.card]
+        low, speed = 2, (flops, share)
     elif ranks.device.type == "cuda":
         card = torch.cuda.get_device_properties(ranks.device)
         room = min(ranks.gather(card.total_memory)) / 2**30
@@ -181,7 +182,7 @@ def prepare(cfg: TrainConfig, typed: TrainConfig, out: Path, ranks: Ranks) -> Tr
 
 
 def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low: int,
-           speed: list | None) -> list[str]:
+           speed: tuple | None) -> list[str]:
     """Return what else a stage takes, in words. speed: TFLOP/s of a card, the share reached."""
     sizes = [f"{PARTS[name]} {total(part.parameters()) / 1e6:,.2f} M"
              for name, part in model.named_children()]
@@ -200,6 +201,7 @@ def effort(cfg: TrainConfig, model: Llava, ranks: int, lengths: np.ndarray, low:
         steps = cfg.max_steps or cfg.epochs * -(-samples // cfg.global_batch)
         notes.append(f"{samples:,} samples, {steps:,} steps")
         if speed:
-            hours = steps * (own + again) / (speed[0] * speed[1] * ranks) / 3600
-            notes.append(f"{hours:.1f} h on {ranks} GPUs at {speed[1]:.0%} of {speed[0]} TFLOP/s")
+            flops, share = speed
+            hours = steps * (own + again) / (flops * share * ranks) / 3600
+            notes.append(f"{hours:.1f} h on {ranks} GPUs at {share:.0%} of {flops} TFLOP/s")
     return notes

@@ -73,8 +73,7 @@ class TrainConfig:
 
     data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy's, made in --out", "data")
     images: str | None = option(None, "folder of the images that it names")
-    skip_bad_images: bool = option(
-        False, "leave out samples whose image cannot be read; bad_images.txt lists them")
+    skip_bad_images: bool = option(False, "leave out samples whose image cannot be read")
     template: Literal[tuple(TEMPLATES)] | None = option(
         None, "how conversations are written in stage 2; unset: as the language model's family")
     after_special: Literal[RULES] | None = option(
@@ -83,8 +82,7 @@ class TrainConfig:
     plain_specials: bool = option(
         False, "read <s>, </s> and their like in the data as text; LLaVA-1.5: as control tokens")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    workers: int | None = option(
-        None, "processes that prepare batches; unset: 4 a GPU, 1 beside a CPU", most=256)
+    workers: int | None = option(None, "processes for batches; unset: 4 a GPU, else 1", most=256)
 
     global_batch: int | None = option(
         None, "samples a step on all ranks; unset: 256, in stage 2 128", "optimisation", most=2**20)
@@ -92,18 +90,15 @@ class TrainConfig:
         None, "samples on a rank at a time; unset: the largest that fits a GPU and divides a "
         "rank's share, up to 32 in stage 1, 16 in stage 2")
     epochs: int | None = option(None, "passes over the data; unset: 1")
-    lr: float | None = option(
-        None, "peak learning rate; unset: 1e-3 in stage 1, 2e-5 in stage 2, 2e-4 with LoRA")
+    lr: float | None = option(None, "peak learning rate; unset: 1e-3, in stage 2 2e-5, LoRA 2e-4")
     projector_lr: float | None = option(None, "the projector's; unset: --lr, with LoRA 2e-5")
     vision_lr: float | None = option(None, "the vision encoder's; unset: --lr")
-    adam_beta2: float | None = option(
-        None, "AdamW's memory of squared gradients; unset: 0.999, the toy 0.95")
+    adam_beta2: float | None = option(None, "AdamW's second beta; unset: 0.999, the toy 0.95")
     warmup: float = option(0.03, "share of the steps in which the learning rate rises")
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how it falls afterwards")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one", "machine")
-    dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "of computing; auto: bfloat16 where the GPU has it")
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 if a GPU has it")
     parallel: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
         "auto", "ddp: every rank holds the model; fsdp: a part of it; hsdp: a part of its node's; "
         "auto: fsdp if more than the projector is trained")
@@ -115,8 +110,7 @@ class TrainConfig:
     plan: bool = option(False, "print memory, steps, hours and disk of this run, and start nothing")
     card: Literal["a100-40", "a100-80", "h100", "h200"] | None = option(
         None, "with --plan: the GPU, if it is not here")
-    cards: int | None = option(
-        None, "with --plan: how many of them; unset: as many as ranks were started")
+    cards: int | None = option(None, "with --plan: how many; unset: as many as ranks started")
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
     vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
@@ -124,15 +118,13 @@ class TrainConfig:
     vdep_distance: Literal["l2", "inverse", "sigmoid"] = option(
         "l2", "between prediction and target; inverse, sigmoid: d / (1 + d) and 2σ(d) − 1, which "
         "saturate (the paper's 1 / d pushes both apart)")
-    vdep_reduce: Literal["mean", "sum"] = option(
-        "mean", "of the distance over the width; sum: the paper's appendix D")
+    vdep_reduce: Literal["mean", "sum"] = option("mean", "over the width; sum: the appendix's")
     vdep_shift: Literal["1", "0"] = option("1", "an image token predicts the next one, or itself")
 
     vista_weighting: Literal["t/m", "t", "1"] = option("t/m", "f(t): weights of text", "VISTA")
     vista_distance: Literal["l2", "cosine"] = option(
         "l2", "between a text token and the last image token's state")
-    vista_reduce: Literal["mean", "sum"] = option(
-        "mean", "of l2 over the width; sum is the paper to the letter")
+    vista_reduce: Literal["mean", "sum"] = option("mean", "of l2 over the width; sum: the paper")
 
     basic_k: int | None = option(None, "shallow layers that refine; unset: half of them", "BASIC")
     basic_weights: Literal["increasing", "constant", "decreasing"] = option(

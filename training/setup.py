@@ -41,8 +41,8 @@ def check_folders(cfg: TrainConfig) -> None:
     if not is_foreign(path) and is_whole(path):
         for other in (Path(cfg.vision).resolve(), Path(cfg.llm).resolve()):
             if other != path.resolve():
-                raise UserError(f"{path} trained more than its projector, which {other} would leave "
-                                f"behind: add --vision {path} --llm {path}")
+                raise UserError(f"{path} trained more than its projector, which {other} would "
+                                f"leave behind: add --vision {path} --llm {path}")
 
 
 def is_foreign(folder: Path) -> bool:
@@ -259,7 +259,7 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
 def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
     """Return name → hash of what a stage reads: other files on --resume or on a rank change losses.
-    Of a folder: its weights and the JSON beside them. START, what the stage starts from, is compared
+    Of a folder: its weights and the JSON beside them. What the stage starts from, START, is compared
     between ranks alone, as a run makes new ones."""
     folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
     if ckpt or cfg.projector not in (None, RANDOM):
