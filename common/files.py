@@ -99,22 +99,21 @@ def read_jsonl(path: str | Path) -> list:
 def read_lines(path: Path) -> tuple[list[dict], dict | None]:
     """Read a JSONL file of objects. Returns (rows, last): `last` follows the final newline; it is
     None if a stopped run left half a line. Raises UserError for any other invalid line."""
-    def parse(line: str) -> dict | None:
+    refuse_device(path)
+    rows, last = [], None
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             value = parse_json(line)
         except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
-
-    refuse_device(path)
-    rows = []
-    *lines, end = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(parse(line))
-            if rows[-1] is None:
-                raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}")
-    return rows, parse(end)
+            value = None
+        if isinstance(value, dict) and number < len(lines):
+            rows.append(value)
+        elif isinstance(value, dict):
+            last = value
+        elif line.strip() and number < len(lines):
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}")
+    return rows, last
 
 
 def parse_log_line(line: str) -> dict:
@@ -197,8 +196,8 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
         if not lock(file):
-            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends, "
-                            "or give another --out")
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends,"
+                            " or give another --out")
         try:
             yield
         finally:

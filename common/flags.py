@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import os
 import signal
 import sys
@@ -56,9 +57,9 @@ def add_flag(parser, field: dataclasses.Field, kind) -> None:
 def parse(cls, argv: list[str] | None = None, program: str | None = None):
     """Return an instance of the dataclass `cls`, whose docstring is the head of --help, from the
     command line. Raises UserError for an unknown flag, an invalid choice or an invalid number."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(program, usage="%(prog)s [flags]", description=cls.__doc__,
-                                     allow_abbrev=False, formatter_class=layout)
+    parser = argparse.ArgumentParser(
+        program, usage="%(prog)s [flags]", description=inspect.getdoc(cls), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     group, flags = parser, []
     for field, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
         if field.metadata.get("group"):

@@ -48,7 +48,7 @@ class TrainConfig:
     seed: int = option(1, "of the projector's start, the order of samples, the toy's pictures")
     max_steps: int | None = option(None, "steps of a stage; unset: as many as --epochs make")
     save_every: int = option(500, "steps between checkpoints; the last step is always saved")
-    save_minutes: float | None = option(None, "minutes after which to save, too; unset: never")
+    save_minutes: float | None = option(None, "most minutes between checkpoints; unset: any number")
     keep_last: int = option(1, "checkpoints of a stage to keep")
 
     vision: str | None = option(
@@ -68,7 +68,7 @@ class TrainConfig:
     lora_rank: int = option(128, "rank of --unlock-llm lora", most=2**14)
     lora_alpha: float = option(256.0, "scales the LoRA update by alpha / rank")
     projector_scale: float | None = option(
-        None, f"factor on the projector's last layer at first; unset: 1, toy {TOY_PROJECTOR_SCALE}")
+        None, f"scale of the projector's last layer at start; unset: 1, toy {TOY_PROJECTOR_SCALE}")
     drop_first_patch: bool = option(False, "728 tokens of SigLIP's 729, as the released TinyLLaVA")
 
     data: str | None = option(None, "LLaVA JSON or JSONL; unset: the toy's, made in --out", "data")

@@ -259,8 +259,8 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
 def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
     """Return name → hash of what a stage reads: other files on --resume or on a rank change losses.
-    Of a folder: its weights and the JSON beside them. What the stage starts from, START, is compared
-    between ranks alone, as a run makes new ones."""
+    Of a folder: its weights and the JSON beside them. What the stage starts from (START) is
+    compared between ranks alone, as a run makes new ones."""
     folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
     if ckpt or cfg.projector not in (None, RANDOM):
         folders[START] = ckpt or start_folder(cfg)
