@@ -111,7 +111,7 @@ def leave(ranks: Ranks) -> Ranks:
 
 
 def finish(ranks: Ranks) -> None:
-    """Leave together. Call last: of several ranks, each process ends here. It skips Python's
+    """Leave together. Call last: with several ranks the process ends here. It skips Python's
     shutdown, in which a thread of gloo may abort it (seen about once in 40 runs)."""
     if dist.is_initialized():
         leave(ranks)
@@ -192,10 +192,10 @@ def peak_gib(device: torch.device) -> float:
 def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
     """Make `module` a unit of FSDP. Sharded on the meta device, it is never whole on any rank.
 
-    A block's weights are gathered in the dtype of computing, to which autocast would cast them. The
-    root unit is gathered as stored and kept until the backward pass ends. Gradients are float32."""
-    policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32,
-                                  cast_forward_inputs=False)
+    A block's weights are gathered in the dtype of computing, as autocast would cast them. The root
+    unit is gathered as stored, until the backward pass ends. Gradients are reduced in float32."""
+    low = None if root else ranks.dtype
+    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not root, mp_policy=policy)
     for part in module.modules():           # else --compile makes a graph for every layer
         part._is_fsdp_managed_module = False
@@ -271,14 +271,14 @@ def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
 def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tensor:
     """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, the
     same on every rank, on the device: nothing is read back here."""
-    norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
+    gradients = [local(p.grad) for p in trained if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     if ranks.mesh is not None:
         square = norm.double().square()     # nodes hold the same rows: each is counted once
         dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))
         norm = square.sqrt()
     norm = norm.float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for p in trained:
-        if p.grad is not None:
-            local(p.grad).mul_(scale.to(p.grad.dtype))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
     return norm

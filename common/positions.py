@@ -54,7 +54,7 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
 
     q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N):
     of the image tokens; -1 is none and gives 0. The softmax is over all keys that a query sees.
-    Fused attention returns no probabilities. Here `chunk` rows at a time do: no (B,H,T,T)."""
+    Fused attention returns none. They are computed here `chunk` rows at a time: no (B,H,T,T)."""
     B, H, T, d = q.shape
     k = k.repeat_interleave(H // k.shape[1], dim=1)
     keys = torch.arange(T, device=q.device)

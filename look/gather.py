@@ -137,8 +137,8 @@ def traces(a: Assistant, inside: Inside) -> dict:
         moca = {"u": {}, "v": {}}
         for name, curves in moca.items():
             for q in (0.05, 0.5, 0.95):
-                of = [getattr(layer, name).float().quantile(q).item() for layer in lm.moca]
-                curves[f"{100 * q:.0f} %"] = of
+                values = [getattr(layer, name).float().quantile(q) for layer in lm.moca]
+                curves[f"{100 * q:.0f} %"] = [value.item() for value in values]
     vista = {"d": d.tolist(), "f(t) d": (f * d).tolist()}
     return {"degree": degree, "vdep": vdep, "vista": vista, "moca": moca}
 

@@ -84,22 +84,25 @@ def compare(runs: dict[str, list[dict]]) -> str:
              "|---" * (len(names) + 1) + "|"]
     values = {}                                            # row → method → values
     for name in names:
-        for row in numbers[name]:
-            for key, value in row.items():
+        for found in numbers[name]:
+            for key, value in found.items():
                 values.setdefault(key, {n: [] for n in names})[name].append(value)
-    for key, of in values.items():
-        lines.append(f"| {key} | " + " | ".join(show(of[n]) for n in names) + " |")
+    for key, row in values.items():
+        lines.append(f"| {key} | " + " | ".join(show(row[n]) for n in names) + " |")
     for key in T_ROWS:
-        of = values.get(key, {})
-        if len(names) > 1 and len(of.get("ce", [])) > 1:
-            cells = [welch(of[n], of["ce"]) if n != "ce" and len(of[n]) > 1 else "" for n in names]
+        row = values.get(key, {})
+        if len(names) > 1 and len(row.get("ce", [])) > 1:
+            cells = [""] * len(names)
+            for i, name in enumerate(names):
+                if name != "ce" and len(row[name]) > 1:
+                    cells[i] = welch(row[name], row["ce"])
             lines.append(f"| t of {key} against ce | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def by_category(runs: dict[str, list[dict]]) -> str:
     """Return the table of accuracy, %, with a column per category, and MIR after each stage."""
-    results = [r for of in runs.values() for r in of]
+    results = sum(runs.values(), [])
     categories = list(results[0]["accuracy"]["test"])
     lines = ["| | " + " | ".join(categories) + " |", "|---" * (len(categories) + 1) + "|"]
     for name, (kind, split) in FILES.items():

@@ -191,8 +191,8 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
              f"of the prompt's last token divides over the 9 image tokens (layer {layer}).")
     c.text(24, 28, title, 14, GREY, "lm")
     for n, category in enumerate(CATEGORIES):
-        of = [row for row in rows if row["category"] == category]
-        row = of[n * len(of) // len(CATEGORIES)]
+        found = [row for row in rows if row["category"] == category]
+        row = found[n * len(found) // len(CATEGORIES)]
         image = Image.open(data / "images" / row["image"]).convert("RGB")
         said, attention = ask(assistant, image, row["text"], layer)
         draw_card(c, 24 + 340 * (n % 3), 52 + 260 * (n // 3), image, row, said, attention)

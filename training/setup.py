@@ -83,7 +83,7 @@ def check_objective(cfg: TrainConfig) -> None:
 def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int) -> bool:
     """True if the parameter of this name in `Llava` is trained.
 
-    half: as the MIR paper's code in stage 1: the upper half of the vision encoder's layers
+    half is what the MIR paper's code does in stage 1: the upper half of the vision encoder's layers
     (ShareGPT4V's choice), the lower half of the language model's, nothing outside of layers. Never
     trained: the vision encoder's last layer and the norm after it, which are not used."""
     part, rest = name.split(".", 1)
