@@ -32,7 +32,7 @@ def restore(text: str, plain: bool) -> Tokenizer:
     return tokenizer
 
 
-# The library's own copy for another process (a spawned worker) forgets the second.
+# The library's own pickling, for a spawned worker, forgets encode_special_tokens.
 copyreg.pickle(Tokenizer, lambda t: (restore, (t.to_str(), t.encode_special_tokens)))
 
 
@@ -48,18 +48,20 @@ def encode_plain(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[tuple
     specials, ids, offsets, pieces = special_tokens(tokenizer), [], [], []
     forms = []
     for content, token in specials.items():
-        before, after = (r"\s*" if strips else "" for strips in (token.lstrip, token.rstrip))
+        before = r"\s*" if token.lstrip else ""
+        after = r"\s*" if token.rstrip else ""
         forms.append(before + re.escape(content) + after)
     start = 0
     for part in re.split(f"({'|'.join(forms)})", text):
-        if part.strip() in specials:
-            found = [tokenizer.token_to_id(part.strip())], [(0, len(part))], [part.strip()]
+        token = part.strip()
+        if token in specials:
+            found, places, words = [tokenizer.token_to_id(token)], [(0, len(part))], [token]
         else:
             encoding = tokenizer.encode(show_specials(tokenizer, part), add_special_tokens=False)
-            found = encoding.ids, encoding.offsets, encoding.tokens
-        ids += found[0]
-        offsets += [(start + first, start + end) for first, end in found[1]]
-        pieces += found[2]
+            found, places, words = encoding.ids, encoding.offsets, encoding.tokens
+        ids += found
+        offsets += [(start + first, start + end) for first, end in places]
+        pieces += words
         start += len(part)
     return ids, offsets, pieces
 
