@@ -122,9 +122,9 @@ def print_check(path: str, cfg: CheckFlags) -> None:
                         "or is read-only")
     if cfg.show is not None:
         if not (cfg.llm and cfg.vision and cfg.out):
-            raise UserError("--show needs --llm DIR for its tokenizer, --vision DIR for its preprocessing and --out PAGE")
-        page = sample_page(path, cfg.images, cfg.llm, cfg.vision, cfg.template, cfg.max_length, cfg.show, cfg.vdep)
-        write_text(Path(cfg.out), page)
+            raise UserError("--show needs --llm DIR for its tokenizer, --vision DIR for its "
+                            "preprocessing and --out PAGE")
+        write_text(Path(cfg.out), sample_page(path, cfg))
         print(f"wrote {cfg.out}")
         return
     rows, why = check(path, cfg)

@@ -1,8 +1,9 @@
 """Whole models: our checkpoints, written and read, and released LLaVA folders, read.
 
-A checkpoint is a folder: config.json (all that is needed to rebuild the model), model.safetensors
-(stage 1: what was trained; stage 2: everything), optimizer.safetensors (to resume), tokenizer.json
-and preprocessor_config.json.
+    config.json                 all that is needed to rebuild the model
+    model.safetensors           stage 1: what was trained; stage 2: everything
+    digests.json                a checksum of every tensor
+    optimizer.safetensors       to resume; with tokenizer.json and preprocessor_config.json
 """
 import os
 import re
@@ -29,19 +30,18 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
                dtype: torch.dtype | None = None, device="cpu") -> Llava:
     """Load a whole model: a checkpoint or a released LLaVA. dtype None: as stored.
 
-    vision, llm: folders of parts that `folder` does not hold. liuhaotian's LLaVA needs its CLIP; a
-    stage-1 checkpoint names both itself, these say where they are now. Raises UserError if a part
-    cannot be found."""
+    vision, llm: folders of parts that `folder` does not hold: the CLIP of liuhaotian's LLaVA; both
+    of a stage-1 checkpoint, if they have moved. Raises UserError if a part is missing."""
     for base in (vision, llm):
-        if base is not None:
+        if base:
             refuse_hub_id(base)
     if is_released(folder):
         return load_released(Path(folder), vision, dtype, device)
     folder = checkpoint_folder(folder)
     c, found = read_config(folder, "vision", "llm", "vision_layer"), find_tensors(folder)
     if is_whole(folder, found):
-        vit, decoder = (load(folder, dtype, device, found=found)
-                        for load in (load_vision, load_llm))
+        vit = load_vision(folder, dtype, device, found=found)
+        decoder = load_llm(folder, dtype, device, found=found)
     else:
         vision, llm = vision or c["vision"], llm or c["llm"]
         for flag, base in [("--vision", vision), ("--llm", llm)]:
@@ -55,11 +55,10 @@ def load_model(folder: str | Path, vision: str | Path | None = None, llm: str | 
 
 
 def checked_layer(folder: Path, layer, tower: VisionConfig) -> int:
-    """Return the vision layer that config.json names. Raises UserError if the tower has no such
-    layer."""
+    """Return the vision layer of a config.json. Raises UserError if the tower has no such layer."""
     most = tower.num_hidden_layers
-    check_supported(folder / "config.json", [("features of vision layer", layer,
-                                              type(layer) is int and -most - 1 <= layer <= most)])
+    there = type(layer) is int and -most - 1 <= layer <= most
+    check_supported(folder / "config.json", [("features of vision layer", layer, there)])
     return layer
 
 
@@ -70,8 +69,7 @@ def is_released(folder: str | Path) -> bool:
 
 
 def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfig, int]:
-    """Return the vision tower's config of a released model, and the layer of it that the projector
-    reads."""
+    """Return the config of a released model's vision tower, and which layer the projector reads."""
     c = read_config(folder)
     described = "vision_config" in c
     if not (vision or described):
@@ -82,13 +80,13 @@ def released_tower(folder: Path, vision: str | Path | None) -> tuple[VisionConfi
     patches_only = strategy in ("default", "patch")
     layer = c.get("vision_feature_layer", c.get("mm_vision_select_layer", -2))
     activation = c.get("projector_hidden_act", "gelu")
-    check_supported(folder / "config.json", [("image features", strategy, siglip or patches_only),
-                                             ("projector_hidden_act", activation,
-                                              activation == "gelu")])
+    check_supported(folder / "config.json", [
+        ("image features", strategy, siglip or patches_only),
+        ("projector_hidden_act", activation, activation == "gelu")])
 
-    # "patch" drops the first position. CLIP has its class token there; TinyLLaVA's SigLIP loses a
-    # patch.
-    return replace(config, drop_first_patch=siglip and patches_only), checked_layer(folder, layer, config)
+    # "patch" drops the first position: CLIP's class token, but a patch of TinyLLaVA's SigLIP.
+    layer = checked_layer(folder, layer, config)
+    return replace(config, drop_first_patch=siglip and patches_only), layer
 
 
 def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | None, device) -> Llava:
@@ -112,21 +110,19 @@ def load_released(folder: Path, vision: str | Path | None, dtype: torch.dtype | 
 
 # ------------------------------------------------------------------------------ a run's checkpoints
 def checkpoints(run: str | Path, stage: str = "*") -> list[Path]:
-    """Return the complete checkpoints in a run's folder, oldest first: <stage>-<step>, stage 1
-    before stage 2."""
+    """Return a run's complete checkpoints <stage>-<step>: of stage 1, then of 2, oldest first."""
     found = [p for p in Path(run).glob(f"{stage}-*")
              if re.fullmatch(r"(pretrain|finetune)-\d+", p.name)]
     return sorted(found, key=lambda p: (p.name.startswith("finetune"), int(p.name.split("-")[1])))
 
 
 def checkpoint_folder(path: str | Path) -> Path:
-    """Return `path` if it is a checkpoint, the newest one in it if it is a run. Raises UserError if
-    it is neither."""
+    """Return a checkpoint itself, of a run the newest. Raises UserError if `path` is neither."""
     path = Path(path)
     if not path.is_dir():
         refuse_hub_id(path)
-        raise UserError(f"{path} does not exist: give a checkpoint's folder, or the --out "
-                        "folder of a run")
+        raise UserError(f"{path} does not exist: give a checkpoint's folder, or the --out folder "
+                        "of a run")
     if not (path / "config.json").is_file() and checkpoints(path):
         return checkpoints(path)[-1]
     if read_config(path).get("model_type") != OURS:
@@ -135,8 +131,7 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 def checkpoint_problem(folder: Path) -> str | None:
-    """Return why a checkpoint cannot be resumed, or None. Reads every tensor and compares its
-    digest."""
+    """Return why a checkpoint cannot be resumed, or None. Compares each tensor with its digest."""
     try:
         read_json(folder / "config.json", dict)
         if not (folder / OPTIMIZER).is_file():
@@ -151,20 +146,17 @@ def checkpoint_problem(folder: Path) -> str | None:
 
 
 def is_whole(folder: Path, found=None) -> bool:
-    """True if a checkpoint stores the whole model. Stage 1 stores the projector alone, unless more
-    was trained."""
+    """True if a checkpoint stores the whole model. After stage 1 it may be the projector alone."""
     return any(name.startswith("language_model.model.") for name in found or find_tensors(folder))
 
 
 def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict, state: dict,
                     write: bool = True) -> None:
-    """Write a checkpoint under a temporary name, then rename it: a killed run leaves no partial
-    checkpoint.
+    """Write a checkpoint whole or not at all: under a temporary name, then renamed.
 
     trained: names of the parameters to store. config: goes into config.json, with the configs of
     the parts. state: the optimizer's tensors by name. write=False: this rank only contributes its
-    share of sharded tensors. Raises UserError if the disk is full; earlier checkpoints are not
-    touched."""
+    share of sharded tensors. Raises UserError if it cannot be written, as on a full disk."""
     tensors = {n: p for n, p in model.named_parameters() if n in trained}
     if not write:
         save_tensors(folder, tensors, write=False)
@@ -187,8 +179,8 @@ def save_checkpoint(folder: Path, model: Llava, trained: set[str], config: dict,
 def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, state: dict) -> None:
     """Write the files of a checkpoint. All of them are on the disk when this returns."""
     write_json(folder / "preprocessor_config.json", image_settings(config["vision"])[1])
-    write_text(folder / "tokenizer.json",
-               load_tokenizer(config["llm"], fits=False).to_str(pretty=True))
+    tokenizer = load_tokenizer(config["llm"], fits=False)
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     write_json(folder / "config.json", {
         "model_type": OURS, "code_version": CODE_VERSION, **config,
         "vision_layer": model.vision_layer, "connector": name_of(model.multi_modal_projector),
@@ -196,7 +188,6 @@ def write_checkpoint(folder: Path, model: Llava, tensors: dict, config: dict, st
         "text_config": asdict(model.language_model.config)})
     digests = save_tensors(folder, tensors)
     write_json(folder / DIGESTS, {**digests, **write_tensors(folder / OPTIMIZER, state)})
-    for path in folder.iterdir():
+    for path in folder.iterdir():       # the rename must not reach the disk before the data
         with open(path, "rb") as f:
-            # The rename must not reach the disk before the data.
             os.fsync(f.fileno())

@@ -30,10 +30,10 @@ def read_connector(name: str) -> Connector:
         raise UserError(f"connector {name!r} is not known: say linear, mlp2x (or another number "
                         "of maps), qformer, qformer-64 (queries) or qformer-64-768x12 (queries, "
                         "width, layers)")
-    maps, queries, width, layers = [int(n) if n else None for n in found.groups()]
-    if not name.startswith("qformer"):
-        return Connector(maps or 1)
-    return Connector(0, queries or 32, width or 768, layers or 12)
+    maps, queries, width, layers = [int(n or 0) for n in found.groups()]
+    if name.startswith("qformer"):
+        return Connector(0, queries or 32, width or 768, layers or 12)
+    return Connector(maps or 1)
 
 
 def make_connector(name: str, vision_size: int, hidden_size: int) -> nn.Module:
@@ -59,8 +59,7 @@ def name_of(connector: nn.Module) -> str:
 
 
 def configured(c: dict) -> str:
-    """Return the name of the connector that a config.json describes: ours, LLaVA's or TinyLLaVA's.
-    None is mlp2x."""
+    """Return the connector's name in a config.json: ours, LLaVA's or TinyLLaVA's; else mlp2x."""
     name = c.get("connector", c.get("connector_type", c.get("mm_projector_type"))) or "mlp2x"
     if name == "qformer" and "num_queries" in c:
         return f"qformer-{c['num_queries']}"

@@ -1,8 +1,8 @@
-"""python -m hub export CKPT OUT: a checkpoint → a folder in the layout of llava-hf's repositories, for transformers.
+"""python -m hub export CKPT OUT: a checkpoint → a folder in llava-hf's layout, for transformers.
 
-Rounds after the first differ in one point. transformers encodes "</s>USER" by the `legacy` rule of
-common/text.py; LLaVA-1.5 was trained without that space. The first round, which is all that
-benchmarks ask, has the same ids.
+The first round of a conversation, which is all that benchmarks ask, has the same ids there. Later
+ones differ in one point: transformers encodes "</s>USER" by the `legacy` rule of common/text.py;
+LLaVA-1.5 was trained without that space.
 """
 import json
 import math
@@ -30,6 +30,7 @@ from model import DecoderConfig, Llava, VisionConfig
 
 PAD = "<pad>"
 EMBEDDINGS = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+# The chat template in Jinja. chat_template fills in the words in capitals.
 MESSAGES = """\
 {%- for message in messages %}
     {%- if message['role'] not in ('user', 'assistant') %}
@@ -63,11 +64,9 @@ MESSAGES = """\
 
 @dataclass
 class ExportFlags:
-    """Write the checkpoint CKPT (or the newest of a run, or a released LLaVA) to the new folder OUT in llava-hf's
-    layout."""
+    """Write CKPT (a checkpoint, run or released LLaVA) to a new folder OUT in llava-hf's layout."""
     vision: str | None = option(None, "the vision encoder of a stage-1 checkpoint, or of a LLaVA "
-                                      "that holds none",
-                                "parts that lie elsewhere")
+                                      "that holds none", "parts that lie elsewhere")
     llm: str | None = option(None, "where its language model is now")
 
 
@@ -76,26 +75,23 @@ def chat_template(name: str) -> str:
     """Return one of data.TEMPLATES in Jinja. A message's content is a string, which may hold
     <image>, or a list of parts as transformers has them: {type: image}, {type: text, text: …}."""
     if name == "plain":
-        # the image alone: the request is thrown away
-        return "{{ '<image>' }}"
+        return "{{ '<image>' }}"                # the request is thrown away
     t = TEMPLATES[name]
     start, ask = t.user.split("{text}")
     before, after = t.answer.split("{text}")
-    words = {"FIRST": start.replace("{system}", t.system),
-             "LATER": t.later + start.replace("{system}", ""), "ASK": ask, "BEFORE": before,
-             "AFTER": after + t.after}
+    first, later = start.replace("{system}", t.system), t.later + start.replace("{system}", "")
+    words = {"FIRST": first, "LATER": later, "ASK": ask, "BEFORE": before, "AFTER": after + t.after}
     out = MESSAGES.replace("TRIM", "ns.text | trim" if t.strip else "ns.text")
     for word, text in words.items():
-        # A JSON string is a Jinja string too.
-        out = out.replace(word, json.dumps(text))
+        out = out.replace(word, json.dumps(text))       # a JSON string is a Jinja string too
     return out
 
 
 def extend_tokenizer(tokenizer: Tokenizer) -> None:
     """Add <image> and <pad> after the vocabulary, and put the family's BOS, if it has one, in front
     of every text: transformers adds none itself."""
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False)
-                                  for t in (IMAGE, PAD)])
+    for token in (IMAGE, PAD):
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
     for i in bos_ids(tokenizer):
         bos = tokenizer.id_to_token(i)
         tokenizer.post_processor = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B",
@@ -103,28 +99,25 @@ def extend_tokenizer(tokenizer: Tokenizer) -> None:
 
 
 # ------------------------------------------------------------------------------------------ configs
-def shared_fields(c: VisionConfig | DecoderConfig, names: str) -> dict:
-    """Return the fields of our config that transformers' classes have too; the activation under its
-    released name."""
-    fields = {name: getattr(c, name) for name in names.split()}
+def shared_fields(c: VisionConfig | DecoderConfig, *names: str) -> dict:
+    """Return fields of our config as transformers has them: the activation by its released name."""
+    both = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     released = [name for name, ours in ACTIVATION_NAMES.items() if ours == c.hidden_act]
-    return {"hidden_act": released[0] if released else c.hidden_act, **fields}
+    act = released[0] if released else c.hidden_act
+    return {"hidden_act": act, **{name: getattr(c, name) for name in both + names}}
 
 
 def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
-    """Return `text_config` of llava-hf. Mistral's class is LLaMA's with a window, Qwen2's with
-    biases."""
-    out = shared_fields(c, "hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                           "num_key_value_heads head_dim rms_norm_eps rope_theta "
-                           "max_position_embeddings tie_word_embeddings")
+    """Return `text_config` of llava-hf. Mistral is LLaMA with a window, Qwen2 with biases."""
+    out = shared_fields(c, "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta",
+                        "max_position_embeddings", "tie_word_embeddings")
     out["vocab_size"] = vocab_size
     if c.rope_scaling:
         out["rope_scaling"] = {"rope_type": "llama3", **c.rope_scaling}
     if c.qkv_bias:
-        windows = bool(c.sliding_window)                        # in every layer
-        return {"model_type": "qwen2", **out, "use_sliding_window": windows,
-                "sliding_window": c.sliding_window,
-                "max_window_layers": 0 if windows else c.num_hidden_layers}
+        first = 0 if c.sliding_window else c.num_hidden_layers  # layer with a window
+        return {"model_type": "qwen2", **out, "use_sliding_window": bool(c.sliding_window),
+                "sliding_window": c.sliding_window, "max_window_layers": first}
     if c.norm_plus_one:
         return {"model_type": "gemma", **out, "hidden_activation": out["hidden_act"]}
     if c.sliding_window:
@@ -134,32 +127,28 @@ def text_fields(c: DecoderConfig, vocab_size: int) -> dict:
 
 def vision_fields(c: VisionConfig) -> dict:
     """Return `vision_config` of llava-hf."""
-    out = shared_fields(c, "hidden_size intermediate_size num_hidden_layers num_attention_heads "
-                           "image_size patch_size layer_norm_eps")
+    out = shared_fields(c, "image_size", "patch_size", "layer_norm_eps")
     if c.class_token:
         return {"model_type": "clip_vision_model", **out}
     return {"model_type": "siglip_vision_model", "vision_use_head": False, **out}
 
 
 def preprocessor_config(p: ImageProcessor, pad: bool) -> dict:
-    """Return preprocessor_config.json. LlavaImageProcessor can pad to a square; CLIP's own always
-    crops."""
+    """Return preprocessor_config.json. LlavaImageProcessor can pad to a square; CLIP's cannot."""
     square = {"height": p.crop_size, "width": p.crop_size}
     return {"image_processor_type": "LlavaImageProcessor", "processor_class": "LlavaProcessor",
-            "do_convert_rgb": True, "do_pad": pad, "do_resize": True,
-            "size": square if p.stretch else {"shortest_edge": p.size}, "resample": p.resample,
-            "do_center_crop": not p.stretch, "crop_size": square, "do_rescale": True,
-            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": list(p.image_mean),
-            "image_std": list(p.image_std)}
+            "do_convert_rgb": True, "do_pad": pad, "do_resize": True, "resample": p.resample,
+            "size": square if p.stretch else {"shortest_edge": p.size}, "crop_size": square,
+            "do_center_crop": not p.stretch, "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(p.image_mean), "image_std": list(p.image_std)}
 
 
 def special_tokens(tokenizer: Tokenizer, template: str) -> dict:
     """Return the fields of tokenizer_config.json that name special tokens."""
-    # A plain caption ends in a newline, which is no special token: the family's EOS stands in for
-    # it.
+    # A plain caption ends in a newline, no special token: the family's EOS stands in its place.
     ends = [t.eos for t in (TEMPLATES[template], *TEMPLATES.values()) if t.eos != "\n"]
-    names = {"eos_token": next(eos for eos in ends if tokenizer.token_to_id(eos) is not None),
-             "pad_token": PAD}
+    eos = next(eos for eos in ends if tokenizer.token_to_id(eos) is not None)
+    names = {"eos_token": eos, "pad_token": PAD}
     for i in bos_ids(tokenizer):
         names["bos_token"] = tokenizer.id_to_token(i)
     if tokenizer.token_to_id("<unk>") is not None:
@@ -167,16 +156,18 @@ def special_tokens(tokenizer: Tokenizer, template: str) -> dict:
     return names
 
 
-def write_configs(folder: Path, use: Usage, model: Llava, rows: int, dtype: torch.dtype, ids: dict,
-                  names: dict, image: int) -> None:
-    """Write the JSON files of the layout. rows: of the embedding table; ids: of BOS, EOS and PAD;
-    names: see special_tokens; image: the id of <image>. transformers keeps template and
-    after_special, which it does not know: read_usage finds them again."""
+def write_configs(folder: Path, use: Usage, model: Llava, tokenizer: Tokenizer, rows: int,
+                  dtype: torch.dtype) -> None:
+    """Write the JSON files of the layout. tokenizer: extended; rows: of the embedding table.
+    transformers keeps template and after_special, which it does not know, for read_usage."""
     v, t = model.vision_tower.config, model.language_model.config
     strategy = "default" if v.class_token or v.drop_first_patch else "full"
+    bos = bos_ids(tokenizer)
+    ids = {"eos_token_id": eos_id(tokenizer, use.template),
+           "bos_token_id": bos[0] if bos else None, "pad_token_id": tokenizer.token_to_id(PAD)}
     write_json(folder / "config.json", {
         "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava",
-        "image_token_index": image, "image_seq_length": v.image_tokens,
+        "image_token_index": tokenizer.token_to_id(IMAGE), "image_seq_length": v.image_tokens,
         "projector_hidden_act": "gelu", "multimodal_projector_bias": True, "template": use.template,
         "after_special": use.after_special, "vision_feature_layer": model.vision_layer,
         "vision_feature_select_strategy": strategy, "tie_word_embeddings": t.tie_word_embeddings,
@@ -188,16 +179,16 @@ def write_configs(folder: Path, use: Usage, model: Llava, rows: int, dtype: torc
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": int(v.class_token)})
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor", **names,
-        "model_max_length": t.max_position_embeddings, "padding_side": "left",
-        "clean_up_tokenization_spaces": False})
+        "tokenizer_class": "PreTrainedTokenizerFast", "processor_class": "LlavaProcessor",
+        **special_tokens(tokenizer, use.template), "model_max_length": t.max_position_embeddings,
+        "padding_side": "left", "clean_up_tokenization_spaces": False})
     write_text(folder / "chat_template.jinja", chat_template(use.template))
 
 
 # ------------------------------------------------------------------------------------------- export
-def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> None:
+def check_exportable(folder: Path, model: Llava, tokenizer: Tokenizer, template: str) -> None:
     """Raise UserError for a model that has no place in this layout."""
-    c = model.language_model.config
+    c, tokens = model.language_model.config, tokenizer.get_vocab_size()
     if c.moca:
         raise UserError(f"{folder} has MoCa, a map of image tokens after every layer: llava-hf's "
                         "layout has no place for it")
@@ -207,57 +198,50 @@ def check_exportable(folder: Path, model: Llava, template: str, tokens: int) -> 
     if c.head_bias:
         raise UserError(f"{folder} is built on Phi-2, whose head has a bias: transformers' LLaVA "
                         "has none, and would drop it and compute other logits")
-    kind = (c.norm, c.gated, c.bias, c.parallel, c.partial_rotary_factor, c.norm_plus_one
-            and c.qkv_bias)
-    gemma = c.hidden_size ** 0.5 if c.norm_plus_one else 1
-    if kind != ("rms", True, False, False, 1, False) or c.embed_scale != gemma or template == "phi3":
+    scale = c.hidden_size ** 0.5 if c.norm_plus_one else 1      # Gemma's, all others'
+    other = c.norm != "rms" or not c.gated or c.bias or c.parallel or c.partial_rotary_factor != 1
+    mixed = c.norm_plus_one and c.qkv_bias                      # Gemma's norms, Qwen2's biases
+    if other or mixed or c.embed_scale != scale or template == "phi3":
         raise UserError(f"{folder} is built on Phi-3, or on no family: those of LLaMA, Mistral, "
                         "Qwen2 and Gemma can be exported")
     if tokens > c.vocab_size:
         raise UserError(f"{folder} has a tokenizer of {tokens} tokens for a vocabulary of {c.vocab_size}")
+    eos_id(tokenizer, template)         # raises if the template is another family's
 
 
 def grow(weight: Tensor, rows: int) -> Tensor:
-    """Append rows until there are `rows`. Each is the mean of the others, so it is never the
-    largest logit."""
+    """Append rows until there are `rows`: each the mean of all, so never the largest logit."""
     mean = weight.float().mean(0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(rows - len(weight), -1)])
 
 
 @torch.no_grad()
 def export(ckpt: str | Path, out: str | Path, vision: str | None = None, llm: str | None = None) -> str:
-    """Write the llava-hf folder `out` of a checkpoint, or of a run's newest. Returns a line on what
-    was written.
+    """Write the llava-hf folder `out` of a checkpoint, or of a run's newest. Returns a summary.
 
     Every tensor keeps its value: all are written in the smallest dtype that holds them all, float32
     after training. Raises UserError for what cannot be exported, before anything is written."""
     folder, out = model_folder(ckpt), Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: give another one")
     use, model = read_usage(folder, vision), load_model(folder, vision, llm)
     tokenizer, processor = load_tokenizer(folder), load_processor(folder, vision)
     old = model.language_model.config.vocab_size
-    check_exportable(folder, model, use.template, tokenizer.get_vocab_size())
+    check_exportable(folder, model, tokenizer, use.template)
     merge(model.language_model)
 
     # The vocabulary: two more tokens, and rows in multiples of 64 as transformers pads them.
-    ids = {"eos_token_id": eos_id(tokenizer, use.template), "bos_token_id": None}
     extend_tokenizer(tokenizer)
     image, pad = tokenizer.token_to_id(IMAGE), tokenizer.token_to_id(PAD)
-    ids["pad_token_id"] = pad
-    for bos in bos_ids(tokenizer):
-        ids["bos_token_id"] = bos
     rows = math.ceil(max(old, image + 1, pad + 1) / 64) * 64
-    tensors = {n.replace("vision_tower.", "vision_tower.vision_model."): p
-               for n, p in model.named_parameters()}
-    for name in EMBEDDINGS:
-        if name in tensors:                                     # a tied head is not
-            tensors[name] = grow(tensors[name], rows)
+    tensors = {}
+    for name, p in model.named_parameters():
+        new = name.replace("vision_tower.", "vision_tower.vision_model.")
+        tensors[new] = grow(p, rows) if name in EMBEDDINGS else p
     dtype = reduce(torch.promote_types, {t.dtype for t in tensors.values()})
 
     with new_folder(out) as temporary:
-        write_configs(temporary, use, model, rows, dtype, ids,
-                      special_tokens(tokenizer, use.template), image)
+        write_configs(temporary, use, model, tokenizer, rows, dtype)
         write_json(temporary / "preprocessor_config.json", preprocessor_config(processor, use.pad))
         write_text(temporary / "tokenizer.json", tokenizer.to_str(pretty=True))
         save_tensors(temporary, tensors, dtype)

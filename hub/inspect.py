@@ -8,8 +8,8 @@ from data import eos_id
 from hub.checkpoint import checkpoints, is_whole, load_model
 from hub.configs import DECODERS, LLAVA_HF, LLAVA_L, OURS, TINY, load_processor, read_config
 from hub.connectors import Connector, configured, image_tokens, read_connector
-from hub.released import PARTS, Place, find_tensors, load_llm, load_vision
-from hub.tensors import open_tensors, weight_files
+from hub.released import PARTS, Place, find_tensors, load_llm, load_vision, read_tensors
+from hub.tensors import weight_files
 from hub.tokenizer import family_template, load_tokenizer
 from model import Decoder, DecoderConfig, VisionConfig, ViT
 
@@ -28,8 +28,7 @@ class InspectFlags:
 
 
 def attempt(problems: list[str], f, *args, **options):
-    """Return f(…), or None after an error of any kind, which is noted: the rest of a folder can
-    still be reported."""
+    """Return f(…), or None after an error, which is noted: the rest is still reported."""
     try:
         return f(*args, **options)
     except Exception as e:
@@ -38,11 +37,10 @@ def attempt(problems: list[str], f, *args, **options):
 
 
 def inspect(folder: str | Path, vision: str | None = None) -> str:
-    """Return the report on a folder. Reads only headers of weights. Raises UserError for an unknown
-    kind of model."""
+    """Return the report on a folder, of a run on its newest checkpoint. Reads only the headers of
+    weights. Raises UserError for an unknown kind of model."""
     folder, problems = Path(folder), []
     if not (folder / "config.json").is_file() and checkpoints(folder):
-        # A run stands for its newest checkpoint.
         folder = checkpoints(folder)[-1]
     c = read_config(folder)
     kind = c.get("model_type")
@@ -64,11 +62,12 @@ def inspect(folder: str | Path, vision: str | None = None) -> str:
     if kind not in TOWERS:
         lines += describe_tokenizer(problems, folder, c)
     if vit or (folder / "preprocessor_config.json").is_file():
-        p = attempt(problems, load_processor, folder, vision)
-        if p and p.stretch:
-            lines.append(("images", f"stretched to {p.crop_size} × {p.crop_size}"))
-        elif p:
-            text = f"shortest edge to {p.size}, centre {p.crop_size} × {p.crop_size}; stage 2 pads first"
+        if p := attempt(problems, load_processor, folder, vision):
+            text = f"{p.crop_size} × {p.crop_size}"
+            if p.stretch:
+                text = f"stretched to {text}"
+            else:
+                text = f"shortest edge to {p.size}, centre {text}; stage 2 pads first"
             lines.append(("images", text))
     lines += [("problem", text) for text in dict.fromkeys(problems)] or [("problems", "none")]
     return "\n".join([str(folder)] + [f"  {heading:11}{text}" for heading, text in lines])
@@ -76,8 +75,7 @@ def inspect(folder: str | Path, vision: str | None = None) -> str:
 
 def load_parts(problems: list[str], folder: Path, kind: str, found,
                vision: str | None) -> tuple[ViT | None, Decoder | None]:
-    """Load what a folder holds onto the meta device: that checks every name and shape, and reads no
-    weights."""
+    """Load a folder onto the meta device: checks every name and shape, and reads no weights."""
     if kind in TOWERS:
         return attempt(problems, load_vision, folder, device="meta", found=found), None
     if kind not in DECODERS:
@@ -87,8 +85,7 @@ def load_parts(problems: list[str], folder: Path, kind: str, found,
         if not is_whole(folder, found):
             return None, None
     # A language model alone, or in a LLaVA without its tower.
-    llm = attempt(problems, load_llm, folder, device="meta", found=found)
-    return None, llm
+    return None, attempt(problems, load_llm, folder, device="meta", found=found)
 
 
 def describe_kind(c: dict) -> list[tuple[str, str]]:
@@ -102,9 +99,9 @@ def describe_kind(c: dict) -> list[tuple[str, str]]:
 def describe_parts(v: VisionConfig | None, t: DecoderConfig | None) -> list[tuple[str, str]]:
     lines = []
     if v:
-        lines.append(("vision",
-                      f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
-                                f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens"))
+        text = (f"{v.num_hidden_layers} layers, width {v.hidden_size}, {v.num_attention_heads} heads, "
+                f"{v.image_size} px in patches of {v.patch_size}: {v.image_tokens} image tokens")
+        lines.append(("vision", text))
     if t:
         keys = f" ({t.num_key_value_heads} of keys)" if t.num_key_value_heads != t.num_attention_heads else ""
         text = (f"{t.num_hidden_layers} layers, width {t.hidden_size}, {t.num_attention_heads} heads{keys}, "
@@ -116,28 +113,26 @@ def describe_parts(v: VisionConfig | None, t: DecoderConfig | None) -> list[tupl
 
 
 def describe_stored(found: dict[str, Place]) -> list[tuple[str, str]]:
-    """A line for each part: the number of its parameters, and their dtypes as stored."""
+    """Return a line for each part: the number of its parameters, and their dtypes as stored."""
     counts, dtypes = dict.fromkeys(PARTS, 0), {part: set() for part in PARTS}
-    for path in {place.path for place in found.values()}:
-        with open_tensors(path, check=False) as f:
-            for name, place in found.items():
-                if place.path == path:
-                    tensor, part = f.get_tensor(place.key), name.split(".")[0]  # mapped, not read
-                    counts[part] += tensor.numel()
-                    dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
-    return [("stored",
-             f"{what}, {counts[part] / 1e6:,.2f} M parameters, {', '.join(sorted(dtypes[part]))}")
-            for part, what in PARTS.items() if counts[part]]
+    for name, tensor in read_tensors(found, check=False):       # mapped, not read
+        part = name.split(".")[0]
+        counts[part] += tensor.numel()
+        dtypes[part].add(str(tensor.dtype).removeprefix("torch."))
+    lines = []
+    for part, count in counts.items():
+        if count:
+            names = ", ".join(sorted(dtypes[part]))
+            lines.append(("stored", f"{PARTS[part]}, {count / 1e6:,.2f} M parameters, {names}"))
+    return lines
 
 
 def describe_tokenizer(problems: list[str], folder: Path, c: dict) -> list[tuple[str, str]]:
-    name = attempt(problems, family_template, folder) or "v1"
-    template = ("template", name if c["model_type"] == OURS
-                else f"{name}, unless --template picks another")
-    tokenizer = attempt(problems, load_tokenizer, folder)
-    if not tokenizer:
-        return [template]
-    attempt(problems, eos_id, tokenizer, name)
-    size = tokenizer.get_vocab_size()
-    first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
-    return [("tokenizer", f"{type(tokenizer.model).__name__}, {size} tokens, a text begins with {first[0]}"), template]
+    lines, name = [], attempt(problems, family_template, folder) or "v1"
+    if tokenizer := attempt(problems, load_tokenizer, folder):
+        attempt(problems, eos_id, tokenizer, name)
+        first = [tokenizer.id_to_token(i) for i in bos_ids(tokenizer)] or ["no token of its own"]
+        kind, size = type(tokenizer.model).__name__, tokenizer.get_vocab_size()
+        lines.append(("tokenizer", f"{kind}, {size} tokens, a text begins with {first[0]}"))
+    note = "" if c["model_type"] == OURS else ", unless --template picks another"
+    return [*lines, ("template", name + note)]

@@ -1,8 +1,7 @@
 """Released files → modules: strict, and with one copy of the weights in memory.
 
 Modules are built on the meta device, which takes no memory. Each tensor is then read from its file,
-checked, cast and put in its place. A tensor that is missing, left over or of another shape is an
-error.
+checked, cast and put in place. One that is missing, left over or of another shape is an error.
 """
 import re
 from collections.abc import Iterator
@@ -21,20 +20,19 @@ from model import Decoder, DecoderConfig, VisionConfig, ViT
 
 PARTS = {"vision_tower": "vision encoder", "multi_modal_projector": "projector",
          "language_model": "language model"}
-# Names in released files → names in `Llava`. Each rule is applied once, in this order. A name that
-# becomes "" is known and not needed. Below vision_tower. the names are CLIP's, below
-# language_model. LLaMA's.
+# Names in released files → names in `Llava`: below vision_tower. CLIP's, below language_model.
+# LLaMA's. Each rule is applied once, in this order. What becomes "" is known and not needed.
 RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r".*(rotary_emb\.inv_freq|position_ids|logit_scale|logit_bias|(visual|text)_projection\.weight)$", ""),
     (r"^text_model\..*", ""),
     (r"^(model\.)?vision_tower\.(_?vision_tower\.)?(vision_model\.)?", "vision_tower."),     # LLaVA, TinyLLaVA
     (r"^vision_model\.|^(?=embeddings\.|encoder\.|pre_layrnorm\.|post_layernorm\.|head\.)", "vision_tower."),
-    (r"^vision_tower\.head\..*", ""),  # SigLIP's pooling
+    (r"^vision_tower\.head\..*", ""),                                           # SigLIP's pooling
     (r"^(model\.)?(multi_modal_projector\.|mm_projector\.|(connector\.)?_connector\.)", "multi_modal_projector."),
     (r"^multi_modal_projector\.(?=weight$|bias$)", "multi_modal_projector.linear_1."),      # one linear map
     (r"^multi_modal_projector\.(\d+)\.", lambda m: f"multi_modal_projector.linear_{int(m[1]) // 2 + 1}."),
     (r"^(multi_modal_projector\.mm_mlp|language_projection)\.", "multi_modal_projector.projector."),     # Q-Formers
-    (r"^query_tokens$", "multi_modal_projector.query_tokens"),  # BLIP-2's
+    (r"^query_tokens$", "multi_modal_projector.query_tokens"),                  # BLIP-2
     (r"^qformer\.(?=layernorm\.)", "multi_modal_projector.bert.embeddings."),
     (r"^qformer\.", "multi_modal_projector.bert."),
     (r"^(multi_modal_projector\.bert\.embeddings)\.layernorm\.", r"\1.LayerNorm."),
@@ -48,31 +46,29 @@ RENAMES = [(re.compile(pattern), new) for pattern, new in [
     (r"^(language_model\..*)\.mlp\.fc2\.", r"\1.mlp.down_proj."),
     (r"^language_model\.model\.final_layernorm\.", "language_model.model.norm."),
 ]]
+# Maps between a Q-Former and its neighbours; how names begin in Meta's, old Phi-2's, … layouts.
 BETWEEN = re.compile(r"multi_modal_projector\.(bert\..*\.crossattention\.self\.(key|value)\.weight|projector\.)")
-OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.",
-                 "gpt_neox.")  # Meta's, old Phi-2's, …
+OTHER_LAYOUTS = ("tok_embeddings.", "layers.", "transformer.", "lm_head.ln.", "gpt_neox.")
 
 
 # -------------------------------------------------------------------------------------------- names
-class Place(NamedTuple):                            # where a tensor is stored
+class Place(NamedTuple):
+    """Where a tensor is stored. rows: its first, its end, and how many are stored; None: all."""
     path: Path
-    key: str                                        # its name in that file
-    # first, end, and how many the stored tensor must have; None: all
+    key: str                                        # the stored tensor's name
     rows: tuple[int, int, int] | None = None
 
 
 def rename(key: str) -> str:
-    """Return our name for a tensor of a released file: "" if it is not needed, `key` itself if it
-    is unknown."""
+    """Return our name for a released tensor: "" if it is not needed, the same if it is unknown."""
     for pattern, new in RENAMES:
         key = pattern.sub(new, key, count=1)
     return key
 
 
 def find_tensors(folder: str | Path) -> dict[str, Place]:
-    """List the tensors of a folder, by their name in `Llava`. Opens every file once: to load
-    several parts of a folder, list it once and pass the result on as `found`. Raises UserError for
-    names of no part."""
+    """Return the tensors of a folder by their name in `Llava`. Opens every file, so list a folder
+    once and pass the result on as `found`. Raises UserError for names of no part."""
     found = {}
     for path in weight_files(Path(folder)):
         with open_tensors(path) as f:
@@ -91,8 +87,7 @@ def find_tensors(folder: str | Path) -> dict[str, Place]:
 
 
 def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
-    """Split Phi-3's fused tensors: q, k, v are rows of one stored tensor, gate and up of
-    another."""
+    """Split Phi-3's fused tensors: the rows of one are q, k and v, those of another gate and up."""
     q, k = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
     fused = {"qkv_proj": [("q_proj", q), ("k_proj", k), ("v_proj", k)],
              "gate_up_proj": [("gate_proj", c.intermediate_size), ("up_proj", c.intermediate_size)]}
@@ -111,9 +106,9 @@ def unfuse(here: dict[str, Place], c: DecoderConfig) -> dict[str, Place]:
 
 # ------------------------------------------------------------------------------------------ tensors
 def read_tensors(places: dict[str, Place], check: bool = True) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, stored tensor), file by file. Do not keep a tensor: it may be a view of the
-    file, and what was read of a mapped file counts as memory in use until the file is closed. So a
-    file is opened anew for every 8 tensors. check: see open_tensors."""
+    """Yield (name, stored tensor), file by file. check: see open_tensors. Do not keep a tensor: it
+    may be a view of the file. What was read of a mapped file counts as memory in use until it is
+    closed, so a file is opened anew for every 8 tensors."""
     by_file = {}
     for name, place in places.items():
         by_file.setdefault(place.path, []).append(name)
@@ -127,15 +122,14 @@ def read_tensors(places: dict[str, Place], check: bool = True) -> Iterator[tuple
 
 def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=None, device="cpu",
          new=lambda name, shape: None) -> None:
-    """Load the tensors under `prefix` into a module built on the meta device, each copied (a mapped
-    file may change or vanish later) and cast. Of a parameter sharded over ranks only this rank's
-    rows are copied.
+    """Load the tensors under `prefix` into a module built on the meta device. Each is copied, since
+    its file may change later, and cast; of a sharded parameter only this rank's rows.
 
     dtype: of all parameters, or a function of a parameter's name; None: as stored. new(name, shape):
     makes a tensor that no file holds yet (LoRA's). Raises UserError if names or shapes differ."""
     what = PARTS.get(prefix, prefix)
     wanted = dict(module.named_parameters())
-    here = {name[len(prefix) + 1:]: place
+    here = {name.removeprefix(prefix + "."): place
             for name, place in found.items() if name.startswith(prefix + ".")}
     if not here:
         raise UserError(f"{source} has no {what}: give the folder of one")
@@ -143,7 +137,7 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
     if isinstance(module, Decoder):
         here, tied = unfuse(here, module.config), module.config.tie_word_embeddings
     if tied:
-        here.pop("lm_head.weight", None)  # some files repeat the embedding table under this name
+        here.pop("lm_head.weight", None)            # some files repeat the embedding table
     made = {name: new(name, p.shape) for name, p in wanted.items() if name not in here}
     made = {name: tensor for name, tensor in made.items() if tensor is not None}
     there = here.keys() | made.keys()
@@ -178,12 +172,10 @@ def fill(module: nn.Module, prefix: str, found: dict[str, Place], source, dtype=
 
 
 # -------------------------------------------------------------------------------------------- parts
-# dtype None: as stored. config None: the folder's. found: what find_tensors(folder) returned; None:
-# list it now.
+# dtype None: as stored. config None: the folder's. found: see find_tensors; None: call it now.
 def load_vision(folder: str | Path, dtype=None, device="cpu", config: VisionConfig | None = None,
                 prepare=lambda module: None, found=None) -> ViT:
-    """Load the vision encoder of a CLIP, SigLIP or LLaVA folder, or of a checkpoint. prepare: see
-    load_llm."""
+    """Load a CLIP's, SigLIP's, LLaVA's or checkpoint's vision encoder. prepare: see load_llm."""
     with torch.device("meta"):
         vit = ViT(config or vision_config(folder))
     prepare(vit)
@@ -204,44 +196,40 @@ def load_llm(folder: str | Path, dtype=None, device="cpu", config: DecoderConfig
 
 def load_projector(folder: str | Path, vision_size: int, hidden_size: int, dtype=None, device="cpu",
                    found=None) -> nn.Module:
-    """Load the connector of a checkpoint, of a whole LLaVA, or of LLaVA's mm_projector.bin
-    alone."""
+    """Load the connector of a checkpoint, a whole LLaVA, or LLaVA's mm_projector.bin alone."""
     found = found or find_tensors(folder)
     c = read_config(folder) if (Path(folder) / "config.json").is_file() else {}
     name = configured(c)
     if "multi_modal_projector.bert.embeddings.word_embeddings.weight" in found:
         raise UserError(f"{folder} has a Q-Former that reads the text too (MIR's), which is not "
-                        "supported; a new one "
-                        f"can start from it: --connector {name} --projector {folder}")
+                        "supported; a new one can start from it: "
+                        f"--connector {name} --projector {folder}")
     with torch.device("meta"):
         projector = make_connector(name, vision_size, hidden_size)
     fill(projector, "multi_modal_projector", found, folder, dtype, device, unit_norm)
     if c.get("model_type") == TINY and c.get("text_config", {}).get("model_type") == "gemma":
-        # TinyLLaVA was trained with transformers 4.40. Its Gemma multiplied all that enters the
-        # first layer by sqrt(hidden size), image tokens too; our decoder, as transformers 5, words
-        # alone. The last map takes the rest.
+        # TinyLLaVA's Gemma (transformers 4.40) multiplied image tokens by sqrt(hidden size) too.
+        # Our decoder, as transformers 5, does so with words alone: the last map takes over.
         for p in list(projector.children())[-1].parameters():
             p.data *= hidden_size ** 0.5
     return projector
 
 
 def unit_norm(name: str, shape: torch.Size) -> Tensor | None:
-    """The norm on a Q-Former's queries where a file has none (TinyLLaVA's): its weights change
-    nothing."""
+    """Return weights that change nothing, for the norm that a TinyLLaVA's Q-Former lacks."""
     if name.startswith("bert.embeddings.LayerNorm."):
         return torch.full(shape, float(name.endswith("weight")))
 
 
 def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
-    """Fill a new Q-Former from the one in `folder`: BLIP-2's, a LLaVA's or a checkpoint's. Returns
-    the maps from another vision encoder or to another language model, which stay new. What reads
-    text there is left out. Raises UserError for any other difference."""
+    """Fill a new Q-Former from that of a BLIP-2, LLaVA or checkpoint; what reads text there is left
+    out. Returns the maps from another vision encoder or to another language model, which stay new.
+    Raises UserError for any other difference."""
     prefix, own = "multi_modal_projector.", dict(qformer.named_parameters())
     found = {name: place for name, place in find_tensors(folder).items()
              if name.removeprefix(prefix) in own}
-    shapes = {name: tensor.shape for name, tensor in read_tensors(found, check=False)}
-    for name, shape in shapes.items():
-        if BETWEEN.match(name) and shape != own[name.removeprefix(prefix)].shape:
+    for name, tensor in read_tensors(dict(found), check=False):
+        if BETWEEN.match(name) and tensor.shape != own[name.removeprefix(prefix)].shape:
             del found[name]
     left = [name for name in own if BETWEEN.match(prefix + name) and prefix + name not in found]
     fill(qformer, "multi_modal_projector", found, folder,
@@ -250,8 +238,7 @@ def start_qformer(qformer: nn.Module, folder: str | Path) -> list[str]:
 
 
 def load_moca(folder: str | Path, llm: Decoder, dtype=None, device="cpu", found=None) -> None:
-    """Add to `llm` the MoCa layers that a stage-1 checkpoint stores beside its projector, if it
-    stores any."""
+    """Add to `llm` the MoCa layers that a stage-1 checkpoint may store beside its projector."""
     found = found or find_tensors(folder)
     if any(name.startswith("language_model.moca.") for name in found):
         with torch.device("meta"):

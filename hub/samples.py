@@ -2,10 +2,9 @@
 
     data.json ─ elements (.jsonl: lines) ─→ samples ─ entry ─→ .data.json.index ─ mapped ─→ SampleFile
 
-The index is made once, by reading the file from end to end, and is valid for one size and
-modification time of it. It holds what a run needs of all samples at its start: lengths, images,
-which are malformed. Every process of a machine maps the same pages of it, and reads a sample from
-the file when it is used.
+The index is made once, by reading the file from end to end, and is valid for its size and
+modification time. It holds what a run needs of all samples at its start: lengths, images, which are
+malformed. All processes of a machine map the same pages of it. A sample is read when it is used.
 """
 import codecs
 import contextlib
@@ -31,11 +30,10 @@ SAMPLES = "a non-empty list of samples [{id, image, conversations}, …]"
 BLOCK = 1 << 22                                                 # bytes read at a time
 DECODE = json.JSONDecoder().raw_decode
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")                         # as JSON defines it
-# VERSION, the data's size, mtime and crc, crc of the entries
-HEADER = struct.Struct("<8sqqII")
+HEADER = struct.Struct("<8sqqII")   # VERSION, the data's size, mtime and crc, crc of the entries
 VERSION = b"samples2"
 ENTRY = np.dtype([("start", "<u8"), ("size", "<u4"),            # in bytes
-                  ("image", "<u8"),  # image_key of its file; 0: text alone
+                  ("image", "<u8"),                             # image_key; 0: text alone
                   ("characters", "<u4"),                        # of all its turns
                   ("answered", "?"), ("malformed", "?")])
 
@@ -111,15 +109,14 @@ class Window:
 
     def peek(self) -> str:
         """Skip white space and return the next character; "" at the end of the file."""
-        self.advance(WHITE_SPACE.match(self.text, self.at).end())
-        while self.at == len(self.text) and not self.ended:
-            self.more(self.block)
+        while True:
             self.advance(WHITE_SPACE.match(self.text, self.at).end())
-        return self.text[self.at:self.at + 1]
+            if self.at < len(self.text) or self.ended:
+                return self.text[self.at:self.at + 1]
+            self.more(self.block)
 
     def value(self):
-        """Read the JSON value that begins here. Raises ValueError with the byte that is not
-        JSON."""
+        """Read the JSON value that begins here. Raises ValueError with the byte that is invalid."""
         size = self.block
         while True:
             try:
@@ -137,31 +134,28 @@ class Window:
             except RecursionError:
                 raise ValueError(f"nested too deeply: byte {self.start}") from None
             self.more(size)
-            # Twice as much each time: a long value is retried a few times only.
-            size *= 2
+            size *= 2                                           # so a long value is retried rarely
 
 
 def elements(file, path: Path, block: int = BLOCK) -> Iterator[tuple]:
-    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError with an
-    invalid byte."""
+    """Yield (first byte, bytes, value) of each element of a JSON list. Raises UserError."""
     window = Window(file, block)
     try:
-        if window.peek() != "[":
+        mark = window.peek()
+        if mark != "[":
             window.value()
             raise UserError(f"{path} is not {SAMPLES}; a file with a sample a line is called .jsonl")
-        window.advance(window.at + 1)
-        mark = window.peek()
-        if mark == "]":
-            window.advance(window.at + 1)
         while mark != "]":
-            window.peek()
+            window.advance(window.at + 1)                       # past the mark
+            if window.peek() == "]" and mark == "[":
+                break                                           # an empty list
             start = window.start
             value = window.value()
             yield start, window.start - start, value
             mark = window.peek()
             if mark not in (",", "]"):
                 raise ValueError(f"Expecting ',' or ']': byte {window.start}")
-            window.advance(window.at + 1)
+        window.advance(window.at + 1)
         if window.peek():
             raise ValueError(f"Extra data: byte {window.start}")
     except ValueError as e:
@@ -183,8 +177,7 @@ def lines(file, path: Path) -> Iterator[tuple]:
 
 # --------------------------------------------------------------------------------------- its index
 def make_index(path: Path) -> bytes:
-    """Return the index of a file: HEADER and an ENTRY a sample. Raises UserError if it has no
-    samples."""
+    """Return the index of a file: HEADER and an ENTRY a sample. Raises UserError if it is empty."""
     parts = []
     with open(path, "rb") as file:
         stat = os.fstat(file.fileno())
@@ -202,22 +195,19 @@ def make_index(path: Path) -> bytes:
 
 
 def write_index(path: Path, place: Path, index: bytes) -> None:
-    """Write an index whole or not at all: other processes may read and write there at the same
-    time."""
+    """Write an index whole or not at all: other processes may read and write there meanwhile."""
     place.parent.mkdir(parents=True, exist_ok=True)
     left = list(place.parent.glob(f"{place.name}.*.tmp"))
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp", delete=False) as out:
         lock(out)
-        # If nobody has locked it, it is what a killed process left.
         for other in left:
             with contextlib.suppress(OSError), open(other, "a") as file:
-                if lock(file):
+                if lock(file):                                  # else its process still writes
                     other.unlink()
         try:
             out.write(index)
             out.flush()
-            # Who may read the data may read its index.
-            os.chmod(out.name, path.stat().st_mode & 0o666)
+            os.chmod(out.name, path.stat().st_mode & 0o666)     # as readable as the data
             os.replace(out.name, place)
         except BaseException:
             Path(out.name).unlink(missing_ok=True)
@@ -225,8 +215,7 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
 
 
 def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
-    """Map the entries of an index; return them and the crc of the data. None if it is absent,
-    damaged, or not of this state of the file."""
+    """Map an index, see open_index; None if it is absent, damaged or of another state of a file."""
     stat = path.stat()
     try:
         with open(place, "rb") as f:
@@ -239,9 +228,8 @@ def read_index(path: Path, place: Path) -> tuple[np.ndarray, int] | None:
 
 
 def open_index(path: Path) -> tuple[np.ndarray, int]:
-    """Map the index of a file: (samples,) of ENTRY, and the crc of the file. Made on first use,
-    beside the file or, where that folder cannot be written, in the user's cache. Raises UserError
-    if neither has room."""
+    """Map the index of a file: (samples,) of ENTRY, and the file's crc. The first use writes it,
+    beside the file or else in the user's cache. Raises UserError if neither can be written."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoalign"
     name = hashlib.blake2b(str(path.resolve()).encode(), digest_size=8).hexdigest()
     places = [path.with_name(f".{path.name}.index"), cache / f"{name}.index"]
@@ -264,9 +252,7 @@ def open_index(path: Path) -> tuple[np.ndarray, int]:
 
 # ------------------------------------------------------------------------------------- its samples
 class SampleFile:
-    """file[i] → a sample, read on access. numbers (n,): which samples of the file these are.
-
-    A copy in another process (a spawned worker) maps the same index again."""
+    """file[i] → a sample, read on access. numbers (n,): which samples of the file these are."""
     def __init__(self, path: str | Path, numbers: np.ndarray | None = None):
         self.path = Path(path)
         refuse_device(path)
@@ -277,7 +263,7 @@ class SampleFile:
         self.entries, self.crc = open_index(self.path)
         self.numbers = np.arange(len(self.entries), dtype=np.int32) if numbers is None else numbers
 
-    def __reduce__(self):
+    def __reduce__(self):               # a copy in a spawned worker maps the same index again
         return SampleFile, (self.path, self.numbers)
 
     def __len__(self) -> int:
@@ -309,15 +295,13 @@ class SampleFile:
         return np.isin(self.column("image"), np.array([image_key(n) for n in names], np.uint64))
 
     def lengths(self) -> np.ndarray:
-        """Return the characters of each sample, (n,) int32, negative for text alone: enough to
-        batch samples of about the same length."""
+        """Return (n,) int32: characters of each sample, negative for text alone, for data.Order."""
         size = np.maximum(self.column("characters"), 1).astype(np.int32)
         return np.where(self.column("image") != 0, size, -size)
 
 
 def read_samples(path: str | Path) -> tuple[SampleFile, int]:
     """Return the samples of a LLaVA JSON or JSONL file that have an answer, and how many have none.
-
     Raises UserError with the number and id of the first malformed sample."""
     samples = SampleFile(path)
     malformed = np.flatnonzero(samples.column("malformed"))
@@ -335,20 +319,20 @@ def read_questions(path: str | Path, images: str | Path | None) -> list[dict]:
     """Read JSONL of {question_id, image, text, answer, category}. All but `text` may be absent:
     then the line's number, no image, no answer, "all". Raises UserError with the invalid line."""
     rows, seen = [], set()
-    for n, r in enumerate(read_jsonl(Path(path)), 1):
+    for n, r in enumerate(read_jsonl(path), 1):
+        where = f"{path} line {n}"
         if not isinstance(r, dict) or not isinstance(r.get("text"), str):
-            raise UserError(f"{path} line {n} lacks a text, the question")
+            raise UserError(f"{where} lacks a text, the question")
         r = {"question_id": n, "image": None, "answer": None, "category": "all", **r}
         if str(r["question_id"]) in seen:
-            raise UserError(f"{path} line {n}: question_id {r['question_id']!r} is there twice")
+            raise UserError(f"{where}: question_id {r['question_id']!r} is there twice")
         seen.add(str(r["question_id"]))
         if not isinstance(r["image"], str | None):
-            raise UserError(f"{path} line {n} has image {str(r['image'])[:60]}: give the name "
-                            "of one file")
+            raise UserError(f"{where} has image {str(r['image'])[:60]}: give the name of one file")
         if r["image"] is not None and images is None:
-            raise UserError(f"{path} line {n} names an image: say with --images in which "
-                            "folder it is")
+            raise UserError(f"{where} names an image: say with --images in which folder it is")
         rows.append(r)
+
     if not rows:
         raise UserError(f"{path} is empty: it holds no question")
     named = [r["image"] for r in rows if r["image"] is not None]

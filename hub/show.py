@@ -60,18 +60,18 @@ def show_sample(samples: Samples, i: int) -> str:
             f"<article><div>{picture}</div><div>{' '.join(boxes)}</div></article></section>\n")
 
 
-def sample_page(path: str, images: str | None, llm: str, vision: str, template: str, max_length: int,
-                count: int, vdep: bool) -> str:
-    """Return the page of the first `count` samples of a file. vdep: after each with an image the same in VDEP mode."""
+def sample_page(path: str, cfg) -> str:
+    """Return the page of the first --show samples of a file. cfg: hub/check.py's CheckFlags."""
     file = read_samples(path)[0]
-    if file.column("image").any() and images is None:
+    if file.column("image").any() and cfg.images is None:
         raise UserError(f"{path} names images: say with --images in which folder they are")
-    text = Format(template, vision_config(vision).image_tokens, max_length, pad=template != "plain")
-    samples = Samples(file, images or ".", load_tokenizer(llm), load_processor(vision), text)
-    title = f"{Path(path).name} as the model gets it, template {template}"
+    text = Format(cfg.template, vision_config(cfg.vision).image_tokens, cfg.max_length,
+                  pad=cfg.template != "plain")
+    samples = Samples(file, cfg.images or ".", load_tokenizer(cfg.llm), load_processor(cfg.vision), text)
+    title = f"{Path(path).name} as the model gets it, template {cfg.template}"
     parts = [HEAD.replace("TITLE", escape(title))]
-    for i in range(min(count, len(samples))):
+    for i in range(min(cfg.show, len(samples))):
         parts.append(show_sample(samples, i))
-        if vdep and file[i].get("image") is not None:
-            parts.append(show_sample(samples, i + len(samples)))
+        if cfg.vdep and file[i].get("image") is not None:
+            parts.append(show_sample(samples, i + len(samples)))                # the same one in VDEP mode
     return "".join(parts)

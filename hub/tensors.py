@@ -18,25 +18,19 @@ from common.flags import UserError
 from common.parallel import whole
 
 CODE_VERSION = 1                    # of our checkpoints
-# Beside a checkpoint's weights: the name of a tensor → its digest.
-DIGESTS = "digests.json"
-FLOATS = torch.float32, torch.bfloat16, torch.float16, torch.float64
-ITEM_BYTES = {**dict.fromkeys("BOOL U8 I8 F8_E4M3 F8_E5M2".split(), 1),
-              **dict.fromkeys("I16 U16 F16 BF16".split(), 2),
-              **dict.fromkeys("I32 U32 F32".split(), 4),
-              **dict.fromkeys("I64 U64 F64 C64".split(), 8)}
-MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
+DIGESTS = "digests.json"            # beside a checkpoint's weights: name of a tensor → its digest
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+ITEM_BYTES = dict(BOOL=1, U8=1, I8=1, F8_E4M3=1, F8_E5M2=1, I16=2, U16=2, F16=2, BF16=2, I32=4,
+                  U32=4, F32=4, I64=8, U64=8, F64=8, C64=8)
+MAX_HEADER = 100_000_000            # bytes; the library refuses a longer one too
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise UserError unless the file is as long as its header says. (The library's own messages
-    name no cause.)"""
+    """Raise UserError unless a file is as long as its header says. (The library names no cause.)"""
     check_download(path)
     size = path.stat().st_size
     with open(path, "rb") as f:
-        # The header's length; the header follows.
-        length = struct.unpack("<Q", f.read(8))[0]
+        length = struct.unpack("<Q", f.read(8))[0]              # of the header, which follows
         if length <= MAX_HEADER and size < 8 + length:
             raise UserError(f"{path} is cut off in its header ({size} bytes): download it again")
         header = f.read(length) if length <= MAX_HEADER else b""
@@ -49,19 +43,16 @@ def check_safetensors(path: Path) -> None:
 
 
 def header_problem(header, size: int, start: int) -> str | None:
-    """Return what is wrong with the header of a safetensors file, or None. size: the bytes after
-    it, from `start`. Tensors must fill those bytes one after the other, each with as many as its
-    shape says."""
+    """Return what is wrong with the header of a safetensors file, or None. Tensors must fill the
+    `size` bytes after it, from `start`, one after the other, each with what its shape takes."""
     spans = []
-    for name, t in header.items() if isinstance(header, dict) else [("", None)]:
+    for name, t in header.items() if isinstance(header, dict) else [("", {})]:
         if name == "__metadata__":
             continue
-        fields = [t.get(k) for k in ("dtype", "shape", "data_offsets")] if isinstance(t, dict) else []
-        if len(fields) != 3 or not isinstance(fields[0], str) or not all(
-                isinstance(f, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in f)
-                for f in fields[1:]):
+        fields = t if isinstance(t, dict) else {}
+        dtype, shape, offsets = (fields.get(k) for k in ("dtype", "shape", "data_offsets"))
+        if not (isinstance(dtype, str) and is_sizes(shape) and is_sizes(offsets)):
             return f"is not a safetensors file (unreadable header, at {name[:60]!r})"
-        dtype, shape, offsets = fields
         if dtype not in ITEM_BYTES:
             return f"holds {name[:60]} in {dtype[:20]!r}, a dtype that is not known"
         spans.append((offsets, math.prod(shape) * ITEM_BYTES[dtype], name))
@@ -76,16 +67,19 @@ def header_problem(header, size: int, start: int) -> str | None:
     return None
 
 
+def is_sizes(value) -> bool:
+    """True for a list of numbers that sizes and offsets can have."""
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 1 << 48 for n in value)
+
+
 def is_mapped(path: Path) -> bool:
-    """True if tensors are read from the file on access. A .bin from before PyTorch 1.6 is no zip:
-    it is read whole."""
+    """True if tensors are read on access. A .bin from before PyTorch 1.6 is no zip: read whole."""
     with open(path, "rb") as f:
         return path.suffix == ".safetensors" or f.read(2) == b"PK"
 
 
 def read_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a .bin file, mapped into memory where its format allows. Raises
-    UserError for anything but a dict of tensors; no code in the file is run."""
+    """Return the tensors of a .bin file. Raises UserError for anything but a dict of tensors."""
     value = unpickle(path)
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a dict of tensors but a {type(value).__name__}")
@@ -103,25 +97,22 @@ def unpickle(path: Path):
     """Return what torch.save wrote, mapped into memory where its format allows; no code in it is
     run. Raises UserError for any other file, and for a packed one, which could fill the memory."""
     check_download(path)
-    zipped = is_mapped(path)
+    size, unpacked, zipped = path.stat().st_size, 0, is_mapped(path)
+    if zipped and not zipfile.is_zipfile(path):
+        raise UserError(f"{path} is cut off ({size} bytes): download it again")
     try:
-        if zipped and not zipfile.is_zipfile(path):
-            raise UserError(f"{path} is cut off ({path.stat().st_size} bytes): download it again")
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 unpacked = sum(entry.file_size for entry in archive.infolist())
-            if unpacked > path.stat().st_size:
-                raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save "
-                                "packs nothing")
-        return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
-    except UserError:
-        raise
+        if unpacked <= size:
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} holds Python objects other than tensors, and loading those can "
                         "run code: re-save it as safetensors on a machine you trust") from None
     except Exception as e:                                      # a spoiled pickle raises anything
         reason = (str(e).splitlines() or [type(e).__name__])[0][:80]
         raise UserError(f"{path} cannot be read ({reason}): download it again") from None
+    raise UserError(f"{path} unpacks to {unpacked:,} bytes, but torch.save packs nothing")
 
 
 @contextlib.contextmanager
@@ -136,9 +127,9 @@ def open_tensors(path: Path, check: bool = True) -> Iterator:
             def get_tensor(name: str) -> torch.Tensor:
                 tensor = f.get_tensor(name)
                 if name in wanted and wanted[name] != digest(tensor):
-                    raise UserError(f"{path}: {name} is not what was saved, by its digest in {DIGESTS}: take another "
-                                    f"checkpoint, or remove {DIGESTS} if you changed the "
-                                    "tensor yourself")
+                    raise UserError(f"{path}: {name} is not what was saved, by its digest in "
+                                    f"{DIGESTS}: take another checkpoint, or remove {DIGESTS} if "
+                                    "you changed the tensor yourself")
                 return tensor
             yield SimpleNamespace(keys=f.keys, get_tensor=get_tensor)
     else:
@@ -147,21 +138,18 @@ def open_tensors(path: Path, check: bool = True) -> Iterator:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Return the CRC-32 of a tensor's bytes: it shows a single changed bit, and reads 5 GB a
-    second."""
+    """Return the CRC-32 of a tensor's bytes: shows a single changed bit, at 5 GB a second."""
     return f"{zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy()):08x}"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """True if no number of a tensor is NaN or infinite. One pass without a copy: NaN is both least
-    and greatest."""
+    """True if no number is NaN or infinite. One pass, no copy: NaN is both least and greatest."""
     return tensor.numel() == 0 or all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
 def check_weight(path: Path, key: str, tensor: torch.Tensor, read: bool) -> None:
-    """Raise UserError for a stored tensor that is no weight: it is not of floats, or not finite. read: False leaves
-    its numbers unread."""
-    if tensor.dtype not in FLOATS:
+    """Raise UserError unless a stored tensor is of floats and (checked only if `read`) finite."""
+    if tensor.dtype not in DTYPES:
         kind = str(tensor.dtype).removeprefix("torch.")
         if tensor.itemsize == 1:
             kind += ": 8-bit weights are not supported"
@@ -173,29 +161,27 @@ def check_weight(path: Path, key: str, tensor: torch.Tensor, read: bool) -> None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold a folder's weights; safetensors win over .bin. Raises UserError if
-    there are none. Never matches *.bin: optimizer states end in .bin too."""
+    """Return the files of a folder's weights; safetensors win over .bin. Raises UserError if there
+    are none. Does not match *.bin: optimizer states end in .bin too."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         single, index = folder / name, folder / f"{name}.index.json"
         if single.is_file():
             return [single]
         if index.is_file():
             places = read_json(index, dict).get("weight_map")
-            if not isinstance(places, dict) or not all(isinstance(shard, str)
-                                                       for shard in places.values()):
+            shards = list(places.values()) if isinstance(places, dict) else [None]
+            if not all(isinstance(shard, str) for shard in shards):
                 raise UserError(f"{index} has no weight_map of file names: download it again")
-            shards = sorted(set(places.values()))
+            shards = sorted(set(shards))
             absent = [s for s in shards if not (folder / s).is_file()]
             if absent:
                 raise UserError(f"{index} names {len(absent)} of {len(shards)} shards that are not "
                                 f"there: {', '.join(absent[:3])}; download them too")
             return [folder / s for s in shards]
-    # TinyLLaVA Factory keeps each part in a folder of its own; LLaVA's stage 1 saves the projector
-    # alone.
-    names = [f"{part}/pytorch_model.bin"
-             for part in ("language_model", "vision_tower", "connector")]
-    parts = [folder / name for name in [*names, "mm_projector.bin"] if (folder / name).is_file()]
-    if parts:
+    # TinyLLaVA Factory has a folder for each part; LLaVA's stage 1 saves the projector alone.
+    names = ("language_model/pytorch_model.bin", "vision_tower/pytorch_model.bin",
+             "connector/pytorch_model.bin", "mm_projector.bin")
+    if parts := [folder / name for name in names if (folder / name).is_file()]:
         return parts
     holds = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else "nothing: it does not exist"
     raise UserError(f"{folder} has no model.safetensors, pytorch_model.bin or index of shards; it holds {holds}")
@@ -203,28 +189,26 @@ def weight_files(folder: Path) -> list[Path]:
 
 def save_tensors(folder: Path, tensors: dict[str, torch.Tensor], dtype: torch.dtype | None = None,
                  write: bool = True, limit: float = 5e9) -> dict[str, str]:
-    """Write model.safetensors, or shards of at most `limit` bytes with an index, as the Hugging
-    Face hub has them.
-
-    dtype, write: see write_tensors. Returns the digest of each tensor written."""
-    shards, size, total, digests = [[]], 0, 0, {}
+    """Write model.safetensors, or shards of at most `limit` bytes with an index, as on the Hugging
+    Face hub. dtype, write: see write_tensors. Returns the digest of each tensor written."""
+    sizes = {name: t.numel() * (dtype or t.dtype).itemsize for name, t in tensors.items()}
+    shards, size = [{}], 0
     for name, t in tensors.items():
-        bytes_ = t.numel() * (dtype or t.dtype).itemsize
-        if shards[-1] and size + bytes_ > limit:
-            shards.append([])
+        if shards[-1] and size + sizes[name] > limit:
+            shards.append({})
             size = 0
-        shards[-1].append(name)
-        size += bytes_
-        total += bytes_
-    places = {}
-    for n, names in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{n:05}-of-{len(shards):05}.safetensors"
-        digests |= write_tensors(folder / file, {name: tensors[name] for name in names}, dtype,
-                                 write)
-        places |= dict.fromkeys(names, file)
-    if write and len(shards) > 1:
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": {"total_size": total}, "weight_map": places})
+        shards[-1][name] = t
+        size += sizes[name]
+    if len(shards) == 1:
+        return write_tensors(folder / "model.safetensors", tensors, dtype, write)
+    places, digests = {}, {}
+    for n, shard in enumerate(shards, 1):
+        file = f"model-{n:05}-of-{len(shards):05}.safetensors"
+        digests |= write_tensors(folder / file, shard, dtype, write)
+        places |= dict.fromkeys(shard, file)
+    if write:
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        write_json(folder / "model.safetensors.index.json", index)
     return digests
 
 
@@ -235,29 +219,26 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], dtype: torch.dty
     dtype: cast to it; None: as they are. Tensors sharded over ranks are gathered one by one: every
     rank must call, with write=False on all but the one that writes. The bytes are those of the
     library's save_file. Returns the digest of each tensor written."""
-    def kind(name: str) -> torch.dtype:
-        return dtype or tensors[name].dtype
-    # Wide ones first: then all are aligned.
-    order = sorted(tensors, key=lambda name: (-kind(name).itemsize, name))
+    kinds = {name: dtype or t.dtype for name, t in tensors.items()}
+    order = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name))   # so all are aligned
     digests = {}
     if not write:
         for name in order:
             whole(tensors[name].detach())
         return digests
 
-    # 8 bytes with the length of the header, the header as JSON, padded to 8 bytes, then the
-    # tensors.
+    # The length of the header in 8 bytes, the header as JSON padded to 8 bytes, the tensors.
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name in order:
-        begin, end = end, end + tensors[name].numel() * kind(name).itemsize
-        header[name] = {"dtype": DTYPES[kind(name)], "shape": list(tensors[name].shape),
+        begin, end = end, end + tensors[name].numel() * kinds[name].itemsize
+        header[name] = {"dtype": DTYPES[kinds[name]], "shape": list(tensors[name].shape),
                         "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in order:
-            full = whole(tensors[name].detach()).to("cpu", kind(name)).contiguous()
+            full = whole(tensors[name].detach()).to("cpu", kinds[name]).contiguous()
             digests[name] = digest(full)
             f.write(full.reshape(-1).view(torch.uint8).numpy())
     return digests

@@ -17,20 +17,22 @@ from common.templates import FAMILY_TEMPLATE, TOKEN_TEMPLATES
 from common.text import SPACE
 from hub.configs import read_config
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4       # SentencePiece's types of pieces
+# Numbers in sentencepiece_model.proto: types of pieces, fields of trainer and normalizer.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
+MODEL_TYPE, SPACE_BEHIND, BYTE_FALLBACK = 3, 24, 35
+CHARSMAP, PREFIX, REMOVE_SPACES, ESCAPE_SPACES = 2, 3, 4, 5
 
 
 def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits: bool = True) -> Tokenizer:
     """Return the tokenizer of a folder. Raises UserError if it is missing, cannot be read, or
-    (fits) has ids that the model does not embed. plain_specials: <s>, </s> and their like in a
-    user's text are text; None: as the checkpoint was trained, else control tokens, as LLaVA-1.5 has
-    them.
+    (fits) has ids that the model does not embed.
 
-    Llama's family prefers tokenizer.model: what its tokenizer.json says about spaces depends on the
-    version of transformers that wrote it. The others prefer tokenizer.json."""
+    plain_specials: <s>, </s> and their like in a user's text are text, else control tokens as in
+    LLaVA-1.5; None: as the checkpoint was trained. Llama's family prefers tokenizer.model: what
+    its tokenizer.json says about spaces depends on the version of transformers that wrote it."""
     folder = Path(folder)
-    model, fast, vocab, merges = (folder / name for name in (
-        "tokenizer.model", "tokenizer.json", "vocab.json", "merges.txt"))
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
     for path in (model, fast, vocab, merges):
         if path.is_file():
             check_download(path, "a tokenizer", least=0)
@@ -48,42 +50,39 @@ def load_tokenizer(folder: str | Path, plain_specials: bool | None = None, fits:
         check_patterns(tokenizer, fast)
     elif vocab.is_file() and merges.is_file():
         if family in ("qwen2", "llama") and (folder / "config.json").is_file():
-            raise UserError(f"{folder} has vocab.json with merges.txt, which do not say how the tokenizers of {family} "
-                            "split a text: copy tokenizer.json there too")
+            raise UserError(f"{folder} has vocab.json with merges.txt, which do not say how the "
+                            f"tokenizers of {family} split a text: copy tokenizer.json there too")
         tokenizer = read_gpt2(vocab, merges)
         add_extra_tokens(tokenizer, folder)
     else:
         raise UserError(f"{folder} has no tokenizer.json, tokenizer.model or vocab.json with "
                         "merges.txt: copy it there from where the weights came from")
+    # Settings that a file may leave as it likes, and whether its ids fit the embedding table.
     if getattr(tokenizer.model, "dropout", None):
-        # random merges: the same text would get other ids
-        tokenizer.model.dropout = None
+        tokenizer.model.dropout = None          # random merges: the same text would get other ids
     if plain_specials is None:
         plain_specials = bool(c.get("plain_specials"))
     tokenizer.encode_special_tokens = plain_specials
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     rows, vocabulary = c.get("vocab_size"), tokenizer.get_vocab()
     last = max(vocabulary, key=vocabulary.get, default="")
     if fits and isinstance(rows, int) and vocabulary and vocabulary[last] >= rows:
-        raise UserError(f"{folder}: the tokenizer has {last[:40]!r} as {vocabulary[last]}, but "
-                        "the model embeds "
-                        f"{rows} tokens: they are not of one model")
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+        raise UserError(f"{folder}: the tokenizer has {last[:40]!r} as {vocabulary[last]}, but the "
+                        f"model embeds {rows} tokens: they are not of one model")
     return tokenizer
 
 
+
 def language_config(folder: Path) -> dict:
-    """Return the part of a folder's config.json that is of its language model; without the file,
-    LLaMA's."""
+    """Return the language model's part of a folder's config.json; LLaMA's if there is no file."""
     c = read_config(folder) if (folder / "config.json").is_file() else {"model_type": "llama"}
     top = {name: c.get(name) for name in ("model_type", "template", "plain_specials")}
     return {**top, **(c.get("text_config") or c)}
 
 
 def family_template(folder: str | Path) -> str:
-    """Return the template that a folder's config.json names (our checkpoints and exports do), else
-    the one that its language model was tuned with; v1 for all others. Raises UserError if the
-    tokenizer cannot be read."""
+    """Return the template of config.json, else the one the language model was tuned with, or v1."""
     folder = Path(folder)
     c = language_config(folder)
     if c.get("template"):
@@ -104,17 +103,15 @@ def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
     """Raise UserError if a text is split by a regular expression that repeats a group, such as
     (a+)+: the time that one takes can double with every character."""
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
-        for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"',
-                                part.__getstate__().decode() if part else ""):
+        state = part.__getstate__().decode() if part else ""
+        for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"', state):
             if re.search(r"(?<!\\)\)[*+{]", json.loads(f'"{regex}"')):
-                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a "
-                                "group and may take for ever: it belongs to none of the "
-                                "supported families")
+                raise UserError(f"{path} splits text by {regex[:60]}, which repeats a group and "
+                                "may take for ever: it belongs to none of the supported families")
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
-    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError if they do not
-    fit."""
+    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError."""
     try:
         tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
     except Exception as e:
@@ -122,17 +119,15 @@ def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if tokenizer.token_to_id("<|endoftext|>") is not None:
-        # It is in vocab.json, and never part of a text.
-        tokenizer.add_special_tokens(["<|endoftext|>"])
+        tokenizer.add_special_tokens(["<|endoftext|>"])         # in vocab.json, never in a text
     return tokenizer
 
 
 def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     """Add the tokens that added_tokens.json and tokenizer_config.json put behind a vocabulary, in
     order of their ids. They are found in a text before it is normalized, as in transformers."""
-    plain, config = (read_json(path, dict) if path.is_file() else {}
-                     for path in (folder / "added_tokens.json", folder / "tokenizer_config.json"))
-    extra = {}
+    files, extra = [folder / "added_tokens.json", folder / "tokenizer_config.json"], {}
+    plain, config = (read_json(path, dict) if path.is_file() else {} for path in files)
     try:
         for token, i in plain.items():
             extra[int(i)] = AddedToken(token, normalized=False)
@@ -141,23 +136,21 @@ def add_extra_tokens(tokenizer: Tokenizer, folder: Path) -> None:
             extra[int(i)] = AddedToken(t["content"], normalized=False, **flags)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as e:
         raise UserError(f"{folder}: added_tokens.json or tokenizer_config.json does not list "
-                        "tokens as "
-                        f"transformers does ({e}): download them again") from None
+                        f"tokens as transformers does ({e}): download them again") from None
     known = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
     for i, token in sorted(extra.items()):
         if token.content not in known:
             tokenizer.add_tokens([token])
         got = tokenizer.token_to_id(token.content)
         if got != i:
-            raise UserError(f"{folder}: added token {token.content!r} has number {i}, but "
-                            "with this "
-                            f"vocabulary it would be {got}: download the files of one tokenizer")
+            raise UserError(f"{folder}: added token {token.content!r} has number {i}, but with "
+                            f"this vocabulary it would be {got}: download the files of one "
+                            "tokenizer")
 
 
 # ---------------------------------------------------------------------------------- SentencePiece
 def read_message(data: bytes) -> Iterator[tuple]:
-    """Yield (number, int or bytes) of each field of a protobuf message. Raises IndexError if it is
-    cut off."""
+    """Yield (number, int or bytes) of each field of a protobuf message; IndexError if cut off."""
     at = 0
 
     def varint() -> int:
@@ -184,8 +177,7 @@ def read_message(data: bytes) -> Iterator[tuple]:
 
 
 def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
-    """Return pieces (text, score, type), and the fields of trainer and normalizer. Raises
-    UserError."""
+    """Return pieces (text, score, type), and fields of trainer and normalizer. Raises UserError."""
     data = path.read_bytes()
     pieces, trainer, normalizer = [], {}, {}
     try:
@@ -210,19 +202,18 @@ def read_model(path: Path) -> tuple[list[tuple[str, float, int]], dict, dict]:
 
 
 def read_sentencepiece(path: Path) -> Tokenizer:
-    """Convert a SentencePiece BPE model to a Tokenizer of the same ids. Raises UserError if it
-    cannot."""
+    """Convert a SentencePiece BPE model to a Tokenizer of the same ids. Raises UserError."""
     pieces, trainer, normalizer = read_model(path)
     special = [p for p, _, kind in pieces if kind in (UNKNOWN, CONTROL)]
     user = [p for p, _, kind in pieces if kind == USER_DEFINED]
     unknown = next(p for p, _, kind in pieces if kind == UNKNOWN)
-    prefix = bool(normalizer.get(3, True))                      # a space is put in front of a text
+    prefix = bool(normalizer.get(PREFIX, True))                 # a space is put in front of a text
+    other_spaces = not normalizer.get(ESCAPE_SPACES, True) or trainer.get(SPACE_BEHIND)
     for refused, what in [
-            (trainer.get(3) != 2, "is not a BPE model (but unigram, word or char)"),
-            (normalizer.get(2), "changes characters by a table (charsmap)"),
-            (normalizer.get(4, True), "removes extra spaces"),
-            (not normalizer.get(5, True)
-             or trainer.get(24), "writes spaces in another way than Llama's"),
+            (trainer.get(MODEL_TYPE) != 2, "is not a BPE model (but unigram, word or char)"),
+            (normalizer.get(CHARSMAP), "changes characters by a table (charsmap)"),
+            (normalizer.get(REMOVE_SPACES, True), "removes extra spaces"),
+            (other_spaces, "writes spaces in another way than Llama's"),
             (prefix and user, "has both user-defined symbols and a space put in front of a text")]:
         if refused:
             raise UserError(f"{path} {what}, which is not supported: use the model's "
@@ -233,16 +224,14 @@ def read_sentencepiece(path: Path) -> Tokenizer:
     vocab = {piece: i for i, (piece, _, _) in enumerate(pieces)}
     ranked = []
     for piece, score, kind in pieces:
-        if kind != NORMAL:
-            continue
         for n in range(1, len(piece)):
             left, right = piece[:n], piece[n:]
-            if left in vocab and right in vocab:
+            if kind == NORMAL and left in vocab and right in vocab:
                 ranked.append((-score, -len(left), -len(right), left, right))
     ranked.sort(key=lambda m: m[:3])
     merges = [m[3:] for m in ranked]
     tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token=unknown, fuse_unk=True,
-                                     byte_fallback=bool(trainer.get(35))))
+                                     byte_fallback=bool(trainer.get(BYTE_FALLBACK))))
     normalize = [normalizers.Replace(" ", SPACE)]
     decode = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix:

@@ -23,7 +23,7 @@ from evaluate import Assistant
 from evaluation.chat import Chat, talk
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model
-from hub.configs import load_processor, read_config
+from hub.configs import load_processor, read_config, vision_config
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from model import Llava, VisionConfig
@@ -417,7 +417,7 @@ def test_tinyllava_of_siglip_has_one_image_token_less_in_every_command(small_wor
     folder = tinyllava(source, tmp_path / "tiny")
     c = read_config(folder)
     change(folder, vision_config=c["vision_config"] | {"model_type": "siglip_vision_model"})
-    assert read_usage(folder).tower.image_tokens == 8
+    assert read_usage(folder).image_tokens == 8
     data = ["--data", small_world / "val.jsonl", "--images", small_world / "images", "-n", 6,
             "--dtype", "float32"]
     for name, path in (("ours", source), ("theirs", folder)):
@@ -438,7 +438,7 @@ def test_an_export_remembers_template_rule_and_padding(ckpt, tmp_path):
     assert call("hub", "export", tmp_path / "finetune-1", tmp_path / "hf").returncode == 0
     use = read_usage(tmp_path / "hf")
     assert (use.template, use.after_special, use.pad, use.layer) == ("llama_2", "legacy", False, -2)
-    assert use.tower == VisionConfig(**c["vision_config"])
+    assert vision_config(tmp_path / "hf") == VisionConfig(**c["vision_config"])
 
 
 def change(folder: Path, **fields) -> Path:

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from programs import ROOT, call
 
 from common.flags import UserError
 from data import Format, ImageProcessor, Order, Samples, loader
 from hub.check import image_problems
 from hub.configs import load_processor
 from hub.samples import SampleFile, elements, image_key, read_samples
-from programs import ROOT, call
 
 
 def sample(i, text="What is this?", answer="noise", **more):
