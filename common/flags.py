@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, what to do."""
 
 
 def flag(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Several processes as one: who they are, and a model that each holds whole (DDP) or in part (FSDP2).
+"""Several processes as one: who they are; a model that each holds whole (DDP) or in part (FSDP2).
 
     stage 1    DDP            every rank holds the whole model; gradients are averaged
     stage 2    fully_shard    every rank holds 1/count of each tensor (its rows: a DTensor). A block

@@ -134,7 +134,8 @@ def without_prefix(tokenizer: Tokenizer) -> Tokenizer:
 
 def show_token(tokenizer: Tokenizer, i: int) -> str:
     """The text of a token and the space before it; if it cannot be shown, as in the vocabulary."""
-    piece, text = tokenizer.id_to_token(i) or f"<{i}>", tokenizer.decode([i], skip_special_tokens=False)
+    piece = tokenizer.id_to_token(i) or f"<{i}>"
+    text = tokenizer.decode([i], skip_special_tokens=False)
     if text == "\n":
         return text
     if not text.strip() or not text.isprintable() or "\ufffd" in text:

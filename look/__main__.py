@@ -1,7 +1,7 @@
 """Look inside checkpoints and runs: one HTML file that needs no network.
 
-    python -m look --ckpt DIR [DIR …] --image FILE --prompt TEXT --out page.html       checkpoints side by side
-    python -m look --run DIR [DIR …] --out page.html                                  runs over each other
+    python -m look --ckpt DIR [DIR …] --image FILE --prompt TEXT --out page.html    side by side
+    python -m look --run DIR [DIR …] --out page.html                               over each other
 """
 import time
 from dataclasses import dataclass

@@ -102,7 +102,7 @@ def principal(tokens: Tensor) -> tuple[Tensor, float]:
     x = tokens.double() - tokens.double().mean(0)
     values, vectors = torch.linalg.eigh(x @ x.T)                                # ascending
     xy = vectors[:, -2:].flip(1) * values[-2:].flip(0).clamp(min=0).sqrt()      # (n,2)
-    sign = xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()                # the farthest point is > 0
+    sign = xy.gather(0, xy.abs().argmax(0, keepdim=True)).sign()               # farthest point: > 0
     return (xy * sign).float(), (values[-2:].sum() / values.sum().clamp(min=1e-30)).item()
 
 

@@ -1,4 +1,4 @@
-"""Draw the two pictures of README: the data path, and what the toy's model answers and where it looks.
+"""Draw the two pictures of README: the data path, and what the toy answers and where it looks.
 
     python -m runs.pictures --ckpt out/toy --out docs
 
@@ -34,7 +34,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------------ drawing
 class Canvas:
-    """A white picture, drawn SCALE times larger than it is saved. Coordinates are those of the saved picture."""
+    """A white picture, drawn SCALE times larger than saved. Coordinates: of the saved one."""
     def __init__(self, width: int, height: int):
         self.image = Image.new("RGB", (SCALE * width, SCALE * height), WHITE)
         self.pen = ImageDraw.Draw(self.image)

@@ -79,17 +79,17 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
     `fingerprints` returns. Raises UserError if another rank or the run's start had other files."""
     files = dict(files or {})
     for rank, seen in enumerate(ranks.gather(files)):
-        for name in files:
-            if seen[name] != files[name]:
-                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
-                                f"{files[name]}): give every machine the same files")
+        for name, own in files.items():
+            if seen[name] != own:
+                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} "
+                                f"({seen[name]}, not {own}): give every machine the same files")
     files.pop(START, None)                                # a resumed stage has another one
     started = read_json(out / "run.json").get("files", {}) if (out / "run.json").is_file() else {}
-    for name in files:
-        if started.get(name, files[name]) != files[name]:
+    for name, now in files.items():
+        if started.get(name, now) != now:
             raise UserError(f"--resume: {name} has changed since {out} was started (then "
-                            f"{started[name]}, now {files[name]}): put back what it was, or start "
-                            "a new run with another --out")
+                            f"{started[name]}, now {now}): put back what it was, or start a new "
+                            "run with another --out")
     ranks.wait()                                          # every rank has read run.json
     if ranks.first:
         write_json(out / "run.json", {**asdict(cfg), "files": {**started, **files}})

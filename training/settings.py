@@ -38,7 +38,7 @@ START = "the start of a stage"                            # a fingerprint: of --
 
 @dataclass
 class TrainConfig:
-    """Train a vision-language model. Without --data: the toy, both stages, then evaluated and measured."""
+    """Train a vision-language model. Without --data: the toy, both stages, evaluation and MIR."""
     stage: Literal["both", "pretrain", "finetune"] = option(
         "both", "pretrain: the projector; finetune: also the language model; both: the toy", "run")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
