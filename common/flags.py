@@ -75,15 +75,20 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
                 message += f" (did you mean {near[0]}?)"
         raise UserError(message + "; --help lists the flags")
     parser.error = fail
-    values = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(cls):
-        value = values[field.name]
+    config = cls(**vars(parser.parse_args(argv)))
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for a number that is negative, or more than its option allows."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if type(value) in (int, float):
             largest = 2**31 - 1 if type(value) is int else sys.float_info.max
             most = field.metadata.get("most") or largest
             if not 0 <= value <= most:
                 raise UserError(f"{flag(field.name)} must be from 0 to {most}, not {value}")
-    return cls(**values)
 
 
 def explain(e: BaseException) -> str | None:

@@ -2,12 +2,11 @@
 
     parse(TrainConfig) ─ check_start ─→ what the user typed ─ settings ─→ a full TrainConfig a stage
 """
-import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from common.flags import UserError, flag, option
+from common.flags import UserError, check_ranges, flag, option
 from common.text import RULES
 from data import TEMPLATES
 from hub.checkpoint import is_released
@@ -93,8 +92,8 @@ class TrainConfig:
     lr: float | None = option(None, "peak learning rate; unset: 1e-3, in stage 2 2e-5, LoRA 2e-4")
     projector_lr: float | None = option(None, "the projector's; unset: --lr, with LoRA 2e-5")
     vision_lr: float | None = option(None, "the vision encoder's; unset: --lr")
-    adam_beta2: float | None = option(None, "AdamW's second beta; unset: 0.999, the toy 0.95")
-    warmup: float = option(0.03, "share of the steps in which the learning rate rises")
+    adam_beta2: float | None = option(None, "AdamW's beta2; unset: 0.999, toy 0.95", most=0.9999)
+    warmup: float = option(0.03, "share of the steps in which the learning rate rises", most=1)
     schedule: Literal["cosine", "linear", "constant"] = option("cosine", "how it falls afterwards")
 
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one", "machine")
@@ -113,7 +112,7 @@ class TrainConfig:
     cards: int | None = option(None, "with --plan: how many; unset: as many as ranks started")
 
     vdep_alpha: float = option(0.001, "weight of the reconstruction", "VDEP")
-    vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1")
+    vdep_ratio: float = option(1.0, "samples in VDEP mode for each in LLaVA mode, 0 to 1", most=1)
     vdep_joint: bool = option(False, "every sample in both modes at once, not in hybrid batches")
     vdep_distance: Literal["l2", "inverse", "sigmoid"] = option(
         "l2", "between prediction and target; inverse, sigmoid: d / (1 + d) and 2σ(d) − 1, which "
@@ -229,11 +228,7 @@ def check_numbers(cfg: TrainConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} must be more than 0, not {value}")
-    for name, most in [("vdep_alpha", math.inf), ("vdep_ratio", 1), ("basic_das", math.inf),
-                       ("basic_sds", math.inf), ("warmup", 1), ("adam_beta2", 0.9999)]:
-        value = getattr(cfg, name)
-        if value is not None and not 0 <= value <= most:
-            raise UserError(f"{flag(name)} must be from 0 to {most}, not {value}")
+    check_ranges(cfg)
     for f in fields(cfg):
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
