@@ -1,8 +1,4 @@
-"""The objectives side by side: how each connects the model's output to the functions of methods/.
-
-An objective takes (model, batch, cfg), cfg being train.py's flags, and returns Terms. Training divides each total by
-its term's count over the global batch. LOSSES, the one registry, has both. A weight of 0 switches a term off.
-"""
+"""The objectives side by side: how each connects the model to the functions of methods/."""
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,7 +16,7 @@ from model import Llava, Output
 
 class Term(NamedTuple):
     name: str
-    total: Tensor       # summed over this batch
+    total: Tensor       # summed over this batch. Its count is known before the forward: see LOSSES
     weight: float       # in the loss
 
 
@@ -36,22 +32,21 @@ def ce(model: Llava, batch: Batch, cfg) -> list[Term]:
 
 
 def vdep(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """VDEP eq. (11). batch.reconstruct: samples in VDEP mode. In hybrid batches they have no labels."""
+    """VDEP eq. (11). In hybrid batches the samples in VDEP mode have no labels."""
+    if cfg.stage != "pretrain" or not cfg.vdep_alpha:
+        return ce(model, batch, cfg)                        # the paper's stage 2
     out = model(batch)
-    terms, which = [next_token(model, batch, out)], batch.places.reconstruct                # (v,)
-    if cfg.stage == "pretrain" and cfg.vdep_alpha:
-        h, x = at_image(out.hidden_states, batch.image_mask, out.image_embeds.shape[1]), out.image_embeds   # (B,N,D)
-        options = cfg.vdep_distance, cfg.vdep_reduce, int(cfg.vdep_shift)
-        terms.append(Term("vdep", reconstruction_loss(h[which], x[which], *options)[0], cfg.vdep_alpha))
-    return terms
+    x, which = out.image_embeds, batch.places.reconstruct   # (B,N,D), (v,) samples in VDEP mode
+    h = at_image(out.hidden_states, batch.image_mask, model.image_tokens)                  # (B,N,D)
+    total = reconstruction_loss(h[which], x[which], cfg.vdep_distance, cfg.vdep_reduce, int(cfg.vdep_shift))[0]
+    return [next_token(model, batch, out), Term("vdep", total, cfg.vdep_alpha)]
 
 
 def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """VISTA eq. (9): the answers' word embeddings against the state at the last image token."""
+    """VISTA eq. (9): the answers' word embeddings against S_n, the last image token's state."""
     out = model(batch)
-    # S_n through the final norm in float32: the gradient by S_n is almost parallel to S_n, and the norm's backward
-    # removes that part. Of what remains, half would be bfloat16's rounding error.
-    last = at_image(out.before_norm, batch.image_mask, out.image_embeds.shape[1])[:, -1]    # (B,D)
+    # S_n goes through the final norm in float32: see "Precision" in methods/vista.py.
+    last = at_image(out.before_norm, batch.image_mask, model.image_tokens)[:, -1]            # (B,D)
     state = model.language_model.model["norm"](last.to(torch.promote_types(last.dtype, torch.float32)))
     options = cfg.vista_weighting, cfg.vista_distance, cfg.vista_reduce, batch.places.answers
     total = alignment_loss(out.text_embeds, batch.answer_tokens(), state, *options)[0]
@@ -59,41 +54,46 @@ def vista(model: Llava, batch: Batch, cfg) -> list[Term]:
 
 
 def basic(model: Llava, batch: Batch, cfg) -> list[Term]:
-    """BASIC eq. (8): outputs and attention of the layers 1..k become targets of the projector's output."""
+    """BASIC eq. (8): outputs and attention of the layers 1..k teach the projector."""
     if not (cfg.basic_das or cfg.basic_sds):
-        return ce(model, batch, cfg)
+        return ce(model, batch, cfg)                        # the ablation's row of neither
     lm, n, equal = model.language_model, model.image_tokens, cfg.basic_degree == "equal"
     k = cfg.basic_k or max(1, lm.config.num_hidden_layers // 2)
-    w, E = layer_weights(k, cfg.basic_weights).tolist(), lm.model["embed_tokens"].weight
-    rows, at, exact = batch.places.text, batch.places.seeing, torch.promote_types(E.dtype, torch.float32)
-    v_hat = torch.zeros(len(rows), n, E.shape[1], dtype=exact, device=E.device)             # (B,N,D)
-    attention = torch.full((*rows.shape, n), float(equal), device=E.device)                 # (B,M,N) from text rows
+    w, E = layer_weights(k, cfg.basic_weights).tolist(), lm.model["embed_tokens"].weight     # (V,D)
+    rows, which = batch.places.text, batch.places.seeing   # (B,M) text after an image; its samples
 
+    # Sums over layers, filled while the model runs: no layer's output is kept for them.
+    exact = torch.promote_types(E.dtype, torch.float32)
+    v_hat = torch.zeros(len(rows), n, E.shape[1], dtype=exact, device=E.device)            # (B,N,D)
+    attention = torch.full((*rows.shape, n), float(equal), device=E.device)  # (B,M,N), 1: all equal
     def watch(i: int, h: Tensor, layer_attention: Tensor | None) -> None:
-        v_hat.add_(w[i - 1] * at_image(h, batch.image_mask, n).to(exact))                   # eq. (4)
+        v_hat.add_(w[i - 1] * at_image(h, batch.image_mask, n).to(exact))                  # eq. (4)
         if layer_attention is not None:
             attention.add_(layer_attention)
     out = model(batch, watch, attention_from=None if equal else rows, watch_layers=k)
-    degree, terms = supervision_degree(attention, rows >= 0), [next_token(model, batch, out)]    # (B,N)
-    # Both losses train the projector's parameters alone: with --unlock-vision their gradient stops at its input.
+    degree, terms = supervision_degree(attention, rows >= 0), [next_token(model, batch, out)]
+
+    # Both losses train the projector alone: with --unlock-vision their gradient stops at its input.
     v = model.multi_modal_projector(out.patches.detach()) if out.patches.requires_grad else out.image_embeds
     if cfg.basic_das:
-        terms.append(Term("das", direction_loss(v, v_hat, degree)[0], cfg.basic_das))       # eq. (8)
+        terms.append(Term("das", direction_loss(v, v_hat, degree)[0], cfg.basic_das))      # eq. (8)
     if cfg.basic_sds:
-        s = lm.config.embed_scale               # Gemma's layers receive s E as words; (s E) v = E (s v)
-        terms.append(Term("sds", semantic_loss(v[at].to(exact) * s, v_hat[at] * s, degree[at], E)[0], cfg.basic_sds))
+        s = lm.config.embed_scale              # Gemma's layers read s E as words; (s E) v = E (s v)
+        total = semantic_loss(s * v[which].to(exact), s * v_hat[which], degree[which], E)[0]
+        terms.append(Term("sds", total, cfg.basic_sds))
     return terms
 
 
 class Loss(NamedTuple):
-    function: Callable[..., list[Term]]                 # (model, batch, cfg) → terms
-    counts: dict[str, Callable[[Batch], Tensor]]        # term → what its total is divided by, from the batch
+    function: Callable[..., list[Term]]                 # (model, batch, train.py's flags) → terms
+    counts: dict[str, Callable[[Batch], Tensor]]        # term → what divides its total
 
 
 def supervised_tokens(batch: Batch) -> Tensor:
     return (batch.labels[:, 1:] != IGNORE).sum()
 
 
+# The registry. Training sums totals and counts over the global batch, then divides.
 LOSSES = {"ce": Loss(ce, {"ce": supervised_tokens}),
           "vdep": Loss(vdep, {"ce": supervised_tokens, "vdep": lambda batch: batch.reconstruct.sum()}),
           "vista": Loss(vista, {"ce": supervised_tokens, "vista": lambda batch: batch.answer_tokens().any(1).sum()}),
@@ -107,7 +107,7 @@ def count_terms(loss: str, batch: Batch) -> dict[str, Tensor]:
 
 
 class Objective(nn.Module):
-    """Model and loss as one module: what DDP and FSDP wrap, so that weights a loss uses (the head) are in its graph."""
+    """Model and loss as one module for DDP and FSDP: weights that a loss uses are in its graph."""
     def __init__(self, model: Llava, cfg):
         super().__init__()
         self.model, self.cfg = model, cfg

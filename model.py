@@ -3,12 +3,12 @@
     pixel_values (B,3,H,W) ─ ViT ─→ (B,N,Dv) ─ Projector ─→ image_embeds (B,N,D) ┐
     input_ids    (B,T)     ─ embed_tokens ─────────────────→ (B,T,D) ────────────┴→ Decoder → hidden_states (B,T,D)
 
-Modules have the parameter names of released Hugging Face checkpoints, so that loading and saving need no translation.
-Only what is used is computed: no logits (methods/ce.py makes those it needs), no attention maps unless they are asked
-for, no layer of the vision encoder beyond the one that is read.
+Modules have the parameter names of released Hugging Face checkpoints: loading and saving need no
+translation. Only what is used is computed: no logits (methods/ce.py makes those it needs), no
+attention maps unless asked for, no layer of the vision encoder beyond the one that is read.
 
-Shape letters: B samples · T sequence positions · N image tokens · D decoder width · Dv vision width · H heads ·
-K key/value heads · d head width · S cached positions · M query rows whose attention is asked for.
+Shape letters: B samples · T sequence positions · N image tokens · D decoder width · Dv vision width
+· H heads · K key/value heads · d head width · S cached positions · M query rows to be watched.
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,7 +43,7 @@ class VisionConfig:
 
     @property
     def image_tokens(self) -> int:
-        return self.num_patches - self.drop_first_patch
+        return self.num_patches - (1 if self.drop_first_patch else 0)
 
 
 @dataclass
@@ -90,15 +90,16 @@ class ViTEmbeddings(nn.Module):
     def __init__(self, c: VisionConfig):
         super().__init__()
         self.class_embedding = nn.Parameter(torch.zeros(c.hidden_size)) if c.class_token else None
+        # A convolution whose stride is its size is one linear map, applied to each patch.
         self.patch_embedding = nn.Conv2d(3, c.hidden_size, c.patch_size, stride=c.patch_size, bias=not c.class_token)
-        self.position_embedding = nn.Embedding(c.num_patches + c.class_token, c.hidden_size)
+        self.position_embedding = nn.Embedding(c.num_patches + (1 if c.class_token else 0), c.hidden_size)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)   # a frozen tower may be bf16
         x = self.patch_embedding(pixel_values).flatten(2).transpose(1, 2)                   # (B,N,Dv)
         if self.class_embedding is not None:
             x = torch.cat([self.class_embedding.expand(len(x), 1, -1).to(x.dtype), x], dim=1)
-        return x + self.position_embedding.weight                                           # (B,N or 1+N,Dv)
+        return x + self.position_embedding.weight           # (B,N or 1+N,Dv); row 0: class token
 
 
 class ViTAttention(nn.Module):
@@ -111,7 +112,7 @@ class ViTAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)                 # (B,H,1+N,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v)         # no mask: every patch sees every other
         return self.out_proj(x.transpose(1, 2).flatten(2))                                  # (B,1+N,Dv)
 
 
@@ -135,8 +136,8 @@ class ViTLayer(nn.Module):
         self.mlp = ViTMLP(c)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        x = x + self.self_attn(self.layer_norm1(x))         # norms are on the branches; x itself
+        return x + self.mlp(self.layer_norm2(x))            # is a sum that no layer rescales
 
 
 class ViT(nn.Module):
@@ -146,24 +147,25 @@ class ViT(nn.Module):
         self.embeddings = ViTEmbeddings(config)
         if config.class_token:
             self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)  # CLIP's own spelling
-        self.encoder = nn.ModuleDict(
-            {"layers": nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))})
+        layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_hidden_layers))
+        self.encoder = nn.ModuleDict({"layers": layers})                # a name of the checkpoints
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)   # unused here; saved back
 
     def hidden_state(self, pixel_values: Tensor, layer: int) -> Tensor:
-        """`hidden_states[layer]` of transformers: 0 is the embeddings, -1 the last layer's output. (B,1+N,Dv) with a
-        class token, (B,N,Dv) without."""
+        """transformers' `hidden_states[layer]`: 0 the embeddings, -1 the last output. (B,N or 1+N,Dv)."""
         x = self.embeddings(pixel_values)
         if self.config.class_token:
             x = self.pre_layrnorm(x)
         layers = self.encoder["layers"]
-        for block in layers[:layer if layer >= 0 else len(layers) + 1 + layer]:
+        count = layer if layer >= 0 else len(layers) + 1 + layer        # -2: all layers but the last
+        for block in layers[:count]:
             x = block(x)
         return x
 
     def forward(self, pixel_values: Tensor, layer: int = -2) -> Tensor:
         """Patch features (B,N,Dv). LLaVA reads the last layer but one and drops the class token."""
-        return self.hidden_state(pixel_values, layer)[:, int(self.config.class_token or self.config.drop_first_patch):]
+        first = 1 if self.config.class_token or self.config.drop_first_patch else 0
+        return self.hidden_state(pixel_values, layer)[:, first:]
 
 
 # ---------------------------------------------------------------------------------------- projector
@@ -189,7 +191,7 @@ class RMSNorm(nn.Module):
         self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.plus_one:
+        if self.plus_one:               # Gemma stores weight − 1, and multiplies before it rounds
             return (F.rms_norm(x.float(), x.shape[-1:], eps=self.eps) * (1 + self.weight.float())).to(x.dtype)
         y = F.rms_norm(x, x.shape[-1:], eps=self.eps)          # in float32, rounded once: one kernel on a GPU
         return self.weight.to(x.dtype) * y.to(x.dtype)         # this order of casts is what the checkpoints expect
@@ -212,17 +214,18 @@ def make_norm(c: DecoderConfig) -> nn.Module:
 def rotary(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling=None) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles, (…,T,d), computed in float32. scaling: DecoderConfig.rope_scaling."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    # Pair i turns by position · theta^(−2i/d). In bfloat16, positions 256 and 257 would be the same.
     frequencies = rescale(1.0 / theta ** exponents, scaling)                               # (d/2,)
     angles = positions[..., None].float() * frequencies                                    # (…,T,d/2)
-    angles = torch.cat([angles, angles], dim=-1)
+    angles = torch.cat([angles, angles], dim=-1)             # both numbers of a pair turn together
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of Hugging Face weights.
-    (Meta's own weights pair 2i with 2i + 1.)"""
+    """Rotate the pairs (i, i + r/2) of the first r dimensions, r the width of cos: the layout of
+    Hugging Face weights. (Meta's own weights pair 2i with 2i + 1.)"""
     width = cos.shape[-1]
-    if width < x.shape[-1]:
+    if width < x.shape[-1]:                                  # Phi-2: the others are not rotated
         return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-b, a], dim=-1) * sin
@@ -242,12 +245,12 @@ class Attention(nn.Module):
         q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
-        gqa = q.shape[1] != k.shape[1]
+        gqa = q.shape[1] != k.shape[1]              # K < H: query heads in groups share keys and values
         if cache is not None:
-            keys, values, rows, positions, end = cache                                      # (B,K,S,d) twice
-            keys[rows[:, None], :, positions] = k.transpose(1, 2)                           # (b,T,K,d) into them
+            keys, values, rows, positions, end = cache                      # (B,K,S,d) twice, (b,)
+            keys[rows[:, None], :, positions] = k.transpose(1, 2)           # (b,T,K,d): indices first
             values[rows[:, None], :, positions] = v.transpose(1, 2)
-            if end is not None:
+            if end is not None:                             # a continuation; a prompt sees itself
                 k, v = keys[:, :, :end], values[:, :, :end]
         # Right padding: a real token never sees a pad, because pads come later. No mask is needed.
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
@@ -265,7 +268,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x)))
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))   # SwiGLU; in Gemma GeGLU
 
 
 class DecoderLayer(nn.Module):
@@ -280,10 +283,11 @@ class DecoderLayer(nn.Module):
                 image_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """(B,T,D) → (B,T,D), and the attention from rows to image columns if attend = (rows, columns), else None."""
         x, q, k = self.compute(x, rope, mask, cache, moca, image_mask)
+        # Keep last: the map needs no gradient, so recomputation in the backward stops before it.
         return x, None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)
 
     def compute(self, x: Tensor, rope, mask, cache, moca, image_mask) -> tuple[Tensor, Tensor, Tensor]:
-        """(B,T,D) → (B,T,D), rotated queries and keys. The map is apart: it is neither compiled nor recomputed."""
+        """(B,T,D) → (B,T,D), rotated queries and keys: what --compile compiles."""
         normed = self.input_layernorm(x)
         y, q, k = self.self_attn(normed, rope, mask, cache)
         if self.post_attention_layernorm is None:
@@ -291,6 +295,7 @@ class DecoderLayer(nn.Module):
         else:
             x = x + y
             x = x + self.mlp(self.post_attention_layernorm(x))
+        # Last, on the sum: the next layer, `watch` and the final norm all see calibrated tokens.
         if moca is not None:
             x = moca(x, image_mask)
         return x, q, k
@@ -306,7 +311,7 @@ class Decoder(nn.Module):
             "norm": make_norm(config)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.head_bias)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model["embed_tokens"].weight
+            self.lm_head.weight = self.model["embed_tokens"].weight     # its gradients are summed
         if config.moca:
             self.add_moca()
         self.recomputed = 0          # layers, from the first, whose activations are recomputed and not kept
@@ -332,7 +337,6 @@ class Decoder(nn.Module):
                    image_mask: Tensor | None = None, cache: KVCache | None = None, rows: Tensor | None = None,
                    positions: Tensor | None = None, end: int | None = None) -> Tensor:
         """inputs_embeds (B,T,D) → what the last layer returns, (B,T,D), before the final norm.
-
         image_mask (B,T): where MoCa acts; None: nowhere.
         watch(i, h, attention): called after each layer i = 1..watch_layers (None: all) with its output, detached, and
         with its attention to the image if `attend`, arguments of `attention_to_image`, asks for it.
@@ -341,32 +345,30 @@ class Decoder(nn.Module):
         c, h = self.config, inputs_embeds
         if watch_layers is None:
             watch_layers = 0 if watch is None else c.num_hidden_layers
-        if positions is None:
-            positions = torch.arange(h.shape[1], device=h.device)
+        positions = torch.arange(h.shape[1], device=h.device) if positions is None else positions
         rope = rotary(positions, int(c.head_dim * c.partial_rotary_factor), c.rope_theta, h.dtype, c.rope_scaling)
         if positions.dim() == 2:
             rope = tuple(t[:, None] for t in rope)                           # (B,1,T,r), else (T,r)
 
-        # No mask is plain causal attention, the fastest kernel. In a cache, position i sees the slots j ≤ i: padding
-        # that a shorter prompt left there stays hidden until it is overwritten.
+        # No mask is plain causal attention, the fastest kernel. In a cache, position i sees the slots
+        # j ≤ i: padding that a shorter prompt left there stays hidden until it is overwritten.
         mask = None
         if end is not None:
             mask = visible(positions[:, None, :, None] - torch.arange(end, device=h.device), c.sliding_window)
         elif c.sliding_window is not None and h.shape[1] > c.sliding_window:
             mask = visible(positions[:, None] - positions, c.sliding_window)                # (T,T)
-        if rows is None:
-            rows = torch.arange(len(h), device=h.device)
+        rows = torch.arange(len(h), device=h.device) if rows is None else rows
         for i, layer in enumerate(self.model["layers"]):
-            # MoCa runs inside the layer: with activation checkpointing its activations are recomputed, not kept.
+            # MoCa runs inside the layer, so its activations are recomputed with the layer's.
             moca = self.moca[i] if c.moca and image_mask is not None else None
             slots = (cache.keys[i], cache.values[i], rows, positions, end) if cache is not None else None
             args = h, rope, mask, slots, attend if i < watch_layers else None, moca, image_mask
-            if i < self.recomputed and torch.is_grad_enabled():
+            if i < self.recomputed and torch.is_grad_enabled():     # its input is kept; no dropout
                 h, attention = checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
             else:
                 h, attention = layer(*args)
             if i < watch_layers:
-                watch(i + 1, h.detach(), attention)
+                watch(i + 1, h.detach(), attention)         # for targets and statistics: no gradient
         return h
 
 
@@ -386,23 +388,21 @@ class Llava(nn.Module):
         self.multi_modal_projector = projector
         self.language_model = language_model
         self.vision_layer = vision_layer
+        # A Q-Former makes as many image tokens as it has queries; other projectors one a patch.
         self.image_tokens = getattr(projector, "queries", vision_tower.config.image_tokens)
 
     def encode_images(self, pixel_values: Tensor) -> Tensor:
         """(B,3,H,W) → patches (B,N,Dv), the projector's input. A frozen vision tower builds no graph."""
-        trained = any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-            patches = self.vision_tower(pixel_values, self.vision_layer)                    # (B,N,Dv)
-        return patches.to(next(self.multi_modal_projector.parameters()).dtype)
+        patches = self.vision_tower(pixel_values, self.vision_layer)                        # (B,N,Dv)
+        return patches.to(next(self.multi_modal_projector.parameters()).dtype)  # trained: float32
 
     def embed_images(self, pixel_values: Tensor) -> Tensor:
         """(B,3,H,W) → (B,N,D)."""
         return self.multi_modal_projector(self.encode_images(pixel_values))
 
     def merge(self, text_embeds: Tensor, image_embeds: Tensor, image_mask: Tensor) -> Tensor:
-        """Put image_embeds (B,N,D) into text_embeds (B,T,D) where image_mask (B,T) is true: the j-th such position of a
-        row takes its j-th image token. A row without an image keeps its zero image in the graph, with gradient 0: every
-        rank's graph must hold the same parameters, or DDP and FSDP hang."""
+        """Put image_embeds (B,N,D) into text_embeds (B,T,D) at the true positions of image_mask (B,T), in order. A row
+        of text keeps its zero image in the graph: every rank's must hold the same weights, or DDP and FSDP hang."""
         which = (image_mask.cumsum(1) - 1).clamp(min=0)                                     # (B,T)
         image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))
         return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)
@@ -410,14 +410,14 @@ class Llava(nn.Module):
     def forward(self, batch, watch=None, attention_from: Tensor | None = None,
                 watch_layers: int | None = None) -> Output:
         """batch: input_ids (B,T), image_mask (B,T), pixel_values (B,3,H,W), right-padded.
-
         watch, watch_layers: see run_layers. attention_from (B,M): positions whose attention to the image watch gets."""
         lm = self.language_model
         patches = self.encode_images(batch.pixel_values)                                    # (B,N,Dv)
         image_embeds = self.multi_modal_projector(patches)                                  # (B,N,D)
         text_embeds = lm.embed(batch.input_ids)                                             # (B,T,D)
-        columns = None if attention_from is None else true_positions(batch.image_mask, image_embeds.shape[1])
-        attend = None if columns is None else (attention_from, columns)
+        attend = None
+        if attention_from is not None:                      # from these rows to the image's columns
+            attend = attention_from, true_positions(batch.image_mask, image_embeds.shape[1])
         inputs_embeds = self.merge(text_embeds, image_embeds, batch.image_mask)
         h = lm.run_layers(inputs_embeds, watch, watch_layers, attend, batch.image_mask)
         return Output(lm.model["norm"](h), image_embeds, text_embeds, h, patches)
@@ -432,7 +432,7 @@ class Llava(nn.Module):
         if image_mask.any():
             h = self.merge(h, self.embed_images(pixel_values), mask)
 
-        # The first pass reads the prompt; each later one reads one token. Both leave keys and values in the cache.
+        # The first pass reads the prompt, each later one a token. All leave keys and values behind.
         cache = KVCache(lm.config, 1, len(input_ids) + max_new_tokens, h.dtype, h.device)
         h = lm(h, cache=cache, image_mask=mask)
         answer = []

@@ -286,7 +286,10 @@ class SampleFile:
         self.numbers = self.numbers[mask]
 
     def fingerprint(self) -> str:
-        """Return how many samples are used, and which; the file's size and crc."""
+        """Return how many samples are used, and which; the file's size and crc. Reads all of it: a file rewritten
+        with the size and time of before would be read by the old index. Raises UserError for one."""
+        if file_crc(self.path) != self.crc:
+            raise UserError(f"{self.path} was rewritten, but has the size and time of before: touch it, and start again")
         which, size = zlib.crc32(self.numbers), self.path.stat().st_size
         return f"{len(self)} samples (crc {which:08x}) of {size} bytes (crc {self.crc:08x})"
 

@@ -1,7 +1,7 @@
 """BASIC: the outputs of the shallow layers at the image positions supervise the projector.
 
-Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025, arXiv
-2508.06895.
+Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025,
+arXiv 2508.06895.
 
     V̂ = Σ_{i=1..k} w_i Ṽ_i,  w_i = i² / Σ_j j²                      k = L/2                           (4)
     a_i ∝ text → image attention, averaged over layers 1..k, heads and text rows;  Σ_i a_i = 1        (5)
@@ -31,10 +31,9 @@ Where the paper is silent
 * KL: in nats, target first, as written.
 * Ablations: constant and decreasing w; equal a_i = 1/N; other k; λ = 0 for each loss alone.
 
-Computing eq. (7): the two (B,N,V) distributions never exist. Value and gradient, a (softmax(v Eᵀ) −
-softmax(v̂ Eᵀ)) E, are computed together, `chunk` patches at a time. The logits are v̂ Eᵀ and v̂ Eᵀ
-− (v̂ − v) Eᵀ: where v is close to v̂, two logits that are rounded apart differ by little but their
-rounding.
+Computing eq. (7): the two (B,N,V) distributions never exist. Value and gradient, which is
+a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E, are computed together, `chunk` patches at a time. The logits of
+v are v̂ Eᵀ − (v̂ − v) Eᵀ: if v is close to v̂, v Eᵀ and v̂ Eᵀ differ by little but their rounding.
 """
 from typing import Literal
 
@@ -53,8 +52,7 @@ def layer_weights(k: int, scheme: Literal["increasing", "constant", "decreasing"
 
 
 def supervision_degree(attention: Tensor, text_mask: Tensor) -> Tensor:
-    """a (B,N) of eq. (5): sums to 1 over a sample's image tokens, all 0 for a sample without text
-    or image.
+    """a (B,N) of eq. (5): sums to 1 over a sample's image tokens; all 0 without text or image.
 
     attention (B,M,N) from text rows to image tokens, summed or averaged over layers and heads;
     text_mask (B,M) bool: the rows that are text, not padding."""
@@ -63,7 +61,7 @@ def supervision_degree(attention: Tensor, text_mask: Tensor) -> Tensor:
 
 
 def direction_loss(v: Tensor, v_hat: Tensor, degree: Tensor) -> tuple[Tensor, Tensor]:
-    """(total, count): L_das of eq. (6) summed over samples, and the samples that have a degree.
+    """(total, count): L_das of eq. (6) summed over samples; the samples with a degree.
 
     v, v_hat (B,N,D), degree (B,N). The gradient reaches v alone."""
     exact = torch.promote_types(v.dtype, torch.float32)
@@ -106,12 +104,12 @@ class _ChunkedDivergence(torch.autograd.Function):
 
 def semantic_loss(v: Tensor, v_hat: Tensor, degree: Tensor, embedding: Tensor, chunk: int = 128
                   ) -> tuple[Tensor, Tensor]:
-    """(total, count): L_sds of eq. (7), in nats, summed over samples, and the samples that have a
-    degree.
+    """(total, count): L_sds of eq. (7), in nats, summed over samples; the samples with a degree.
 
     v, v_hat (B,N,D), degree (B,N), embedding (V,D). The gradient reaches v alone. Under autocast
     the products with the embedding are in its dtype, the rest in float32. Peak memory: four times
     `chunk` rows of V. Every patch is computed: leave out the samples that have no degree."""
+    # The dtype that autocast would choose for the products. It is off below, for all else is exact.
     device = v.device.type
     low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
     patches = v.flatten(0, 1), v_hat.detach().flatten(0, 1)                                     # (P,D) twice

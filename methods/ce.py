@@ -62,6 +62,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total: Tensor):
+        # Chain rule: all was computed in forward, but for the factor d loss / d total. None: y, chunk.
         grad_h, grad_weight, grad_bias = ctx.saved_tensors
         return (None if grad_h is None else grad_h * grad_total.to(grad_h.dtype), None,
                 None if grad_weight is None else (grad_weight * grad_total).to(ctx.dtypes[0]),
@@ -70,18 +71,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def next_token_loss(hidden_states: Tensor, labels: Tensor, head_weight: Tensor, head_bias: Tensor | None = None,
                     chunk: int = 1024, places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(total, count): the summed cross-entropy, in nats, of the supervised tokens, and their
-    number.
+    """(total, count): the cross-entropy of the supervised tokens, in nats, summed; their number.
 
     hidden_states (B,T,D), labels (B,T) with -100 ignored (not shifted: position t−1 predicts label
     t), head_weight (V,D), head_bias (V,). Peak memory is that of `chunk` rows of logits. Without a
     supervised token the total is 0 and still in the graph, so that every rank's head gets a
-    gradient. places (2,m): sample and position t−1 of each supervised token, if they are known;
-    finding them waits for a GPU."""
+    gradient. places (2,m): sample and position t−1 of each supervised token, where the caller knows
+    them; nonzero() has to wait for a GPU."""
     supervised = labels[:, 1:] != -100                                          # (B,T-1)
     sample, t = supervised.nonzero().T if places is None else places            # (m,) twice
     h = hidden_states[sample, t]                                                # (m,D)
     y = labels[sample, t + 1]                                                   # (m,)
+    # The dtype that autocast would choose, cast once and not for every chunk.
     if torch.is_autocast_enabled(h.device.type):
         h = h.to(torch.get_autocast_dtype(h.device.type))
     weight = head_weight.to(h.dtype)

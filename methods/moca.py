@@ -22,11 +22,14 @@ class MoCa(nn.Module):
     """The map of one layer, the identity at the start."""
     def __init__(self, hidden_size: int):
         super().__init__()
+        # One number a dimension, not a matrix: the map shifts and stretches, and mixes nothing.
         self.u = nn.Parameter(torch.ones(hidden_size))
         self.v = nn.Parameter(torch.zeros(hidden_size))
 
     def forward(self, hidden_states: Tensor, image_mask: Tensor) -> Tensor:
         """hidden_states (B,T,D), image_mask (B,T) bool → (B,T,D) of the same dtype."""
+        # bfloat16 has 8 bits: a u of 1.001 would be 1 again.
         exact = torch.promote_types(hidden_states.dtype, torch.float32)
         calibrated = torch.addcmul(self.v.to(exact), self.u.to(exact), hidden_states.to(exact))     # eq. (5)
+        # hidden_states[image_mask] would wait for a GPU to count the mask; where() need not.
         return torch.where(image_mask[..., None], calibrated.to(hidden_states.dtype), hidden_states)

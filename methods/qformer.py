@@ -34,14 +34,16 @@ from torch import Tensor, nn
 
 
 def norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-12)
+    return nn.LayerNorm(width, eps=1e-12)                       # BERT's; PyTorch's default is 1e-5
 
 
 class Attention(nn.Module):
     """Attention from z (B,Q,C) to x (B,S,source), with BERT's norm behind it."""
     def __init__(self, width: int, source: int):
         super().__init__()
-        self.heads = width // 64 if width % 64 == 0 else 1
+        self.heads = width // 64 if width % 64 == 0 else 1      # one head: the toy's width of 96
+
+        # These names, `self` among them, are those of BERT's checkpoints.
         sizes = {"query": width, "key": source, "value": source}
         self.self = nn.ModuleDict({name: nn.Linear(size, width) for name, size in sizes.items()})
         self.output = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm(width)})
@@ -50,6 +52,7 @@ class Attention(nn.Module):
         q, k, v = (self.self[name](t).unflatten(-1, (self.heads, -1)).transpose(1, 2)       # (B,H,·,d)
                    for name, t in [("query", z), ("key", x), ("value", x)])
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)      # (B,Q,C)
+        # BERT norms the sum, after the residual. LLaMA norms the input of a block, before it.
         return self.output["LayerNorm"](z + self.output["dense"](y))
 
 
@@ -58,6 +61,7 @@ class Layer(nn.Module):
         super().__init__()
         self.attention = Attention(width, width)
         self.crossattention = Attention(width, vision_size) if cross else None
+        # "_query": released Q-Formers have a second MLP, for text, which we do not read.
         self.intermediate_query = nn.ModuleDict({"dense": nn.Linear(width, 4 * width)})
         self.output_query = nn.ModuleDict({"dense": nn.Linear(4 * width, width),
                                            "LayerNorm": norm(width)})
@@ -80,6 +84,7 @@ class QFormer(nn.Module):
         blocks = nn.ModuleList(Layer(width, vision_size, cross=i % 2 == 0) for i in range(layers))
         self.bert = nn.ModuleDict({"embeddings": nn.ModuleDict({"LayerNorm": norm(width)}),
                                    "encoder": nn.ModuleDict({"layer": blocks})})
+        # BERT's start. The projector at the end is no part of BERT: it keeps PyTorch's.
         for module in self.bert.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
@@ -87,7 +92,8 @@ class QFormer(nn.Module):
         self.projector = nn.Linear(width, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.bert["embeddings"]["LayerNorm"](self.query_tokens).expand(len(x), -1, -1)  # eq. (1)
+        z = self.bert["embeddings"]["LayerNorm"](self.query_tokens)                         # eq. (1)
+        z = z.expand(len(x), -1, -1)                            # (B,Q,C), the same for every image
         for layer in self.bert["encoder"]["layer"]:
             z = layer(z, x)
         return self.projector(z)                                                    # eq. (5)

@@ -41,23 +41,27 @@ from torch import Tensor
 def reconstruction_loss(hidden_states: Tensor, image_embeds: Tensor,
                         distance: Literal["l2", "inverse", "sigmoid"] = "l2",
                         reduce: Literal["mean", "sum"] = "mean", shift: Literal[0, 1] = 1) -> tuple[Tensor, Tensor]:
-    """(total, count): each sample's mean distance over its N − shift predicted positions, summed;
-    and the samples.
+    """(total, count): each sample's mean distance over its N − shift predicted positions, summed
+    over samples; the samples.
 
-    hidden_states (B,N,D) at the image positions, image_embeds (B,N,D). Position i predicts token i
-    + shift. reduce is over D. No gradient reaches the targets."""
+    hidden_states (B,N,D) at the image positions, image_embeds (B,N,D). Position i predicts token
+    i + shift. reduce is over D. No gradient reaches the targets."""
     for name, value, known in [("distance", distance, ("l2", "inverse", "sigmoid")),
                                ("reduce", reduce, ("mean", "sum")), ("shift", shift, (0, 1))]:
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; {', '.join(map(str, known))} are")
-    exact = torch.promote_types(hidden_states.dtype, torch.float32)
+    exact = torch.promote_types(hidden_states.dtype, torch.float32)         # bf16 is squared in float32
+
+    # The last `shift` positions have no target. Their number is subtracted: [:-0] would be empty.
     predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)                         # (B,N-shift,D)
     target = image_embeds[:, shift:].detach().to(exact)
     squares = (predicted - target).pow(2)
     d = squares.mean(-1) if reduce == "mean" else squares.sum(-1)                                   # (B,N-shift)
+    # Saturating forms of d in [0, 1): see "1/L2" and "Sigmoid(L2)" above.
     if distance == "inverse":
         d = d / (1 + d)
     elif distance == "sigmoid":
         d = 2 * d.sigmoid() - 1
+    # A mean over positions but a sum over samples: training divides by those of the global batch.
     total = d.mean(-1).sum()                                                                        # eq. (11), L_i
     return total, torch.full((), len(d), device=d.device)

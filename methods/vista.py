@@ -34,18 +34,19 @@ from torch import Tensor
 def alignment_loss(text_embeds: Tensor, text_mask: Tensor, visual_state: Tensor,
                    weighting: Literal["t/m", "t", "1"] = "t/m", distance: Literal["l2", "cosine"] = "l2",
                    reduce: Literal["mean", "sum"] = "mean", places: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(total, count): the second term of eq. (9) summed over samples, and the samples that have
-    text.
+    """(total, count): the second term of eq. (9) summed over samples, and the samples with text.
 
     text_embeds (B,T,D), text_mask (B,T) bool, visual_state (B,D). A sample without text adds
     nothing. For one without an image, text_mask must be all False. reduce is over D, for distance
-    "l2" alone. places (2,M): sample and position of each text token, if they are known; finding
-    them waits for a GPU."""
+    "l2" alone. places (2,M): sample and position of each text token, where the caller knows them;
+    nonzero() has to wait for a GPU."""
     for name, value, known in [("weighting", weighting, ("t/m", "t", "1")), ("distance", distance, ("l2", "cosine")),
                                ("reduce", reduce, ("mean", "sum"))]:
         if value not in known:
             raise ValueError(f"{name} {value!r} is not known; {', '.join(known)} are")
     exact = torch.promote_types(text_embeds.dtype, torch.float32)
+
+    # Text tokens of all samples in one list: no padding is computed.
     sample, position = text_mask.nonzero().T if places is None else places                      # (M,), (M,)
     x, S = text_embeds[sample, position].to(exact), visual_state.to(exact)[sample]              # (M,D)
     if distance == "cosine":
@@ -53,6 +54,7 @@ def alignment_loss(text_embeds: Tensor, text_mask: Tensor, visual_state: Tensor,
     else:
         d = (x - S).pow(2)
         d = d.mean(-1) if reduce == "mean" else d.sum(-1)                                       # (M,)
+    # t counts text tokens, not positions: between two answers there are questions.
     t = text_mask.cumsum(1)[sample, position].to(exact)                                         # 1..m
     m = text_mask.sum(1)[sample].to(exact)
     f = {"t/m": t / m, "t": t, "1": torch.ones_like(t)}[weighting]                              # eq. (10)

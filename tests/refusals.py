@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import struct
+import subprocess
 import sys
 import tempfile
 import zipfile
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import fuzz
 import torch
-from fuzz import ASK, BENCH, CHECK, FINETUNE, LOOK, LOOK_DATA, MIR, OWN, PRETRAIN, RESUME
+from fuzz import ASK, BENCH, CHECK, FINETUNE, LOOK, MIR, OWN, PRETRAIN, RESUME, SHOW_DATA
 from safetensors.torch import save_file
 
 
@@ -132,7 +133,7 @@ ROWS = [
     ("<image> in an answer", put("data.json", samples(image="a.png", conversations=MARKED)),
      FINETUNE, "in an answer"),
     ("the same, looked at", put("data.json", samples(image="a.png", conversations=MARKED)),
-     LOOK_DATA, "in an answer"),
+     SHOW_DATA, "in an answer"),
     ("a log of NULs", put("run/metrics.jsonl", b"\0" * 4096 + b"\n"), "look --run run",
      "line 1 cannot be read"),
     ("the state of another model",
@@ -146,8 +147,7 @@ WRITERS = [PRETRAIN.replace("--out new", "--out OUT"), OWN.replace("--out new", 
            CHECK.format("data.json", "llm") + " --out OUT",
            [*LOOK, "--out", "OUT"], [*LOOK, "--out", "new.html", "--json", "OUT"],
            "look --run run --out OUT"]
-PLACES = {"inside a file": "data.json/x", "a name that is too long": "n" * 300,
-          "a dangling link": "link/x", "a read-only folder": "closed/x",
+PLACES = {"inside a file": "data.json/x", "a name that is too long": "n" * 300, "a dangling link": "link/x",
           "a folder that is not there": "absent/a/x", "a folder": "images"}
 
 
@@ -188,13 +188,30 @@ def every_place(base: Path) -> None:
     before = (base / "data.json").read_bytes()
     for what, place in PLACES.items():
         for command in WRITERS:
-            if what != "a read-only folder" or os.geteuid():        # root may write everywhere
-                may = what == "a folder that is not there" or (what == "a folder" and command == WRITERS[1])
-                code, _ = run(base, f"--out is {what}",
-                              lambda case: (case / "link").symlink_to("gone"),
-                              put_out(command, place))
-                assert code == 2 or may, f"{command} wrote to {what}"
+            may = what == "a folder that is not there" or (what == "a folder" and command == WRITERS[1])
+            code, _ = run(base, f"--out is {what}",
+                          lambda case: (case / "link").symlink_to("gone"),
+                          put_out(command, place))
+            assert code == 2 or may, f"{command} wrote to {what}"
     assert (base / "data.json").read_bytes() == before
+
+
+def read_only(base: Path) -> None:
+    """--out in a read-only folder, of every command. Root may write everywhere: for it a disk is mounted so."""
+    closed = base.parent / "closed"
+    closed.mkdir(mode=0o555)
+    mount = ["mount", "-t", "tmpfs", "-o", "ro,size=4k", "tmpfs", str(closed)]
+    mounted = os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0
+    try:
+        if os.geteuid() == 0 and not mounted:
+            print("read-only folders are not tried: root may write to them, and nothing can be mounted here")
+            return
+        for command in WRITERS:
+            code, _ = run(base, "--out is in a read-only folder", None, put_out(command, str(closed / "x")))
+            assert code == 2, f"{command} wrote to a read-only folder"
+    finally:
+        if mounted:
+            subprocess.run(["umount", str(closed)], check=True)
 
 
 def full_disk(base: Path) -> None:
@@ -208,8 +225,7 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="refusals-"))
     try:
         fuzz.build(folder / "base")
-        (folder / "base" / "closed").mkdir(mode=0o555)
-        for rows in (every_row, every_place, full_disk):
+        for rows in (every_row, every_place, read_only, full_disk):
             if not sys.argv[1:] or rows.__name__ in sys.argv[1:]:
                 rows(folder / "base")
     finally:

@@ -321,6 +321,13 @@ def test_an_index_of_another_state_of_the_data_is_not_used(tmp_path):
     path.write_text(json.dumps([sample]).replace("Yes", "Not"))
     assert SampleFile(path).fingerprint() != first, "the text of a sample is not in the fingerprint"
 
+    # Another text of the same length, and the time set back: the index cannot know.
+    raw, stat = path.read_bytes(), path.stat()
+    path.write_bytes(raw.replace(b"Not", b"Yes"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(UserError, match="was rewritten"):
+        SampleFile(path).fingerprint()
+
 
 # ------------------------------------------------------------------------------ damaged checkpoints
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
