@@ -1,5 +1,5 @@
-"""JSON in and out: one reader and one writer, with errors that name the file and the line. Files and
-folders that are written whole or not at all, by one process at a time."""
+"""JSON in and out, with errors that name the file and the line. Files and folders are written
+whole or not at all, by one process at a time."""
 import contextlib
 import fcntl
 import hashlib
@@ -19,8 +19,7 @@ LOCK = ".lock"                      # the file in a folder that says who writes 
 
 
 def check_download(path: Path, what: str = "the weights", least: int = 8) -> None:
-    """Raise UserError for what a failed download leaves: a git-lfs pointer, a web page, fewer than
-    `least` bytes."""
+    """Raise UserError for a failed download: a git-lfs pointer, a web page, under `least` bytes."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(400)
@@ -32,8 +31,8 @@ def check_download(path: Path, what: str = "the weights", least: int = 8) -> Non
     pages = rb"\s*<(!doctype|html)|Access to model|Entry not found|Invalid username or password|\s*\{\"error"
     if re.match(pages, head, re.I):
         start = " ".join(head[:60].decode(errors="replace").split())
-        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with {start!r}. Gated "
-                        "repositories need an accepted licence and a token")
+        raise UserError(f"{path} is a web page or an error message, not {what}; it starts with "
+                        f"{start!r}. Gated repositories need an accepted licence and a token")
     if size < least:
         raise UserError(f"{path} is cut off: it has {size} bytes; download it again")
 
@@ -46,8 +45,7 @@ def refuse_device(path: str | Path) -> None:
 
 def parse_json(text: str | bytes):
     """Return the JSON value of a text, which may begin with a BOM. Raises ValueError with the
-    reason: also for half a character, which no file can hold, and for nesting deeper than Python's
-    stack."""
+    reason: also for half a character, which no file can hold, and for too deep nesting."""
     try:
         if isinstance(text, bytes):
             text = text.decode()
@@ -62,9 +60,8 @@ def parse_json(text: str | bytes):
 
 
 def read_json(path: str | Path, kind: type | None = None):
-    """Return the value in a JSON file. kind: the type that it must have; None: any.
-
-    Raises UserError if there is none; then it names what the folder holds."""
+    """Return the value in a JSON file. kind: the type it must have. Raises UserError, which names
+    what the folder holds if the file does not exist."""
     path = Path(path)
     refuse_device(path)
     try:
@@ -72,10 +69,9 @@ def read_json(path: str | Path, kind: type | None = None):
     except FileNotFoundError:
         if not path.parent.is_dir():
             raise UserError(f"{path} does not exist: there is no folder {path.parent}") from None
-        holds = ", ".join(sorted(p.name for p in path.parent.iterdir())[:6])
-        if not holds:
-            raise UserError(f"{path} does not exist; the folder is empty") from None
-        raise UserError(f"{path} does not exist; the folder holds: {holds}") from None
+        names = sorted(p.name for p in path.parent.iterdir())[:6]
+        state = f"holds: {', '.join(names)}" if names else "is empty"
+        raise UserError(f"{path} does not exist; the folder {state}") from None
     except ValueError as e:
         check_download(path, "JSON", least=0)
         raise UserError(f"{path} is not JSON ({e}): download it again") from None
@@ -85,12 +81,11 @@ def read_json(path: str | Path, kind: type | None = None):
 
 
 def read_jsonl(path: str | Path) -> list:
-    """Return the values of a JSONL file, one a line. Raises UserError with the number of an invalid
-    line."""
-    rows = []
+    """Return the values of a JSONL file. Raises UserError with the number of an invalid line."""
     refuse_device(path)
     if not Path(path).exists():
         raise UserError(f"{path} does not exist")
+    rows = []
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
@@ -102,30 +97,27 @@ def read_jsonl(path: str | Path) -> list:
 
 
 def read_lines(path: Path) -> tuple[list[dict], dict | None]:
-    """Read a JSONL file of objects. Returns (rows, last): `last` is the text after the final
-    newline if it parses, else None (a stopped run may leave half a line). Raises UserError for any
-    other invalid line."""
-    def parse(line: str) -> dict | None:
+    """Read a JSONL file of objects. Returns (rows, last): `last` follows the final newline; it is
+    None if a stopped run left half a line. Raises UserError for any other invalid line."""
+    refuse_device(path)
+    rows, last = [], None
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
         try:
             value = parse_json(line)
         except ValueError:
-            return None
-        return value if isinstance(value, dict) else None
-
-    refuse_device(path)
-    rows = []
-    *lines, end = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            rows.append(parse(line))
-            if rows[-1] is None:
-                raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}")
-    return rows, parse(end)
+            value = None
+        if isinstance(value, dict) and number < len(lines):
+            rows.append(value)
+        elif isinstance(value, dict):
+            last = value
+        elif line.strip() and number < len(lines):
+            raise UserError(f"{path} line {number} is not a JSON object: {line[:60]}")
+    return rows, last
 
 
 def parse_log_line(line: str) -> dict:
-    """Return a line of metrics.jsonl: its stage, its step, and numbers by name. Raises
-    ValueError."""
+    """Return a line of metrics.jsonl: stage, step, and numbers by name. Raises ValueError."""
     row = parse_json(line)
     if not isinstance(row, dict) or type(row.get("stage")) is not str or type(row.get("step")) is not int:
         raise ValueError("it has no stage and step")
@@ -137,8 +129,7 @@ def parse_log_line(line: str) -> dict:
 
 
 def read_log(path: Path) -> list[dict]:
-    """Return the lines of metrics.jsonl so far, without the half line of a run that goes on. Raises
-    UserError."""
+    """Return the whole lines of metrics.jsonl: a run may be writing the last. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give the --out folder of a run")
     rows = []
@@ -169,8 +160,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | None = None) -> None:
-    """Raise UserError if a file would be written over. ours: how one begins that may be
-    replaced."""
+    """Raise UserError if a file would be written over, except one that begins with `ours`."""
     if path is None or not os.path.lexists(path):
         return
     if ours and Path(path).is_file():
@@ -185,8 +175,7 @@ def refuse_existing(path: str | Path | None, flag: str = "--out", ours: str | No
 def lock(file) -> bool:
     """Lock an open file until it is closed or this process dies. Returns False if another has it.
 
-    lockf, not flock, whose locks pass to the processes that prepare batches: they outlive a
-    kill."""
+    Not flock: its locks pass to the processes that prepare batches, which outlive a kill."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -198,10 +187,8 @@ def lock(file) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: Path, first: bool = True) -> Iterator[None]:
-    """Be the only process that writes to `folder`, which is made, and removed if nothing was
-    written.
-    first: False on all ranks but one, which holds the lock for them. Raises UserError if another
-    process writes there."""
+    """Be the only process that writes to `folder`, which is made, and removed if it stays empty.
+    Raises UserError if another one writes there. first: of all ranks, the one that locks it."""
     if not first:
         yield
         return
@@ -209,8 +196,8 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a") as file:
         if not lock(file):
-            raise UserError(f"{folder} is in use: another process writes to it. Wait until "
-                            "it ends, or give another --out")
+            raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends,"
+                            " or give another --out")
         try:
             yield
         finally:
@@ -223,8 +210,8 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Write a folder whole or not at all. Yields a folder with a temporary name, empty but for its
-    lock. It is renamed to `out` at the end, and removed after an error."""
+    """Write a folder whole or not at all. Yields one with a temporary name, empty but for its lock:
+    renamed to `out` at the end, removed after an error."""
     temporary = out.parent / f".{out.name}.tmp"
     with locked(temporary):
         remove([p for p in temporary.iterdir() if p.name != LOCK])  # what a killed process left
@@ -246,7 +233,8 @@ def remove(paths: list[Path]) -> None:
 
 
 def file_crc(path: Path) -> int:
-    crc = 0                                               # CRC-32 of its bytes
+    """CRC-32 of a file's bytes."""
+    crc = 0
     with open(path, "rb") as f:
         while block := f.read(1 << 22):
             crc = zlib.crc32(block, crc)
@@ -254,9 +242,8 @@ def file_crc(path: Path) -> int:
 
 
 def files_digest(paths: Iterator[Path]) -> str:
-    """Hash files: of each its name, size and 64 blocks of 64 KiB spread over it. Training changes
-    weights everywhere, so this shows any change; hashing all of 14 GB would take longer than
-    loading them."""
+    """Hash name, size and 64 blocks of 64 KiB of each file. Training changes weights everywhere, so
+    this shows it; hashing all of 14 GB would take longer than loading them."""
     h = hashlib.sha256()
     for path in paths:
         size = path.stat().st_size

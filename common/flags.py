@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import difflib
+import inspect
 import os
 import signal
 import sys
@@ -12,23 +13,25 @@ from safetensors import SafetensorError
 
 
 class UserError(Exception):
-    """An error that the user can fix. Its text is one line: what is wrong, where, and what to do."""
+    """An error that the user can fix. Its text is one line: what is wrong, where, what to do."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def option(default, help: str, group: str | None = None, most: float | None = None):
-    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`. most:
-    of a number.
+    """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`.
 
-    group: the heading in --help under which this flag and those after it stand. Where None is the
-    default, the text says what unset means."""
+    group: the heading in --help of this flag and those after it. most: the largest number allowed.
+    If the default is None, the text says what unset means."""
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "most": most})
 
 
 def add_flag(parser, field: dataclasses.Field, kind) -> None:
-    """Add one field as a flag. `Literal[...]` becomes choices, `bool` a --flag, `bool | None`
-    --flag and --no-flag, `list[X]` one value or more. `X | None` may stay unset. A field of one
-    letter is a -n too."""
-    names = ["--" + field.name.replace("_", "-")]
+    """Add one field as a flag. `Literal[...]` becomes choices, `bool` --flag, `bool | None` also
+    --no-flag, `list[X]` one value or more. `X | None` may stay unset. A field n is a -n too."""
+    names = [flag(field.name)]
     if len(field.name) == 1:
         names.append("-" + field.name)
     optional = get_origin(kind) in (Union, UnionType)
@@ -52,34 +55,40 @@ def add_flag(parser, field: dataclasses.Field, kind) -> None:
 
 
 def parse(cls, argv: list[str] | None = None, program: str | None = None):
-    """Return an instance of the dataclass `cls` from the command line. Its docstring is the head of
-    --help.
-
-    Raises UserError for an unknown flag, an invalid choice or an invalid number."""
-    parser = argparse.ArgumentParser(program, usage="%(prog)s [flags]", description=cls.__doc__,
-                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Return an instance of the dataclass `cls`, whose docstring is the head of --help, from the
+    command line. Raises UserError for an unknown flag, an invalid choice or an invalid number."""
+    parser = argparse.ArgumentParser(
+        program, usage="%(prog)s [flags]", description=inspect.getdoc(cls), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     group, flags = parser, []
     for field, kind in zip(dataclasses.fields(cls), get_type_hints(cls).values()):
         if field.metadata.get("group"):
             group = parser.add_argument_group(field.metadata["group"])
         add_flag(group, field, kind)
-        flags.append("--" + field.name.replace("_", "-"))
+        flags.append(flag(field.name))
 
     def fail(message: str):
-        for given in sys.argv[1:] if argv is None else argv:
-            near = difflib.get_close_matches(given.split("=")[0], flags, 1)
-            if given.startswith("--") and near and near[0] != given.split("=")[0]:
+        for word in sys.argv[1:] if argv is None else argv:
+            given = word.split("=")[0]
+            near = difflib.get_close_matches(given, flags, 1)
+            if given.startswith("--") and near and near[0] != given:
                 message += f" (did you mean {near[0]}?)"
         raise UserError(message + "; --help lists the flags")
     parser.error = fail
-    values = vars(parser.parse_args(argv))
-    for field in dataclasses.fields(cls):
-        value = values[field.name]
-        most = field.metadata.get("most") or (2**31 - 1 if type(value) is int
-                                              else sys.float_info.max)
-        if type(value) in (int, float) and not 0 <= value <= most:
-            raise UserError(f"--{field.name.replace('_', '-')} must be from 0 to {most}, not {value}")
-    return cls(**values)
+    config = cls(**vars(parser.parse_args(argv)))
+    check_ranges(config)
+    return config
+
+
+def check_ranges(config) -> None:
+    """Raise UserError for a number that is negative, or more than its option allows."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if type(value) in (int, float):
+            largest = 2**31 - 1 if type(value) is int else sys.float_info.max
+            most = field.metadata.get("most") or largest
+            if not 0 <= value <= most:
+                raise UserError(f"{flag(field.name)} must be from 0 to {most}, not {value}")
 
 
 def explain(e: BaseException) -> str | None:
@@ -106,9 +115,8 @@ def explain(e: BaseException) -> str | None:
 
 
 def run(main) -> None:
-    """Call main(), the one end of every command. What a user can mend ends it with one line and
-    exit code 2, without a traceback; a closed pipe (`| head`) silently, with the code of its
-    signal."""
+    """Call main() and end the command. What a user can mend ends it with one line and exit code 2,
+    without a traceback; a closed pipe (`| head`) silently, with the code of its signal."""
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "

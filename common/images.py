@@ -9,8 +9,9 @@ from PIL import Image
 
 # No other decoder is tried: PostScript's starts ghostscript.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF")
-# Pillow's own bound; the longer side, as a square of 12,000² takes 576 MB; longer to shorter side.
-MAX_PIXELS, MAX_SIDE, MAX_ASPECT = 89_478_485, 12_000, 200
+MAX_PIXELS = 89_478_485         # Pillow's own bound
+MAX_SIDE = 12_000               # a square of 12,000² takes 576 MB
+MAX_ASPECT = 200                # longer to shorter side
 
 
 def read_header(source: Path | bytes) -> Image.Image:
@@ -49,9 +50,8 @@ def open_image(source: Path | bytes) -> Image.Image:
 
 
 def with_8_bits(image: Image.Image) -> Image.Image:
-    """Return the image with 8 bits a channel: of 16 the upper 8 are kept, as Pillow does with
-    colour. Its `convert` would make all but the darkest grey white. 32-bit integers may hold 8 or
-    16 bits. Raises ValueError for more, and for floats."""
+    """Return the image with 8 bits a channel: of 16 the upper 8, as Pillow does with colour. (Its
+    `convert` makes all but the darkest grey white.) Raises ValueError for more, and for floats."""
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range: save it with 8 or 16 bits")
     if not image.mode.startswith("I"):
@@ -59,7 +59,7 @@ def with_8_bits(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError("its pixels have more than 16 bits: save it with 8 or 16")
-    if image.mode != "I" or pixels.max() > 255:
+    if image.mode != "I" or pixels.max() > 255:     # 32-bit integers may hold 8 or 16 bits
         pixels = pixels >> 8
     return Image.fromarray(pixels.astype(np.uint8))
 

@@ -1,13 +1,13 @@
-"""Several processes as one: who they are, and a model that each holds whole (DDP) or in part (FSDP2).
+"""Several processes as one: who they are; a model that each holds whole (DDP) or in part (FSDP2).
 
-    stage 1    DDP            every rank holds the whole model; the gradients of trained parameters are averaged
-    stage 2    fully_shard    every rank holds 1/count of each tensor (its rows: a DTensor). A block is whole on a rank
-                              only while it computes; each gradient goes to the rank that holds its rows
-    hsdp       both           rows are shared by the ranks of a node; nodes hold the same and average their gradients
+    stage 1    DDP            every rank holds the whole model; gradients are averaged
+    stage 2    fully_shard    every rank holds 1/count of each tensor (its rows: a DTensor). A block
+                              is whole only while it computes; gradients go to their rows' rank
+    hsdp       both           the ranks of a node share the rows; nodes average their gradients
 
-The wrapped module is `Objective`: model and loss in one. The embedding table and the head lie in
-its root unit, which is whole from the start of the forward pass to the end of the backward pass. So
-a loss may use their weights as ordinary tensors.
+The wrapped module is `Objective`: model and loss in one. Its root unit holds the embedding table
+and the head and is whole from the start of the forward pass to the end of the backward pass: a loss
+may use their weights as ordinary tensors.
 """
 import contextlib
 import os
@@ -28,17 +28,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common.flags import UserError
 
-# of a GPU's memory: the most that unsharded gradients may take between micro-batches
+# Of a GPU's memory: the most that unsharded gradients may take between micro-batches.
 GRADIENT_SHARE = 0.2
 
 
 # ---------------------------------------------------------------------------------------- processes
 def choose_device(device: str, dtype: str = "auto") -> tuple[torch.device, torch.dtype]:
-    """Return the device and the dtype to compute in. auto: the GPU if there is one; bfloat16 if it
-    supports that."""
+    """Return the device and the dtype of computing. auto: the GPU, bfloat16, where there is one."""
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device "
-                        "cpu, or auto")
+        raise UserError("--device cuda, but PyTorch sees no CUDA device here: use --device cpu, "
+                        "or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype == "auto":
@@ -53,19 +52,16 @@ class Ranks:
     count: int
     device: torch.device
     dtype: torch.dtype                      # of computing
-    # (ranks) that share one model, or (nodes, ranks); None: each holds it whole
-    mesh: DeviceMesh | None = None
+    mesh: DeviceMesh | None = None          # (ranks) that share one model, or (nodes, ranks)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
     def sum(self, values: list) -> Tensor:
-        """Sum numbers over ranks, element by element. Returns float64 (len(values),) on the
-        device."""
-        values = [torch.as_tensor(v, dtype=torch.float64).to(self.device, non_blocking=True)
-                  for v in values]
-        total = torch.stack(values)
+        """Sum numbers over ranks, one by one. Returns float64 (len(values),) on the device."""
+        numbers = [torch.as_tensor(v, dtype=torch.float64) for v in values]
+        total = torch.stack([n.to(self.device, non_blocking=True) for n in numbers])
         if self.count > 1:
             dist.all_reduce(total)
         return total
@@ -90,8 +86,8 @@ def rank_count() -> int:
 
 
 def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool = False) -> Ranks:
-    """Join the other processes of torchrun. minutes: how long a rank waits for another before it
-    gives up. gloo: use CPU communication on GPUs too, for programs that only meet at a barrier."""
+    """Join the other processes of torchrun. minutes: the longest that a rank waits for another.
+    gloo: use CPU communication on GPUs too, for programs that only meet at a barrier."""
     rank, count = int(os.environ.get("RANK", 0)), rank_count()
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -101,14 +97,13 @@ def start(device: torch.device, dtype: torch.dtype, minutes: float, gloo: bool =
         if gloo or device.type == "cpu":
             dist.init_process_group("gloo", timeout=timedelta(minutes=minutes))
         else:
-            dist.init_process_group("nccl", timeout=timedelta(minutes=minutes + 2),
-                                    device_id=device)
+            wait = timedelta(minutes=minutes + 2)
+            dist.init_process_group("nccl", timeout=wait, device_id=device)
     return Ranks(rank, count, device, dtype)
 
 
 def leave(ranks: Ranks) -> Ranks:
-    """Leave the other processes; every rank must call. Returns this process as a single one: what
-    it computes from now on waits for nobody."""
+    """Leave the other processes; every rank must call. Returns this process as a single one."""
     if ranks.count > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -116,11 +111,8 @@ def leave(ranks: Ranks) -> Ranks:
 
 
 def finish(ranks: Ranks) -> None:
-    """Leave together. Call last: with several ranks the process ends here.
-
-    A thread of gloo may abort the process if it releases a collective's tensor while Python shuts
-    down (seen about once in 40 runs). All output is written by now, so the process exits without
-    that shutdown."""
+    """Leave together. Call last: with several ranks the process ends here. It skips Python's
+    shutdown, in which a thread of gloo may abort it (seen about once in 40 runs)."""
     if dist.is_initialized():
         leave(ranks)
     if rank_count() > 1:
@@ -130,16 +122,16 @@ def finish(ranks: Ranks) -> None:
 
 
 def over(ranks: Ranks, sharded: bool, hybrid: bool = False) -> Ranks:
-    """Return the same ranks for a model that they share (sharded), or that each holds whole.
-    hybrid: the ranks of a node share it, and each node has one."""
+    """Return the ranks for a model that they share (sharded), that the ranks of each node share
+    (hybrid), or that each holds whole."""
     mesh = None
     if hybrid:
         node = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))             # set by torchrun
         if node in (1, ranks.count):
-            raise UserError(f"--parallel hsdp is for several nodes of several ranks, not {ranks.count // node} × {node}"
-                            ": use --parallel fsdp")
-        mesh = init_device_mesh(ranks.device.type, (ranks.count // node, node),
-                                mesh_dim_names=("nodes", "ranks"))
+            raise UserError("--parallel hsdp is for several nodes of several ranks, not "
+                            f"{ranks.count // node} × {node}: use --parallel fsdp")
+        shape = ranks.count // node, node
+        mesh = init_device_mesh(ranks.device.type, shape, mesh_dim_names=("nodes", "ranks"))
     elif sharded and ranks.count > 1:
         mesh = init_device_mesh(ranks.device.type, (ranks.count,), mesh_dim_names=("ranks",))
     return replace(ranks, mesh=mesh)
@@ -147,16 +139,14 @@ def over(ranks: Ranks, sharded: bool, hybrid: bool = False) -> Ranks:
 
 @contextlib.contextmanager
 def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again") -> Iterator[None]:
-    """Turn PyTorch's error for a lost process into one line: a rank that ends takes the others with
-    it."""
+    """Turn PyTorch's error for a lost process into one line: a rank that ends stops the others."""
     try:
         yield
     except RuntimeError as e:
         text = " ".join(str(e).split())
         if "DataLoader worker" in text:
             raise UserError(f"a process that prepares batches died ({text[:120]}): if memory ran "
-                            "out, use fewer "
-                            f"--workers; {advice}") from None
+                            f"out, use fewer --workers; {advice}") from None
         timed_out = "imed out" in text or "imeout" in text
         lost = "Connection" in text or "connection" in text or "NCCL error" in text
         if ranks.count == 1 or not (timed_out or lost):
@@ -169,8 +159,7 @@ def explain_lost_ranks(ranks: Ranks, advice: str = "run the same command again")
 @contextlib.contextmanager
 def alarm(ranks: Ranks, minutes: float) -> Iterator:
     """Give a function to call once a step. On GPUs, the process ends with one line if it is not
-    called for `minutes`: NCCL's own time-out aborts without saying what to do. (gloo's is an error,
-    see explain_lost_ranks.)"""
+    called for `minutes`: NCCL's time-out aborts without advice. (For gloo: explain_lost_ranks.)"""
     alive, done = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -193,8 +182,7 @@ def alarm(ranks: Ranks, minutes: float) -> Iterator:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory in use so far, in GiB: of the GPU, or resident memory of this process
-    on a CPU."""
+    """Return the most memory in use so far, in GiB: of the GPU, or resident of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20           # KiB on Linux
@@ -202,22 +190,19 @@ def peak_gib(device: torch.device) -> float:
 
 # --------------------------------------------------------------------------------- sharding a model
 def shard(module: nn.Module, ranks: Ranks, root: bool = False) -> None:
-    """Make `module` a unit of FSDP. A unit on the meta device is sharded before it is filled: no
-    rank holds it whole.
+    """Make `module` a unit of FSDP. Sharded on the meta device, it is never whole on any rank.
 
-    The weights of a block are gathered in the dtype of computing (what autocast would cast them
-    to). root: the root unit is gathered as stored and kept until the backward pass ends. Gradients
-    are reduced in float32."""
-    policy = MixedPrecisionPolicy(None if root else ranks.dtype, torch.float32,
-                                  cast_forward_inputs=False)
+    A block's weights are gathered in the dtype of computing, as autocast would cast them. The root
+    unit is gathered as stored, until the backward pass ends. Gradients are reduced in float32."""
+    low = None if root else ranks.dtype
+    policy = MixedPrecisionPolicy(low, torch.float32, cast_forward_inputs=False)
     fully_shard(module, mesh=ranks.mesh, reshard_after_forward=not root, mp_policy=policy)
     for part in module.modules():           # else --compile makes a graph for every layer
         part._is_fsdp_managed_module = False
 
 
 def wrap(objective: nn.Module, ranks: Ranks) -> nn.Module:
-    """Return the module to call: the objective as FSDP's root unit, its blocks being sharded, or
-    DDP around it."""
+    """Return the module to call: the objective as FSDP's root unit, or DDP around it."""
     if ranks.mesh is not None:
         shard(objective, ranks, root=True)
         return objective
@@ -231,11 +216,10 @@ def placed(tensor: Tensor, like: Tensor, device, dtype: torch.dtype) -> Tensor:
     """Return a copy of `tensor`. Where `like` is a DTensor: this rank's rows, as a DTensor."""
     if not isinstance(like, DTensor):
         return tensor.to(device, dtype, copy=True)
-    rank, count = like.device_mesh.get_local_rank("ranks"), like.device_mesh["ranks"].size()
-    # may be fewer than `count`: then the last ranks hold no row
-    parts = tensor.chunk(count)
-    part = parts[rank] if rank < len(parts) else tensor[:0]
-    return DTensor.from_local(part.to(device, dtype, copy=True), like.device_mesh, like.placements,
+    mesh = like.device_mesh
+    rank, parts = mesh.get_local_rank("ranks"), tensor.chunk(mesh["ranks"].size())
+    part = parts[rank] if rank < len(parts) else tensor[:0]     # few rows: the last ranks hold none
+    return DTensor.from_local(part.to(device, dtype, copy=True), mesh, like.placements,
                               run_check=False, shape=tensor.shape, stride=tensor.stride())
 
 
@@ -251,8 +235,7 @@ def local(tensor: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def gathered(objective: nn.Module) -> Iterator[None]:
-    """Keep the root unit whole, so that objective.model may be called outside a step. Every rank
-    must enter."""
+    """Keep the root unit whole, to call objective.model outside a step. Every rank must enter."""
     sharded = isinstance(objective, FSDPModule)
     if sharded:
         objective.unshard()
@@ -265,9 +248,8 @@ def gathered(objective: nn.Module) -> Iterator[None]:
 
 # ------------------------------------------------------------------------------------------- a step
 def reduce_once(trained: list[Tensor], ranks: Ranks) -> bool:
-    """True if gradients are reduced over ranks once a step. With FSDP they stay unsharded until
-    then, 4 bytes a trained parameter. On a GPU without room for that, they are reduced after every
-    micro-batch."""
+    """True if gradients are reduced over ranks once a step, not after every micro-batch. With FSDP
+    they stay unsharded until then, 4 bytes a trained parameter: not every GPU has room for that."""
     if ranks.mesh is None or ranks.device.type == "cpu":
         return True
     memory = torch.cuda.get_device_properties(ranks.device).total_memory
@@ -276,8 +258,7 @@ def reduce_once(trained: list[Tensor], ranks: Ranks) -> bool:
 
 @contextlib.contextmanager
 def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
-    """Wrap the forward and backward pass of a micro-batch. when: reduce the gradients over ranks in
-    it."""
+    """Wrap the forward and backward pass of a micro-batch. when: reduce gradients over ranks."""
     if isinstance(objective, FSDPModule):
         objective.set_requires_gradient_sync(when)
     if isinstance(objective, DistributedDataParallel) and not when:
@@ -288,17 +269,16 @@ def sync_gradients(objective: nn.Module, when: bool) -> Iterator[None]:
 
 
 def clip_gradients(trained: list[Tensor], ranks: Ranks, max_norm: float) -> Tensor:
-    """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, on
-    the device: nothing is read back here. It is the same on every rank."""
-    norm = nn.utils.get_total_norm([local(p.grad) for p in trained if p.grad is not None])
+    """Scale the gradients down to a 2-norm of at most max_norm. Returns the norm before that, the
+    same on every rank, on the device: nothing is read back here."""
+    gradients = [local(p.grad) for p in trained if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
     if ranks.mesh is not None:
-        square = norm.double().square()
-        # Nodes hold the same rows: count each once.
+        square = norm.double().square()     # nodes hold the same rows: each is counted once
         dist.all_reduce(square, group=ranks.mesh.get_group("ranks"))
         norm = square.sqrt()
     norm = norm.float()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-    for p in trained:
-        if p.grad is not None:
-            local(p.grad).mul_(scale.to(p.grad.dtype))
+    for gradient in gradients:
+        gradient.mul_(scale.to(gradient.dtype))
     return norm

@@ -1,5 +1,5 @@
-"""Positions in a padded batch: where a mask is true, which tokens see which, how much they attend to the image, and the
-cache of what was computed at them."""
+"""Positions in a padded batch: where a mask is true, which tokens see which, how much they attend
+to the image, and the cache of what was computed at them."""
 import math
 from typing import NamedTuple
 
@@ -9,9 +9,8 @@ from torch import Tensor
 
 
 class Places(NamedTuple):
-    """Where a batch has what, as indices found on the host: selecting with a mask waits for the GPU to count it."""
-    # (2,m) sample and position where a supervised token is predicted, one before its own
-    targets: Tensor
+    """Where a batch has what, as indices found on the host: a mask waits for the GPU to count."""
+    targets: Tensor         # (2,m) sample and position of what predicts a supervised token
     answers: Tensor         # (2,a) sample and position of the supervised tokens that see an image
     text: Tensor            # (B,M) positions of the text that sees an image, filled up with -1
     seeing: Tensor          # (b,) samples with such text
@@ -19,16 +18,14 @@ class Places(NamedTuple):
 
 
 def find_places(supervised: Tensor, text: Tensor, reconstruct: Tensor) -> Places:
-    """supervised (B,T) bool, text (B,T) bool: that sees an image, reconstruct (B,) bool →
-    Places."""
+    """Takes masks: supervised (B,T), text (B,T) that sees an image, reconstruct (B,)."""
     return Places(supervised[:, 1:].nonzero().T, (supervised & text).nonzero().T,
                   true_positions(text), text.any(1).nonzero()[:, 0], reconstruct.nonzero()[:, 0])
 
 
 def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
-    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1. Returns
-    (B,width); width
-    None: the most that any row has."""
+    """Positions of the True entries of each row of mask (B,T), in order, filled up with -1:
+    (B,width); width None: the most that any row has."""
     if width is None:
         width = int(mask.sum(1).max())
     order = mask.int().argsort(dim=1, descending=True, stable=True)[:, :width]
@@ -37,15 +34,13 @@ def true_positions(mask: Tensor, width: int | None = None) -> Tensor:
 
 
 def at_image(h: Tensor, image_mask: Tensor, n: int) -> Tensor:
-    """(B,T,D) → (B,n,D) at the image positions. Rows of samples without an image are not defined:
-    do not use them."""
+    """(B,T,D) → (B,n,D) at the image positions. Do not use the rows of samples without an image."""
     positions = true_positions(image_mask, n).clamp(min=0)                                  # (B,n)
     return h.gather(1, positions[..., None].expand(-1, -1, h.shape[-1]))
 
 
 def visible(distance: Tensor, window: int | None) -> Tensor:
-    """True where a query sees a key that lies `distance` tokens before it. window: sliding-window
-    attention."""
+    """True where a query sees a key `distance` tokens before it. window: of sliding attention."""
     if window is None:
         return distance >= 0
     return (distance >= 0) & (distance < window)
@@ -58,18 +53,16 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
     (B,M,N) float32. average=False: of every head, (B,H,M,N).
 
     q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N):
-    positions of the image tokens, -1 where there is none (the result is 0 there). The softmax is
-    over all keys that a query sees. Fused attention returns no probabilities, so they are computed
-    here, `chunk` rows at a time: (B,H,T,T) never exists."""
+    of the image tokens; -1 is none and gives 0. The softmax is over all keys that a query sees.
+    Fused attention returns none. They are computed here `chunk` rows at a time: no (B,H,T,T)."""
     B, H, T, d = q.shape
     k = k.repeat_interleave(H // k.shape[1], dim=1)
     keys = torch.arange(T, device=q.device)
     out = []
     for part in rows.split(chunk, dim=1):                                                   # (B,m)
         at = part.clamp(min=0)[:, None, :, None]                                            # (B,1,m,1)
-        scores = (q.gather(2, at.expand(B, H, -1, d)) @ k.transpose(2, 3)).float() * d ** -0.5        # (B,H,m,T)
-        scores = scores.masked_fill(~visible(at - keys, window), -torch.inf)
-        p = scores.softmax(-1)                                                              # (B,H,m,T)
+        scores = (q.gather(2, at.expand(B, H, -1, d)) @ k.transpose(2, 3)).float() * d ** -0.5
+        p = scores.masked_fill(~visible(at - keys, window), -torch.inf).softmax(-1)     # (B,H,m,T)
         if average:
             p = p.mean(1, keepdim=True)                                                     # (B,1,m,T)
         p = p.gather(3, columns.clamp(min=0)[:, None, None].expand(*p.shape[:3], -1))       # (B,1 or H,m,N)
@@ -79,11 +72,10 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
 
 
 def rescale(frequencies: Tensor, scaling: dict | None) -> Tensor:
-    """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: as they
-    are.
+    """Return Llama-3.1's rotary frequencies (d/2,) for those of rope_theta; scaling None: the same.
 
-    Pairs that turn less than low_freq_factor times in original_max_position_embeddings positions
-    are slowed down by `factor`. Pairs that turn more than high_freq_factor times are not. Between
+    Over original_max_position_embeddings positions, pairs that turn less than low_freq_factor times
+    are slowed down by `factor`, those that turn more than high_freq_factor times are not; between
     the two it is interpolated."""
     if scaling is None:
         return frequencies
@@ -94,8 +86,8 @@ def rescale(frequencies: Tensor, scaling: dict | None) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions. c: a DecoderConfig."""
-    def __init__(self, c, batch: int, length: int, dtype: torch.dtype, device):
+    """Keys and values of every layer, (L,B,K,S,d), written at each row's own positions."""
+    def __init__(self, c, batch: int, length: int, dtype: torch.dtype, device):  # c: DecoderConfig
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, length, c.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -14,8 +14,8 @@ LLAMA_3_DATE = "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is written. {system} is the place of the system prompt in the first turn, {text} that of a
-    turn's text. Answers are supervised from their first character to their last, questions are not."""
+    """How a conversation is written. {system}: the system prompt, in the first turn; {text}: what a
+    turn says. Answers are supervised from first to last character, questions are not."""
     user: str
     answer: str
     eos: str                    # the token that ends an answer
@@ -23,6 +23,10 @@ class Template:
     later: str = ""             # in front of every question but the first
     after: str = ""             # behind every answer, not supervised
     strip: bool = False         # remove spaces and newlines around a turn's text
+
+
+def vicuna(eos: str) -> Template:
+    return Template("{system}USER: {text} ASSISTANT:", " {text}" + eos, eos, SYSTEM + " ")
 
 
 def chatml(system: str) -> Template:
@@ -38,18 +42,15 @@ def llama_3(system: str) -> Template:
 
 
 TEMPLATES = {
-    "plain": Template("", "{text}\n",
-                      "\n"),  # stage 1: <image> and the caption alone
-    "v1": Template("{system}USER: {text} ASSISTANT:", " {text}</s>", "</s>",
-                   SYSTEM + " "),  # Vicuna
-    "phi": Template("{system}USER: {text} ASSISTANT:", " {text}<|endoftext|>", "<|endoftext|>",
-                    SYSTEM + " "),
-    "gemma": Template("{system}USER: {text} ASSISTANT:", " {text}<eos>", "<eos>", SYSTEM + " "),
+    "plain": Template("", "{text}\n", "\n"),      # stage 1: <image> and the caption alone
+    "v1": vicuna("</s>"),
+    "phi": vicuna("<|endoftext|>"),
+    "gemma": vicuna("<eos>"),
     "llama_2": Template("[INST] {system}{text} [/INST]", " {text} </s>", "</s>",
                         f"<<SYS>>\n{LLAMA_2_SYSTEM}\n<</SYS>>\n\n", "<s>"),
     "mistral": Template("[INST] {text} [/INST]", " {text} </s>", "</s>"),
-    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>", "",
-                     "\n"),
+    "phi3": Template("<|user|>\n{text}<|end|>\n<|assistant|>\n", "{text}<|end|>", "<|end|>",
+                     later="\n"),
     "qwen2": chatml(QWEN2_SYSTEM),
     "qwen2_5": chatml(QWEN2_5_SYSTEM),
     "smollm2": chatml(SMOLLM2_SYSTEM),

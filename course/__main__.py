@@ -15,10 +15,10 @@ from course.make import ASSIGNMENTS, find, gradescope, make, make_all
 @dataclass
 class Flags:
     """python -m course make NAME --out DIR            an assignment as a folder that can be handed out
-python -m course make --all --out DIR             the semester: all of them, and the capstone
-python -m course grade NAME SUBMISSIONS --out CSV grades, and a text and a results.json a student
-python -m course gradescope NAME --out ZIP        the autograder for Gradescope
-python -m course audit [NAME …]                   grade the grader with wrong and right solutions"""
+    python -m course make --all --out DIR             the semester: all of them, and the capstone
+    python -m course grade NAME SUBMISSIONS --out CSV grades; a text and results.json a student
+    python -m course gradescope NAME --out ZIP        the autograder for Gradescope
+    python -m course audit [NAME …]                   grade the grader: wrong and right solutions"""
     out: str | None = option(None, "where the result is written")
     all: bool = option(False, "make every assignment")
     seed: int = option(1, "shapes and numbers of the hidden tests")

@@ -1,1 +1,1 @@
-"""One page that shows what the numbers mean: a picture, a question, and what a checkpoint makes of them."""
+"""One page that shows what the numbers mean: a picture, a question, what a model makes of them."""

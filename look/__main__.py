@@ -1,7 +1,7 @@
 """Look inside checkpoints and runs: one HTML file that needs no network.
 
-    python -m look --ckpt DIR [DIR …] --image FILE --prompt TEXT --out page.html       checkpoints side by side
-    python -m look --run DIR [DIR …] --out page.html                                  runs over each other
+    python -m look --ckpt DIR [DIR …] --image FILE --prompt TEXT --out page.html    side by side
+    python -m look --run DIR [DIR …] --out page.html                               over each other
 """
 import time
 from dataclasses import dataclass
@@ -22,18 +22,21 @@ from look.runs import group_runs
 @dataclass
 class LookConfig:
     """Write one page about checkpoints (--ckpt) or runs (--run)."""
-    ckpt: list[str] | None = option(None, "checkpoints, runs (their newest one), released LLaVAs", "checkpoints")
+    ckpt: list[str] | None = option(
+        None, "checkpoints, runs (their newest one), released LLaVAs", "checkpoints")
     image: str | None = option(None, "the picture")
     prompt: str | None = option(None, "the question about it")
     max_new_tokens: int = option(32, "the longest answer", most=2**16)
     tsne: bool = option(False, "t-SNE in place of PCA; needs scikit-learn")
     json: str | None = option(None, "also write the numbers to this file")
     png: str | None = option(None, "also write attention and similarity as pictures to this folder")
-    run: list[str] | None = option(None, "--out folders of train.py; seeds of one setting make a band", "runs")
+    run: list[str] | None = option(
+        None, "--out folders of train.py; seeds of one setting make a band", "runs")
     watch: int | None = option(None, "write the page again every N seconds, until Ctrl-C")
     vision: str | None = option(None, "folder of the vision encoder", "model")
     llm: str | None = option(None, "folder of the language model")
-    template: Literal[tuple(TEMPLATES)] | None = option(None, "how text is written (unset: as in training, or v1)")
+    template: Literal[tuple(TEMPLATES)] | None = option(
+        None, "how text is written; unset: as in training, or v1")
     out: str = option("page.html", "the page")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
 
@@ -48,14 +51,17 @@ def look_at_checkpoints(cfg: LookConfig) -> None:
         raise UserError(f"--image {cfg.image}: {e}") from None
     looks = []
     for n, ckpt in enumerate(cfg.ckpt, 1):
-        assistant = Assistant.from_checkpoint(ckpt, *choose_device(cfg.device), cfg.template, cfg.vision, cfg.llm)
+        device, dtype = choose_device(cfg.device)
+        parts = cfg.template, cfg.vision, cfg.llm
+        assistant = Assistant.from_checkpoint(ckpt, device, dtype, *parts)
         looks.append(gather(assistant, ckpt, image, cfg.prompt, cfg.max_new_tokens, cfg.tsne))
         print(f"{ckpt}: {looks[-1]['answer']}")
         if cfg.png:
             write_pictures(Path(cfg.png) / f"{n}-{Path(ckpt).name}", looks[-1])
     write_page(Path(cfg.out), f"“{cfg.prompt}”", looks)
     if cfg.json:
-        write_json(Path(cfg.json), convert(looks, lambda t: t.tolist(), lambda picture: picture.size), indent=None)
+        numbers = convert(looks, lambda t: t.tolist(), lambda picture: picture.size)
+        write_json(Path(cfg.json), numbers, indent=None)
 
 
 def main() -> None:
@@ -69,9 +75,11 @@ def main() -> None:
     refuse_existing(cfg.png, "--png")
     if cfg.ckpt:
         look_at_checkpoints(cfg)
-    while cfg.run:
-        title, groups = "runs " + ", ".join(Path(r).name for r in cfg.run), group_runs([Path(r) for r in cfg.run])
-        write_page(Path(cfg.out), title, run={"groups": groups, "answers": []}, refresh=cfg.watch)
+    folders = [Path(folder) for folder in cfg.run or []]
+    title = "runs " + ", ".join(folder.name for folder in folders)
+    while folders:
+        runs = {"groups": group_runs(folders), "answers": []}
+        write_page(Path(cfg.out), title, run=runs, refresh=cfg.watch)
         if cfg.watch is None:
             break
         time.sleep(cfg.watch)

@@ -1,4 +1,4 @@
-"""A run's page: curves, tables and answers; several runs laid over each other, a study's seeds as a band."""
+"""A run's page: curves, tables and answers; several runs over each other, with seeds as a band."""
 import statistics
 from pathlib import Path
 
@@ -11,8 +11,9 @@ NOT_STUDIED = ("seed", "out", "resume", "overwrite", "workers", "device", "timeo
 
 
 def write_report(out: Path, answers=(), looks=()) -> None:
-    """Write out/report.html. answers: what `gather` returns, with `wanted` and `right`; looks: those shown whole."""
-    write_page(out / "report.html", f"run {out.name}", looks, {"groups": group_runs([out]), "answers": answers})
+    """Write out/report.html. answers: of `gather`, with wanted and right. looks: shown whole."""
+    run = {"groups": group_runs([out]), "answers": answers}
+    write_page(out / "report.html", f"run {out.name}", looks, run)
 
 
 def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
@@ -27,8 +28,8 @@ def read_curves(run: Path) -> dict[str, dict[str, dict[int, float]]]:
 
 
 def overlay_curves(curves: list[dict[int, float]]) -> dict[str, list]:
-    """A curve of several runs → x (steps), y (mean), low, high. A point is the mean of `width` steps, then of runs."""
-    width = -(-max(max(curve) for curve in curves) // 200)                  # a curve has 200 points at most
+    """A curve of several runs → x (steps), y (mean), low, high: means of `width` steps, of runs."""
+    width = -(-max(max(curve) for curve in curves) // 200)      # a curve has 200 points at most
     points = {}
     for curve in curves:
         bins = {}
@@ -52,23 +53,28 @@ def group_runs(runs: list[Path]) -> list[dict]:
         groups.setdefault(key, (settings, []))[1].append(folder)
     out = []
     for settings, folders in groups.values():
-        name = settings["loss"] + (" + MoCa" if settings.get("moca") else "")
+        title = settings["loss"] + (" + MoCa" if settings.get("moca") else "")
         if [s["loss"] for s, _ in groups.values()].count(settings["loss"]) > 1:
-            name += f" ({folders[0].name})"
+            title += f" ({folders[0].name})"
         read, stages = [read_curves(f) for f in folders], {}
         for stage in ("pretrain", "finetune"):
-            names = dict.fromkeys(n for curves in read for n in curves[stage])              # in the order of the log
-            stages[stage] = {n: overlay_curves([c[stage][n] for c in read if n in c[stage]]) for n in names}
-        out.append({"name": name, "stages": stages, **results_of(folders)})
+            names = dict.fromkeys(n for curves in read for n in curves[stage])  # as in the log
+            stages[stage] = {}
+            for name in names:
+                found = [curves[stage][name] for curves in read if name in curves[stage]]
+                stages[stage][name] = overlay_curves(found)
+        out.append({"name": title, "stages": stages, **results_of(folders)})
     return out
 
 
 def results_of(folders: list[Path]) -> dict:
-    """Of the runs that have ended: table → category → [mean, standard deviation]; stage → distance by layer."""
-    results = [read_json(f / "results.json", dict) for f in folders if (f / "results.json").is_file()]
+    """Of ended runs: table → category → [mean, standard deviation]; stage → distance by layer."""
+    paths = [f / "results.json" for f in folders]
+    results = [read_json(path, dict) for path in paths if path.is_file()]
     tables, layers = {}, {}
     for r in results:
-        rows = {**r["accuracy"], **{f"{name}, images shuffled": row for name, row in r["shuffled"].items()}}
+        rows = dict(r["accuracy"])
+        rows |= {f"{name}, images shuffled": row for name, row in r["shuffled"].items()}
         for name, row in rows.items():
             for category, value in row.items():
                 tables.setdefault(name, {}).setdefault(category, []).append(value)
@@ -77,5 +83,5 @@ def results_of(folders: list[Path]) -> dict:
     for row in tables.values():
         for category, v in row.items():
             row[category] = [statistics.fmean(v), statistics.stdev(v) if len(v) > 1 else 0.0]
-    return {"finished": len(results), "accuracy": tables,
-            "mir_layers": {stage: [statistics.fmean(v) for v in zip(*rows)] for stage, rows in layers.items()}}
+    means = {stage: [statistics.fmean(v) for v in zip(*rows)] for stage, rows in layers.items()}
+    return {"finished": len(results), "accuracy": tables, "mir_layers": means}

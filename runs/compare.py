@@ -1,8 +1,8 @@
 """Tables of toy runs: mean ± standard deviation over seeds, and Welch's t against ce.
 
-    python -m runs.compare out/compare            runs named METHOD-SEED in a folder, as runs/compare.sh makes them
-    python -m runs.compare out/toy-seed*          any runs: each gives its results.json, together they are one column
-    python -m runs.compare --by-category DIR …    accuracy by category instead, a row for each question file
+    python -m runs.compare out/compare            a folder of runs METHOD-SEED, by runs/compare.sh
+    python -m runs.compare out/toy-seed*          any runs, together one column
+    python -m runs.compare --by-category DIR …    accuracy by category, a row for each question file
 
 Prints Markdown. Needs finished runs of the toy; reads results.json alone.
 """
@@ -14,8 +14,7 @@ from common.files import read_json
 from common.flags import UserError, run
 
 ONE, TWO = "pretrain", "finetune"
-# The order of the columns; other methods follow.
-FIRST = ["ce", "vdep", "vista", "basic", "moca"]
+FIRST = ["ce", "vdep", "vista", "basic", "moca"]           # columns; other methods follow
 T_ROWS = ("mean", "unseen pairs", "caption CE, 1", "MIR, 2")
 FILES = {"test": ("accuracy", "test"), "unseen pairs": ("accuracy", "composition"),
          "test, images shuffled": ("shuffled", "test")}
@@ -65,8 +64,9 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
     """Return method → the results.json of its runs. Raises UserError for a folder without any."""
     runs = {}
     for folder in folders:
-        paths = [folder / "results.json"] if (folder / "results.json").is_file() else \
-            sorted(folder.glob("*/results.json"))
+        paths = sorted(folder.glob("*/results.json"))
+        if (folder / "results.json").is_file():
+            paths = [folder / "results.json"]
         if not paths:
             raise UserError(f"{folder} has no results.json, and no folder in it has one: give "
                             "runs of the toy")
@@ -84,22 +84,25 @@ def compare(runs: dict[str, list[dict]]) -> str:
              "|---" * (len(names) + 1) + "|"]
     values = {}                                            # row → method → values
     for name in names:
-        for row in numbers[name]:
-            for key, value in row.items():
+        for found in numbers[name]:
+            for key, value in found.items():
                 values.setdefault(key, {n: [] for n in names})[name].append(value)
-    for key, of in values.items():
-        lines.append(f"| {key} | " + " | ".join(show(of[n]) for n in names) + " |")
+    for key, row in values.items():
+        lines.append(f"| {key} | " + " | ".join(show(row[n]) for n in names) + " |")
     for key in T_ROWS:
-        of = values.get(key, {})
-        if len(names) > 1 and len(of.get("ce", [])) > 1:
-            cells = [welch(of[n], of["ce"]) if n != "ce" and len(of[n]) > 1 else "" for n in names]
+        row = values.get(key, {})
+        if len(names) > 1 and len(row.get("ce", [])) > 1:
+            cells = [""] * len(names)
+            for i, name in enumerate(names):
+                if name != "ce" and len(row[name]) > 1:
+                    cells[i] = welch(row[name], row["ce"])
             lines.append(f"| t of {key} against ce | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def by_category(runs: dict[str, list[dict]]) -> str:
     """Return the table of accuracy, %, with a column per category, and MIR after each stage."""
-    results = [r for of in runs.values() for r in of]
+    results = sum(runs.values(), [])
     categories = list(results[0]["accuracy"]["test"])
     lines = ["| | " + " | ".join(categories) + " |", "|---" * (len(categories) + 1) + "|"]
     for name, (kind, split) in FILES.items():

@@ -4,8 +4,7 @@
 
 Prints one table, mean ± standard deviation over the seeds of an objective. Writes figures.json;
 attention.png and similarity.png (one line an objective: the picture, then every layer); inside.html
-and runs.html, pages of look/. Scenes are drawn here, so that it is known where each object is; none
-of them was trained on.
+and runs.html, pages of look/. Scenes are drawn here, to know where each object is, and are new.
 """
 import random
 import statistics
@@ -69,21 +68,24 @@ def measure_scene(look: dict, scene: tuple, thing: tuple) -> dict[str, float]:
     for k in range(L + 1):
         numbers[f"whole words, layer {k}, %"] = 100 * look["meaningful"][k]
     for k in (0, L):
-        named = [bool({c, s} & {look["words"][w].strip()
-                                for w in look["nearest"][k, patch_of((r, col))].tolist()})
-                 for r, col, c, s in scene]
-        numbers[f"objects with their colour or shape among the nearest 3, layer {k}, %"] = 100 * statistics.fmean(named)
+        named = 0
+        for row, column, colour, shape in scene:
+            nearest = look["nearest"][k, patch_of((row, column))].tolist()
+            words = {look["words"][w].strip() for w in nearest}
+            named += colour in words or shape in words
+        title = f"objects with their colour or shape among the nearest 3, layer {k}, %"
+        numbers[title] = 100 * (named / len(scene))
     numbers["answers right, %"] = 100.0 * bool(exact(look["answer"], thing[2]))
     numbers["answers right, patches as words, %"] = 100.0 * bool(exact(look["answer_with_words"], thing[2]))
     empty = [i for i in range(9) if i not in objects]
-    numbers["norm of objects' patches / empty ones"] = (look["patch_norm"][0, objects].mean()
-                                                        / look["patch_norm"][0, empty].mean()).item()
+    norms = look["patch_norm"][0]
+    ratio = norms[objects].mean() / norms[empty].mean()
+    numbers["norm of objects' patches / empty ones"] = ratio.item()
     return numbers
 
 
 def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]:
-    """The means over all scenes, with the run's MIR and distances; and the look of the first with
-    three objects."""
+    """The means over all scenes, MIR and distances; and the look of the first of three objects."""
     assistant = Assistant.from_checkpoint(checkpoints(run, "finetune")[-1], "cpu", torch.float32)
     rows, first = [], None
     for scene, picture, thing in scenes:
@@ -102,12 +104,12 @@ def measure_run(run: Path, scenes: list[tuple]) -> tuple[dict[str, float], dict]
 
 
 def sheet(path: Path, looks: dict[str, dict], kind: str) -> None:
-    """One line an objective: the picture, then the map of every layer; of attention that of the
-    question's last token, of similarity the mean over the prompt."""
+    """One line an objective: the picture, then a map a layer; of attention that of the question's
+    last token, of similarity the mean over the prompt."""
     size, gap, left, top = 144, 6, 60, 24
     columns = ["picture"] + [f"layer {k}" for k in range(kind == "attention", 5)]
-    page = Image.new("RGB", (left + len(columns) * (size + gap), top + len(looks) * (size + gap)),
-                     "white")
+    width, height = left + len(columns) * (size + gap), top + len(looks) * (size + gap)
+    page = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(15)
     for x, column in enumerate(columns):
         pen.text((left + x * (size + gap) + size / 2, top / 2), column, "black", font, "mm")

@@ -1,5 +1,4 @@
-"""The checks of MIR's paper (§2.2, table 6, figures 4, 7 and 8) on runs of the toy: called by
-runs/mir.sh.
+"""The checks of MIR's paper (§2.2, table 6, figures 4, 7, 8) on runs of the toy, for runs/mir.sh.
 
     python -m runs.mir out/toy-seed1 out/toy-seed2 …
 
@@ -20,14 +19,12 @@ from mir import measure
 from toy import world
 
 STAGES = ("pretrain", "finetune")
-# The paper draws ten sets of each size, too.
-NS, SEEDS = (10, 20, 50, 100, 200), range(10)
+NS, SEEDS = (10, 20, 50, 100, 200), range(10)              # ten sets of each size, as in the paper
 
 
 # -------------------------------------------------------------------------------------------- pairs
 def new_pictures(split: str, n: int, folder: Path) -> list[dict]:
-    """n pairs of new pictures of a split and their captions; the pictures are written to
-    `folder`."""
+    """n pairs of new pictures of a split, written to `folder`, and their captions."""
     rng, pairs = random.Random(f"mir {split}"), []
     for i in range(n):
         scene = world.draw_from(split, rng)
@@ -45,8 +42,7 @@ def shifted(pairs: list[dict]) -> list[dict]:
 
 # ---------------------------------------------------------------------------------------- measuring
 def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Path) -> dict:
-    """All measurements of the last checkpoint of a stage, by name; "samples" holds MIR by number of
-    pairs."""
+    """All measurements of a stage's last checkpoint, by name; "samples": MIR by number of pairs."""
     data, images = run / "data", run / "data" / "images"
     ckpt = checkpoints(run, stage)[-1]
     model = load_model(ckpt)
@@ -56,8 +52,7 @@ def study_stage(run: Path, stage: str, unseen: dict[str, list[dict]], folder: Pa
                        **options)
 
     questions = read_pairs(data / "val.jsonl", images, 100)
-    # Captions alone, as the unseen ones are.
-    seen = []
+    seen = []                                              # captions alone, as the unseen ones are
     for s in read_pairs(data / "pretrain.json", images, 100, seed=0):
         seen.append(sample(s["image"], s["conversations"][1]["value"]))
     results = {
@@ -105,8 +100,8 @@ def show(run: Path, results: dict) -> None:
             layers = " ".join(f"{d:.{digits}f}" for d in results[stage][name]["layers"])
             print(f"  {title:10} {stage}: {layers}")
     for line in results["curve"]:
-        print(f"  {line['stage']:9} step {line['step']:5}  MIR {line['mir']:.3f}  CE {line['answer_ce']:.3f}  "
-              f"|V| {line['V_norm']:6.1f}  |h| {line['h_norm']:.1f}")
+        print(f"  {line['stage']:9} step {line['step']:5}  MIR {line['mir']:.3f}  "
+              f"CE {line['answer_ce']:.3f}  |V| {line['V_norm']:6.1f}  |h| {line['h_norm']:.1f}")
 
 
 def ranks(values) -> list[int]:
@@ -115,15 +110,14 @@ def ranks(values) -> list[int]:
 
 
 def correlate(table: list[list[float]]) -> None:
-    """Print rank correlations. table: a row a run: MIR, |V|, CE after stage 1, again after stage 2,
-    two accuracies."""
+    """Print rank correlations. table: a row a run, as `main` prints it."""
     columns = list(zip(*table))
     for name, column in zip(("MIR", "|V|", "CE"), columns):
         for kind, wanted in (("test", columns[-2]), ("unseen pairs", columns[-1])):
             if len(set(column)) > 1 and len(set(wanted)) > 1:
                 rho = statistics.correlation(ranks(column), ranks(wanted))
-                print(f"rank correlation of {name} after stage 1 with accuracy on {kind}: {rho:+.2f} "
-                      f"(n = {len(table)})")
+                print(f"rank correlation of {name} after stage 1 with accuracy on {kind}: "
+                      f"{rho:+.2f} (n = {len(table)})")
 
 
 def main() -> None:
@@ -133,8 +127,8 @@ def main() -> None:
         unseen = {split: new_pictures(split, 100, folder) for split in ("val", "composition")}
         for run in runs:
             found = {stage: study_stage(run, stage, unseen, folder) for stage in STAGES}
-            found["curve"] = [line for line in read_jsonl(run / "metrics.jsonl")
-                              if line.get("kind") == "mir"]
+            log = read_jsonl(run / "metrics.jsonl")
+            found["curve"] = [line for line in log if line.get("kind") == "mir"]
             found["accuracy"] = json.loads((run / "results.json").read_text())["accuracy"]
             results[str(run)] = found
             show(run, found)

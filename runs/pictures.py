@@ -1,9 +1,8 @@
-"""Draw the two pictures of README: the data path, and what the toy's model answers and where it looks.
+"""Draw the two pictures of README: the data path, and what the toy answers and where it looks.
 
     python -m runs.pictures --ckpt out/toy --out docs
 
-Needs a finished run of the toy (`python train.py`). Makes data-path.png and toy.png in --out, in
-seconds.
+Needs a finished run of the toy (`python train.py`). Makes data-path.png and toy.png in --out.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from toy.world import CATEGORIES, COLUMNS, ROWS
 
 # The colours of image, text, both, losses.
 BLUE, AMBER, VIOLET, GREEN = (37, 99, 235), (217, 119, 6), (109, 40, 217), (5, 122, 85)
-INK, GREY, LINE, WHITE, RED = (30, 41, 59), (100, 116, 139), (203, 213, 225), (255, 255, 255), (185, 28, 28)
+INK, GREY, LINE = (30, 41, 59), (100, 116, 139), (203, 213, 225)
+WHITE, RED = (255, 255, 255), (185, 28, 28)
 SCALE = 2                       # drawn this much larger than saved, so that edges are smooth
 
 
@@ -34,7 +34,7 @@ class Config:
 
 # ------------------------------------------------------------------------------------------ drawing
 class Canvas:
-    """A white picture, drawn SCALE times larger than it is saved. Coordinates are those of the saved picture."""
+    """A white picture, drawn SCALE times larger than saved. Coordinates: of the saved one."""
     def __init__(self, width: int, height: int):
         self.image = Image.new("RGB", (SCALE * width, SCALE * height), WHITE)
         self.pen = ImageDraw.Draw(self.image)
@@ -118,22 +118,20 @@ def draw_data_path(path: Path) -> None:
     c.tensor(984, middle - 28, "hidden_states", "(B, T, D)", VIOLET)
     c.module(1052, middle - 62, 128, 124, GREEN, "losses.py", "ce, vdep,", "vista, das, sds:",
              "a sum each")
-    # The losses read the embeddings too: VDEP and BASIC those of the image, VISTA those of the
-    # text.
+    # The losses read embeddings too: VDEP and BASIC those of the image, VISTA those of the text.
     c.arrow((672, top), (672, 34), (1116, 34), (1116, middle - 64), colour=BLUE)
     c.arrow((672, bottom), (672, 344), (1116, 344), (1116, middle + 64), colour=AMBER)
 
     # One sample, token by token: what image_mask and labels mark.
-    words = ["<s>", "...", "USER:", "v1", "v2", "v3", "...", "vN", "Which", "row", "...",
-             "ASSISTANT:", "top", "</s>"]
+    words = "<s> ... USER: v1 v2 v3 ... vN Which row ... ASSISTANT: top </s>".split()
     x, y, h = 128, 392, 38
     c.text(64, y + h / 2, "one sample", 16, GREY)
     for i, word in enumerate(words):
-        image, answer = 3 <= i <= 7, i >= 12
-        w = 112 if word == "ASSISTANT:" else 71
-        colour = BLUE if image else GREEN if answer else AMBER
-        c.box(x, y, w - 5, h, colour, pale(colour, 0.28 if image or answer else 0.10), radius=5,
-              width=1)
+        image, w = 3 <= i <= 7, 112 if word == "ASSISTANT:" else 71
+        colour, share = AMBER, 0.10
+        if image or i >= 12:
+            colour, share = BLUE if image else GREEN, 0.28
+        c.box(x, y, w - 5, h, colour, pale(colour, share), radius=5, width=1)
         c.text(x + (w - 5) / 2, y + h / 2, word, 15)
         if i in (3, 12):
             c.text(x, y + h + 20, "image_mask: N positions" if image else "labels: supervised", 15, colour, "lm")
@@ -155,8 +153,7 @@ def ask(assistant: Assistant, image: Image.Image, question: str, layer: int) -> 
 
 
 def draw_card(c: Canvas, x: int, y: int, image: Image.Image, row: dict, answer: str, attention: torch.Tensor) -> None:
-    """A scene beside itself under a veil that is thin where the model looks; the question and the
-    answer below."""
+    """A scene, again under a veil that is thin where the model looks; question and answer below."""
     size, cells, shares = 144, len(ROWS), attention.tolist()
     most, right = max(shares), answer == row["answer"]
     c.box(x, y, 2 * size + 40, size + 96, LINE, radius=10, width=1)
@@ -190,13 +187,12 @@ def draw_toy(path: Path, ckpt: Path, layer: int) -> None:
     assistant = Assistant.from_checkpoint(folder)
     rows = read_jsonl(data / "test.jsonl")
     c = Canvas(1056, 588)
-    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the "
-             "attention of the prompt's "
-             f"last token divides over the 9 image tokens (layer {layer}).")
+    title = ("Test scenes of the toy. Left: the picture, 48 by 48 pixels. Right: how the attention "
+             f"of the prompt's last token divides over the 9 image tokens (layer {layer}).")
     c.text(24, 28, title, 14, GREY, "lm")
     for n, category in enumerate(CATEGORIES):
-        of = [row for row in rows if row["category"] == category]
-        row = of[n * len(of) // len(CATEGORIES)]
+        found = [row for row in rows if row["category"] == category]
+        row = found[n * len(found) // len(CATEGORIES)]
         image = Image.open(data / "images" / row["image"]).convert("RGB")
         said, attention = ask(assistant, image, row["text"], layer)
         draw_card(c, 24 + 340 * (n % 3), 52 + 260 * (n // 3), image, row, said, attention)

@@ -1,6 +1,6 @@
 """Trace one batch of `--loss vista` on the toy, and write what happens to docs/walk.md.
 
-    python -m runs.walk            writes docs/walk.md; tests/test_course.py compares it with what the code does now
+    python -m runs.walk        writes docs/walk.md; tests/test_course.py compares it with the code
 """
 import math
 import random
@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from data import IGNORE, Format, Samples, collate
+from data import IGNORE, Batch, Format, Samples, collate
 from hub.configs import load_processor
 from hub.released import load_llm, load_vision
 from hub.tokenizer import load_tokenizer
 from losses import Objective, count_terms
-from model import Llava, Projector
+from model import Llava, Output, Projector
 from toy import world
 from training.settings import TrainConfig
 
@@ -43,29 +43,11 @@ def shape(t: torch.Tensor) -> str:
     return "(" + ",".join(map(str, t.shape)) + ")"
 
 
-def walk() -> str:
-    """The page, as text. Numbers have three digits: more would differ between machines."""
-    torch.manual_seed(1)
-    vision, llm = load_vision(ROOT / "toy/clip", torch.float32), load_llm(ROOT / "toy/llm", torch.float32)
-    model = Llava(vision, Projector(vision.config.hidden_size, llm.config.hidden_size), llm)
-    vision.requires_grad_(False)
-    tokenizer, cfg = load_tokenizer(ROOT / "toy/llm"), TrainConfig(loss="vista", stage="finetune")
-    with tempfile.TemporaryDirectory() as folder:
-        samples = two_samples(Path(folder))
-        processor = load_processor(ROOT / "toy/clip")
-        data = Samples(samples, folder, tokenizer, processor, Format("v1", vision.config.image_tokens))
-        batch = collate([data[0], data[1]], processor.crop_size)
-
-    out = model(batch)
-    terms = Objective(model, cfg)(batch)
-    counts = count_terms("vista", batch)
-    loss = sum(t.weight * t.total / counts[t.name] for t in terms)
-    loss.backward()
-
-    # Every position of the second sample: what it is, what it must predict, what VISTA asks of it.
-    b, last, rows = 1, int(batch.image_mask[1].nonzero()[-1]), []
+def positions(b: int, batch: Batch, out: Output, tokenizer) -> list[list]:
+    """A row a position of sample b: what it is, what it must predict, what VISTA asks of it."""
+    last = int(batch.image_mask[b].nonzero()[-1])
     state, marked = out.hidden_states[b, last], batch.answer_tokens()[b]
-    m, t = int(marked.sum()), 0
+    m, t, rows = int(marked.sum()), 0, []
     for p in range(int(batch.attention_mask[b].sum())):
         i, label = batch.input_ids[b, p].item(), batch.labels[b, p].item()
         word = "(image)" if batch.image_mask[b, p] else f"`{tokenizer.id_to_token(i)}`"
@@ -75,22 +57,56 @@ def walk() -> str:
             d = (out.text_embeds[b, p] - state).pow(2).mean().item()
             cells[4:] = [f"{t}/{m}", f"{d:.3g}"]
         rows.append(cells)
-    words = llm.config.vocab_size
-    shapes = [["pixel_values", shape(batch.pixel_values), "data.py", "the pictures"],
-              ["input_ids, labels, masks", shape(batch.input_ids), "data.py", "padded on the right"],
-              ["patches", shape(out.patches), "model.py, ViT", "the last layer but one, without the class token"],
-              ["image_embeds", shape(out.image_embeds), "model.py, Projector", "image tokens, as wide as words"],
-              ["text_embeds", shape(out.text_embeds), "model.py, embed", "x of VISTA at answer positions"],
-              ["hidden_states", shape(out.hidden_states), "model.py, Decoder", "S_n at the last image position"],
-              ["logits", f"({int(counts['ce'])},{words})", "methods/ce.py", "supervised positions alone"]]
-    norms = [[name, f"{x.detach().norm(dim=-1).mean():.3g}"] for name, x in (
-        ("image tokens, mean norm", out.image_embeds), ("words, mean norm", out.text_embeds[batch.text_after_image()]),
-        ("S_n, mean norm", out.hidden_states[torch.arange(2), batch.image_mask.cumsum(1).argmax(1)]))]
-    results = [[t.name, f"{t.total.item():.3g}", int(counts[t.name]), f"{t.total.item() / counts[t.name].item():.3g}"]
-               for t in terms]
-    gradients = [[name, f"{p.grad.norm():.2g}"] for name, p in (
-        ("projector, linear_2.weight", model.multi_modal_projector.linear_2.weight),
-        ("word embeddings", llm.model["embed_tokens"].weight), ("final norm", llm.model["norm"].weight))]
+    return rows
+
+
+def walk() -> str:
+    """The page, as text. Numbers have three digits: more would differ between machines."""
+    torch.manual_seed(1)
+    vision = load_vision(ROOT / "toy/clip", torch.float32)
+    llm = load_llm(ROOT / "toy/llm", torch.float32)
+    model = Llava(vision, Projector(vision.config.hidden_size, llm.config.hidden_size), llm)
+    vision.requires_grad_(False)
+    tokenizer, cfg = load_tokenizer(ROOT / "toy/llm"), TrainConfig(loss="vista", stage="finetune")
+    with tempfile.TemporaryDirectory() as folder:
+        samples = two_samples(Path(folder))
+        processor = load_processor(ROOT / "toy/clip")
+        text = Format("v1", vision.config.image_tokens)
+        data = Samples(samples, folder, tokenizer, processor, text)
+        batch = collate([data[0], data[1]], processor.crop_size)
+
+    out = model(batch)
+    terms = Objective(model, cfg)(batch)
+    counts = count_terms("vista", batch)
+    loss = sum(t.weight * t.total / counts[t.name] for t in terms)
+    loss.backward()
+
+    rows = positions(1, batch, out, tokenizer)
+    words, last = llm.config.vocab_size, int(batch.image_mask[1].nonzero()[-1])
+    shapes = [
+        ["pixel_values", shape(batch.pixel_values), "data.py", "the pictures"],
+        ["input_ids, labels, masks", shape(batch.input_ids), "data.py", "padded on the right"],
+        ["patches", shape(out.patches), "model.py, ViT",
+         "the last layer but one, without the class token"],
+        ["image_embeds", shape(out.image_embeds), "model.py, Projector",
+         "image tokens, as wide as words"],
+        ["text_embeds", shape(out.text_embeds), "model.py, embed",
+         "x of VISTA at answer positions"],
+        ["hidden_states", shape(out.hidden_states), "model.py, Decoder",
+         "S_n at the last image position"],
+        ["logits", f"({int(counts['ce'])},{words})", "methods/ce.py", "supervised positions alone"]]
+    states = out.hidden_states[torch.arange(2), batch.image_mask.cumsum(1).argmax(1)]
+    norms = {"image tokens, mean norm": out.image_embeds,
+             "words, mean norm": out.text_embeds[batch.text_after_image()],
+             "S_n, mean norm": states}
+    norms = [[name, f"{x.detach().norm(dim=-1).mean():.3g}"] for name, x in norms.items()]
+    results = []
+    for t in terms:
+        total, count = t.total.item(), int(counts[t.name])
+        results.append([t.name, f"{total:.3g}", count, f"{total / count:.3g}"])
+    trained = {"projector, linear_2.weight": model.multi_modal_projector.linear_2,
+               "word embeddings": llm.model["embed_tokens"], "final norm": llm.model["norm"]}
+    gradients = [[name, f"{p.weight.grad.norm():.2g}"] for name, p in trained.items()]
     said = []
     for s in samples:
         human, gpt = (turn["value"].replace("\n", "⏎") for turn in s["conversations"])

@@ -1,6 +1,6 @@
 """A run's folder: run.json, metrics.jsonl, checkpoints, the optimizer's state.
 
-    out/run.json         the flags of the run and the fingerprints of what it reads, compared on --resume
+    out/run.json         flags of the run and fingerprints of what it reads, compared on --resume
     out/metrics.jsonl    a line a step
     out/pretrain-250     a checkpoint, see hub/checkpoint.py; out/finetune-1000 likewise
     out/.lock            locked by the first rank while it runs
@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 
 from common.files import LOCK, parse_log_line, read_json, refuse_device, remove, write_json, write_text
-from common.flags import UserError
+from common.flags import UserError, flag
 from common.parallel import Ranks, local, placed
 from data import Batch
 from hub.checkpoint import OPTIMIZER, checkpoint_problem, checkpoints, save_checkpoint
 from hub.tensors import is_finite, open_tensors
 from model import Llava
-from training.settings import FREE_TO_CHANGE, START, TrainConfig, flag, in_checkout, stores_all
+from training.settings import FREE_TO_CHANGE, START, TrainConfig, in_checkout, stores_all
 
 # What a kill or a full disk leaves: temporary names of the files and folders above.
-LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html|results\.json|data|"
-                      r"(pretrain|finetune)-\d+)\.tmp")
+LEFTOVER = re.compile(r"\.(run\.json|metrics\.jsonl|bad_images\.txt|report\.html|results\.json|"
+                      r"data|(pretrain|finetune)-\d+)\.tmp")
 
 
 # --------------------------------------------------------------------------------- start and resume
@@ -41,8 +41,8 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
         saved = checkpoints(out)
         if saved or "run.json" not in holds:
             kept = saved[0].name if saved else holds[0]
-            raise UserError(f"--overwrite replaces a run that has saved no checkpoint, but {out} holds {kept}: move it "
-                            "away, or give another --out")
+            raise UserError(f"--overwrite replaces a run that has saved no checkpoint, but {out} "
+                            f"holds {kept}: move it away, or give another --out")
     elif not cfg.resume:
         raise UserError(f"{out} is not empty (it holds {', '.join(holds[:4])}): --resume "
                         "continues the run in it, --overwrite replaces one without checkpoints, "
@@ -54,8 +54,7 @@ def check_out(cfg: TrainConfig, out: Path) -> None:
 
 
 def check_same_run(cfg: TrainConfig, started: dict, place: Path) -> None:
-    """Raise UserError if a run or a checkpoint was made with other flags. A flag that it lacks had
-    its default."""
+    """Raise UserError if a run or a checkpoint had other flags; one it lacks had its default."""
     changed = []
     for f in fields(cfg):
         old, new = started.get(f.name, f.default), getattr(cfg, f.name)
@@ -72,27 +71,25 @@ def clear(cfg: TrainConfig, out: Path) -> None:
     flags, its log, the toy's data. Call with the folder locked."""
     remove([p for p in out.iterdir() if LEFTOVER.fullmatch(p.name)])
     if cfg.overwrite:
-        remove([p for p in out.iterdir()
-                if p.name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
+        remove([out / name for name in ("metrics.jsonl", "bad_images.txt", "run.json", "data")])
 
 
 def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files=None) -> None:
-    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files:
-    fingerprints of what the stage reads, from `fingerprints`. Raises UserError if a rank or the
-    run's start had others."""
+    """Write run.json, and bad_images.txt if images are left out. Every rank must call. files: what
+    `fingerprints` returns. Raises UserError if another rank or the run's start had other files."""
     files = dict(files or {})
     for rank, seen in enumerate(ranks.gather(files)):
-        for name in files:
-            if seen[name] != files[name]:
-                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} ({seen[name]}, not "
-                                f"{files[name]}): give every machine the same files")
-    files.pop(START, None)
+        for name, own in files.items():
+            if seen[name] != own:
+                raise UserError(f"rank {rank} reads another {name} than rank {ranks.rank} "
+                                f"({seen[name]}, not {own}): give every machine the same files")
+    files.pop(START, None)                                # a resumed stage has another one
     started = read_json(out / "run.json").get("files", {}) if (out / "run.json").is_file() else {}
-    for name in files:
-        if started.get(name, files[name]) != files[name]:
-            raise UserError(f"--resume: {name} has changed since {out} was started (then {started[name]}, now "
-                            f"{files[name]}): put back what it was, or start a new run with "
-                            "another --out")
+    for name, now in files.items():
+        if started.get(name, now) != now:
+            raise UserError(f"--resume: {name} has changed since {out} was started (then "
+                            f"{started[name]}, now {now}): put back what it was, or start a new "
+                            "run with another --out")
     ranks.wait()                                          # every rank has read run.json
     if ranks.first:
         write_json(out / "run.json", {**asdict(cfg), "files": {**started, **files}})
@@ -102,13 +99,10 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
 
 
 def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
-    """Return the newest intact checkpoint of a stage, or None if it has none. Damaged ones are
-    renamed *.broken.
-
-    Raises UserError if every checkpoint is damaged: then the user must decide to restart."""
-    found = None
+    """Return the newest intact checkpoint of a stage, or None if there is none. Damaged ones become
+    *.broken. Raises UserError if all of them are damaged: the user must decide to restart."""
+    found, damaged = None, []
     if ranks.first:
-        damaged = []
         for path in reversed(checkpoints(out, stage)):
             problem = checkpoint_problem(path)
             if problem is None:
@@ -128,7 +122,7 @@ def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
 
 # ------------------------------------------------------------------------------------ metrics.jsonl
 class Log:
-    """metrics.jsonl, a line a step. Resuming drops the lines after the checkpoint: those steps are run again."""
+    """metrics.jsonl, a line a step. Resuming drops lines of steps that are run again."""
     def __init__(self, path: Path, stage: str, step: int):
         refuse_device(path)
         if path.exists():
@@ -151,8 +145,7 @@ class Log:
 
 
 def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
-    """Images that turned out broken when they were decoded: stop, or with --skip-bad-images write
-    them down."""
+    """Images that could not be decoded: stop, or with --skip-bad-images write them down."""
     bad = [problem for batch in micro for problem in batch.bad]
     if bad and not cfg.skip_bad_images:
         raise UserError(f"{bad[0]}: repair it, or leave such samples out with --skip-bad-images")
@@ -164,10 +157,10 @@ def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
 # -------------------------------------------------------------------------------------- checkpoints
 def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps: int, ranks: Ranks) -> None:
     """Write the checkpoint <out>/<stage>-<step>, then delete all but the newest --keep-last. Of
-    those, the newest two keep the optimizer's state: to resume, and to resume if the newest is
-    damaged. The first rank writes; if the model is sharded, every rank must call."""
-    broken = [n for n, p in model.named_parameters() if p.requires_grad
-              and not is_finite(local(p.detach()))]
+    those, the newest two keep the optimizer's state: the second serves if the newest is damaged.
+    The first rank writes; every rank must call."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    broken = [n for n, p in trained.items() if not is_finite(local(p.detach()))]
     broken = [name for names in ranks.gather(broken[:1]) for name in names]
     if broken:
         raise UserError(f"step {step} of {cfg.stage}: {broken[0]} holds numbers that are not "
@@ -190,8 +183,7 @@ def save(out: Path, cfg: TrainConfig, model: Llava, optimizer, step: int, steps:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return AdamW's state by name: 3.exp_avg is of parameter 3. Of a sharded parameter: this
-    rank's rows."""
+    """Return AdamW's state by name: 3.exp_avg is of parameter 3; if sharded, this rank's rows."""
     tensors = {}
     for i, moments in optimizer.state_dict()["state"].items():
         for name, tensor in moments.items():
@@ -200,9 +192,8 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
-    """Load a checkpoint's optimizer state, written by any number of ranks; a sharded parameter gets
-    this rank's rows. One tensor at a time is read whole. Raises UserError for the state of another
-    model's optimizer."""
+    """Load a checkpoint's optimizer state, written by any number of ranks: one tensor at a time is
+    read whole, and cut to this rank's rows. Raises UserError for another model's state."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     try:
@@ -210,13 +201,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, ckpt: Path) -> None:
             for key in f.keys():
                 i, name = key.split(".")
                 tensor, p = f.get_tensor(key), parameters[int(i)]
-                # Moments have their parameter's shape; the step count is a single number.
-                if tensor.dim():
+                if tensor.dim():                          # a moment, not the count of steps
                     if tensor.shape != p.shape:
                         raise ValueError(f"{name} of parameter {i} has shape {tuple(tensor.shape)}")
                     tensor = placed(tensor, p, p.device, tensor.dtype)
                 state.setdefault(int(i), {})[name] = tensor
-        if not state or any(moments.keys() != state[min(state)].keys() for moments in state.values()):
+        if len({frozenset(moments) for moments in state.values()}) != 1:
             raise ValueError("it is not whole")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     except (IndexError, KeyError, ValueError) as e:

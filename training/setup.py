@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from common.files import files_digest
-from common.flags import UserError
+from common.flags import UserError, flag
 from common.parallel import Ranks, shard
 from data import IGNORE, Batch, Format, Samples, encode, eos_id
 from hub.check import image_problems
@@ -18,20 +18,19 @@ from hub.configs import decoder_config, load_processor, read_config, vision_conf
 from hub.connectors import make_connector, name_of, read_connector
 from hub.pairs import held_out
 from hub.released import load_llm, load_moca, load_projector, load_vision, start_qformer
-from hub.samples import read_samples
+from hub.samples import SampleFile, read_samples
 from hub.tensors import weight_files
 from hub.tokenizer import load_tokenizer
 from hub.usage import read_usage
 from losses import LOSSES, Objective
 from methods.lora import lora_start
 from model import Decoder, DecoderConfig, DecoderLayer, Llava, Projector, VisionConfig, ViT
-from training.settings import RANDOM, START, TrainConfig, flag, starts_qformer, stores_all
+from training.settings import RANDOM, START, TrainConfig, starts_qformer, stores_all
 
 
 # ----------------------------------------------------------------------------------- before the run
 def check_folders(cfg: TrainConfig) -> None:
-    """Raise UserError if a folder cannot be what its flag says. Reads configurations, no
-    weights."""
+    """Raise UserError if a folder cannot be what its flag says. Reads no weights."""
     vision_config(cfg.vision)
     layers = decoder_config(cfg.llm).num_hidden_layers
     if cfg.basic_k and cfg.basic_k > layers:
@@ -40,21 +39,19 @@ def check_folders(cfg: TrainConfig) -> None:
         return
     path = start_folder(cfg)
     if not is_foreign(path) and is_whole(path):
-        for other in (cfg.vision, cfg.llm):
-            if Path(other).resolve() != path.resolve():
-                raise UserError(f"{path} trained more than its projector, which {Path(other).resolve()} would leave "
-                                f"behind: add --vision {path} --llm {path}")
+        for other in (Path(cfg.vision).resolve(), Path(cfg.llm).resolve()):
+            if other != path.resolve():
+                raise UserError(f"{path} trained more than its projector, which {other} would "
+                                f"leave behind: add --vision {path} --llm {path}")
 
 
 def is_foreign(folder: Path) -> bool:
-    """True for a projector that was not trained here: LLaVA's mm_projector.bin, or a whole released
-    LLaVA."""
+    """True for a projector not trained here: LLaVA's mm_projector.bin, or a released LLaVA."""
     return (folder / "mm_projector.bin").is_file() or is_released(folder)
 
 
 def start_folder(cfg: TrainConfig) -> Path:
-    """Return the folder that --projector means: a stage-1 checkpoint, the newest of a run, or a
-    released LLaVA."""
+    """Return the folder that --projector means: a stage-1 checkpoint, or a released LLaVA."""
     if starts_qformer(cfg) or is_foreign(Path(cfg.projector)):
         return Path(cfg.projector)
     path = checkpoint_folder(cfg.projector)
@@ -65,16 +62,15 @@ def start_folder(cfg: TrainConfig) -> Path:
 
 
 def check_objective(cfg: TrainConfig) -> None:
-    """Try the objective on a tiny model. Raises UserError if it returns a term that the registry
-    has no count for."""
+    """Try the objective on a tiny model. Raises UserError for a term without a count in LOSSES."""
     layers = decoder_config(cfg.llm).num_hidden_layers
     with torch.random.fork_rng(devices=[]):
         model = Llava(ViT(VisionConfig(8, 8, 2, 1, 4, 2)), Projector(8, 8),
                       Decoder(DecoderConfig(8, 8, 8, layers, 1)))
     ids = torch.tensor([[1, 0, 0, 0, 0, 2, 3]])           # four image tokens, then two words
     image, yes = ids == 0, torch.ones(1, dtype=torch.bool)
-    batch = Batch(ids, ids.masked_fill(image, IGNORE), image, ids >= 0, torch.zeros(1, 3, 4, 4),
-                  yes, yes)
+    labels, pixels = ids.masked_fill(image, IGNORE), torch.zeros(1, 3, 4, 4)
+    batch = Batch(ids, labels, image, ids >= 0, pixels, yes, yes)
     with torch.no_grad():
         names = [term.name for term in Objective(model, cfg)(batch)]
     missing = [name for name in names if name not in LOSSES[cfg.loss].counts]
@@ -87,10 +83,9 @@ def check_objective(cfg: TrainConfig) -> None:
 def is_trained(name: str, cfg: TrainConfig, vision_layers: int, llm_layers: int) -> bool:
     """True if the parameter of this name in `Llava` is trained.
 
-    half: what the MIR paper's code unlocks in stage 1: the upper half of the vision encoder's
-    layers (ShareGPT4V's choice), the lower half of the language model's, and nothing outside of
-    layers. The vision encoder's last layer and the norm after it are not used, so they are not
-    trained."""
+    half is what the MIR paper's code does in stage 1: the upper half of the vision encoder's layers
+    (ShareGPT4V's choice), the lower half of the language model's, nothing outside of layers. Never
+    trained: the vision encoder's last layer and the norm after it, which are not used."""
     part, rest = name.split(".", 1)
     found = re.search(r"\.layers\.(\d+)\.", rest)
     layer = int(found[1]) if found else None
@@ -119,9 +114,15 @@ def tower_config(cfg: TrainConfig) -> VisionConfig:
     return replace(tower, drop_first_patch=cfg.drop_first_patch or tower.drop_first_patch)
 
 
+def llm_config(cfg: TrainConfig, folder: str | Path) -> DecoderConfig:
+    config = decoder_config(folder)
+    if cfg.unlock_llm == "lora" and not config.lora_rank:
+        return replace(config, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+    return config
+
+
 def compile_block(block: nn.Module, **options) -> None:
-    """Compile a layer, once for all lengths. FSDP's hooks and attention maps stay outside of the
-    graph."""
+    """Compile a layer once for all lengths. FSDP's hooks and attention maps stay outside."""
     name = "compute" if isinstance(block, DecoderLayer) else "forward"
     setattr(block, name, torch.compile(getattr(block, name), dynamic=name == "compute", **options))
 
@@ -130,13 +131,11 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
     """Build the model of a stage from released folders, or from the checkpoint to resume.
 
     Trained parameters are float32 and require gradients; frozen ones are in the dtype of computing.
-    What is trained is decided on the meta device, before anything is read. There the blocks are
-    also sharded, if ranks share the model."""
+    Which are trained is decided on the meta device, before anything is read. If ranks share the
+    model, its blocks are sharded there too."""
     whole = ckpt is not None and stores_all(cfg)
     vision_folder, llm_folder = (ckpt, ckpt) if whole else (cfg.vision, cfg.llm)
-    v, t = tower_config(cfg), decoder_config(llm_folder)
-    if cfg.unlock_llm == "lora" and not t.lora_rank:
-        t = replace(t, lora_rank=cfg.lora_rank, lora_alpha=cfg.lora_alpha)
+    v, t = tower_config(cfg), llm_config(cfg, llm_folder)
 
     def trained(part: str, name: str) -> bool:
         return is_trained(f"{part}.{name}", cfg, v.num_hidden_layers, t.num_hidden_layers)
@@ -172,8 +171,8 @@ def build(cfg: TrainConfig, ckpt: Path | None, ranks: Ranks) -> Llava:
 def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size: int,
                ranks: Ranks) -> tuple[nn.Module, int]:
     """Return the connector of the checkpoint to resume or of --projector, else a random one, and
-    the layer of the vision encoder that it reads. MoCa that was trained beside a stored projector
-    is put into `llm`. Raises UserError if --connector asks for another one."""
+    the layer of the vision encoder that it reads. Puts MoCa trained beside a stored projector into
+    `llm`. Raises UserError if --connector asks for another one."""
     source = ckpt
     if source is None and cfg.projector not in (None, RANDOM) and not starts_qformer(cfg):
         source = start_folder(cfg)
@@ -191,8 +190,8 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
         load_moca(source, llm, torch.float32, ranks.device)
     known = (source / "config.json").is_file()            # not beside mm_projector.bin alone
     layer = read_usage(source, cfg.vision).layer if known else -2
-    projector = load_projector(source, vision_size, llm.config.hidden_size, torch.float32,
-                               ranks.device)
+    width = llm.config.hidden_size
+    projector = load_projector(source, vision_size, width, torch.float32, ranks.device)
     if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
         raise UserError(f"--connector {cfg.connector}, but {source} has {name_of(projector)}: "
                         "leave the flag out")
@@ -200,8 +199,7 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
 
 
 def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
-    """Return the trained parameters by their peak learning rate, in the same order on any number of
-    ranks."""
+    """Return the trained parameters by peak learning rate. Their order is the same on all ranks."""
     rates = {"vision_tower": cfg.vision_lr, "multi_modal_projector": cfg.projector_lr}
     groups = {}
     for name, p in model.named_parameters():
@@ -212,29 +210,33 @@ def parameter_groups(model: Llava, cfg: TrainConfig) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------- the samples
+def read_together(path: str | Path, ranks: Ranks) -> tuple[SampleFile, int]:
+    """read_samples on all ranks. The first one of a machine makes the index that others read."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        read_samples(path)
+    ranks.wait()
+    return read_samples(path)
+
+
 def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> tuple[Samples, list[str]]:
-    """Return the samples of a stage, checked, and the images that cannot be used. image_tokens: of
-    an image. Raises UserError before any step if there are such images and they are not to be
-    skipped."""
+    """Return the samples of a stage, checked, and the images that cannot be used: without
+    --skip-bad-images, these raise UserError before any step. image_tokens: of an image."""
     path, images = cfg.data, cfg.images
     if path is None:
         path, images = out / "data" / f"{cfg.stage}.json", out / "data" / "images"
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        read_samples(path)                                # makes its index, once a machine
-    ranks.wait()
-    samples, unanswered = read_samples(path)
+    samples, unanswered = read_together(path, ranks)
     if images is None and samples.column("image").any():
         raise UserError(f"{path} names images: add --images with the folder they are in")
 
     tokenizer = load_tokenizer(cfg.llm, cfg.plain_specials)
+    eos_id(tokenizer, cfg.template)                       # raises for another family's template
     processor, vision = load_processor(cfg.vision), tower_config(cfg)
-    # Raises if the template belongs to another family.
-    eos_id(tokenizer, cfg.template)
     if processor.crop_size != vision.image_size:
-        raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of {processor.crop_size} pixels, but "
-                        f"config.json wants {vision.image_size}: they belong to two models")
-    text = Format(cfg.template, image_tokens, cfg.max_length, cfg.stage == "finetune",
-                  cfg.after_special)
+        raise UserError(f"{cfg.vision}: preprocessor_config.json makes images of "
+                        f"{processor.crop_size} pixels, but config.json wants {vision.image_size}: "
+                        "they belong to two models")
+    pad = cfg.stage == "finetune"
+    text = Format(cfg.template, image_tokens, cfg.max_length, pad, cfg.after_special)
     data = Samples(samples, images or ".", tokenizer, processor, text, cfg.vdep_joint)
 
     # Every image is opened once before the first step.
@@ -247,8 +249,8 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
     spoiled = samples.with_image(list(found))
     samples.keep(~spoiled)
     if not len(data):
-        raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} "
-                        "no usable image)")
+        raise UserError(f"{path}: no samples left ({unanswered} have no answer, {spoiled.sum()} no "
+                        "usable image)")
     check_targets(data)
     if ranks.first:
         report_data(cfg, path, len(data), unanswered, int(spoiled.sum()), len(bad))
@@ -256,10 +258,9 @@ def load_data(cfg: TrainConfig, out: Path, ranks: Ranks, image_tokens: int) -> t
 
 
 def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str, str]:
-    """Return what the files that a stage reads are like: a change of one, or another one on a rank,
-    changes losses. Of weights: a hash of blocks spread over each file, and of the JSON beside them.
-    The projector or checkpoint to start from is compared between ranks alone: a run makes new
-    ones."""
+    """Return name → hash of what a stage reads: other files on --resume or on a rank change losses.
+    Of a folder: its weights and the JSON beside them. What the stage starts from (START) is
+    compared between ranks alone, as a run makes new ones."""
     folders = {flag("vision"): cfg.vision, flag("llm"): cfg.llm}
     if ckpt or cfg.projector not in (None, RANDOM):
         folders[START] = ckpt or start_folder(cfg)
@@ -274,8 +275,7 @@ def fingerprints(cfg: TrainConfig, data: Samples, ckpt: Path | None) -> dict[str
 
 
 def check_targets(data: Samples) -> None:
-    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has an
-    answer."""
+    """Raise UserError if --max-length leaves no sample an answer. Encodes samples until one has."""
     f = data.format
     for i in range(len(data)):
         labels = encode(data.samples[i]["conversations"], data.tokenizer, f.template,
@@ -294,9 +294,9 @@ def report_data(cfg: TrainConfig, path: Path, usable: int, unanswered: int, spoi
         notes.append(f"{spoiled} left out for {bad} bad images")
     print(", ".join(notes))
     if usable < cfg.global_batch:
-        print(f"warning: {usable} samples are fewer than a global batch: {cfg.global_batch - usable} of its "
-              f"{cfg.global_batch} places hold fillers that train nothing; a smaller "
-              "--global-batch has none")
+        print(f"warning: {usable} samples are fewer than a global batch: "
+              f"{cfg.global_batch - usable} of its {cfg.global_batch} places hold fillers that "
+              "train nothing; a smaller --global-batch has none")
 
 
 def mir_pairs(cfg: TrainConfig, data: Samples, out: Path) -> list[Batch]:

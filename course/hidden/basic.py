@@ -7,8 +7,7 @@ from course.hidden.tools import detached, grads, normal, size
 
 
 def example(g, B=3):
-    """v, v_hat (B,N,D), degree (B,N) with zeros in it and none in the last sample, embedding
-    (V,D)."""
+    """v, v_hat (B,N,D), degree (B,N) with zeros, 0 in the last sample, embedding (V,D)."""
     N, D, V = size(g, 4, 6), size(g, 4, 7), size(g, 11, 17)
     degree = torch.rand(B, N, generator=g, dtype=torch.float64)
     degree[0, 1], degree[-1] = 0, 0
@@ -50,8 +49,7 @@ def other_weights(f, g):
 
 @item(10)
 def degree(f, g):
-    """a_i is the attention that image token i gets from the text rows, as a share: Σ_i a_i = 1 in
-    every sample."""
+    """a_i is the share of the text's attention that image token i gets: Σ_i a_i = 1 per sample."""
     shape = size(g, 2, 4), size(g, 3, 6), size(g, 4, 7)
     attention = torch.rand(shape, generator=g, dtype=torch.float64)
     return f.supervision_degree(attention, torch.ones(attention.shape[:2]).bool())
@@ -59,8 +57,7 @@ def degree(f, g):
 
 @item(10, view=lambda r: [r[0] - r[1], r[2]])
 def degree_of_text_rows(f, g):
-    """Rows that are padding do not count; a sample without text rows has degree 0 everywhere, not
-    NaN."""
+    """Padding rows do not count; a sample without text rows has degree 0 everywhere, not NaN."""
     attention = torch.rand(3, 6, size(g, 4, 7), generator=g, dtype=torch.float64)
     rows = torch.arange(6) < torch.tensor([[6], [4], [0]])
     rows[0, 2] = False
@@ -77,31 +74,27 @@ def direction(f, g):
 
 @item(10, view=lambda r: [r[0], r[1] / r[2]])
 def direction_total(f, g):
-    """The total is Σ a_i d_i over patches and samples; the count is that of samples that have a
-    degree."""
+    """The total is Σ a_i d_i over patches and samples; count: the samples that have a degree."""
     return by_patch(direction_of(f), g)
 
 
 @item(15)
 def divergence(f, g):
-    """KL(softmax(v̂ Eᵀ) ‖ softmax(v Eᵀ)) in nats: Σ p log(p / q) over the vocabulary, p of the
-    target v̂."""
+    """KL(softmax(v̂ Eᵀ) ‖ softmax(v Eᵀ)) = Σ p log(p / q) in nats, p being of the target v̂."""
     v, v_hat, a, E = one_patch(g)
     return f.semantic_loss(v, v_hat, a, E)[0], f.semantic_loss(v / 3, v_hat, a, E)[0]
 
 
 @item(5, view=lambda r: [r[0], r[1] / r[2]])
 def divergence_total(f, g):
-    """The total is Σ a_i KL_i over patches and samples; the count is that of samples that have a
-    degree."""
+    """The total is Σ a_i KL_i over patches and samples; count: the samples that have a degree."""
     return by_patch(f.semantic_loss, g)
 
 
 @item(10, view=lambda r: [*tools.directions(r[:2]), r[0].norm() / r[2].norm(),
                           r[1].norm() / r[3].norm()])
 def gradients(f, g):
-    """The gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E for the divergence, times what
-    arrives in backward."""
+    """The divergence's gradient of v: a (softmax(v Eᵀ) − softmax(v̂ Eᵀ)) E, times what arrives."""
     v, v_hat, a, E = example(g)
     losses = [lambda: f.direction_loss(v, v_hat, a)[0], lambda: f.semantic_loss(v, v_hat, a, E)[0]]
     return [grads(loss(), v)[0] for loss in losses], [grads(loss() / 3, v)[0] for loss in losses]
@@ -124,9 +117,7 @@ def chunks(f, g):
 
 @item(5, tolerance=1e-3, memory=220, view=tools.whole)
 def memory(f, g):
-    """The two (B,N,V) distributions must never exist: compute value and gradient by chunks of
-    patches."""
+    """Compute value and gradient by chunks of patches: no (B,N,V) distribution may exist."""
     v, v_hat = (torch.randn(8, 50, 8, generator=g, requires_grad=True) for _ in range(2))
     E, a = torch.randn(50000, 8, generator=g), torch.rand(8, 50, generator=g)
-    return tools.in_parts(lambda rows: f.semantic_loss(v[rows], v_hat[rows], a[rows], E, chunk=8),
-                          v)
+    return tools.in_parts(lambda i: f.semantic_loss(v[i], v_hat[i], a[i], E, chunk=8), v)

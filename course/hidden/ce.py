@@ -45,16 +45,14 @@ def large_logits(f, g):
 
 @item(15, view=lambda r: [r[0].abs().sum(-1) > 0])
 def shift(f, g):
-    """Position t − 1 predicts label t: the last position predicts nothing, and the first label has
-    no prediction."""
+    """Position t − 1 predicts label t: the last position and the first label are left out."""
     h, *args = example(g)
     return grads(f.next_token_loss(h, *args)[0], h)
 
 
 @item(10, view=lambda r: [r[0] - r[1], r[2], r[3]])
 def ignored_labels(f, g):
-    """Labels of -100 are in neither total nor count, whatever the hidden states that predict
-    them."""
+    """Labels of -100 are in neither total nor count, whatever hidden states predict them."""
     h, labels, *head = detached(*example(g))
     other, none = h.clone(), torch.full_like(labels, -100)
     other[:, :-1][labels[:, 1:] == -100] += 3
@@ -64,8 +62,7 @@ def ignored_labels(f, g):
 
 @item(10, view=tools.share)
 def sums(f, g):
-    """The total is the sum over all supervised tokens of all samples; training divides by the
-    count."""
+    """The total is the sum over the supervised tokens of all samples; training divides by count."""
     h, labels, *head = example(g)
     return f.next_token_loss(h, labels, *head)[0], [
         f.next_token_loss(h[[i]], labels[[i]], *head)[0] for i in range(len(h))]
@@ -73,8 +70,7 @@ def sums(f, g):
 
 @item(15, view=lambda r: [*(x / r[0].norm() for x in r[:3]), r[0].norm() / r[3].norm()])
 def gradients(f, g):
-    """Gradients of hidden states, weight and bias: (softmax − one-hot), times what arrives in
-    backward."""
+    """The gradients come from (softmax − one-hot), times what arrives in backward."""
     h, labels, weight, b = example(g)
     total = f.next_token_loss(h, labels, weight, b)[0]
     return grads(total, h, weight, b), grads(f.next_token_loss(h, labels, weight, b)[0] / 3, h)
@@ -89,8 +85,7 @@ def chunks(f, g):
 
 @item(10, tolerance=1e-3, memory=140, view=tools.whole)
 def memory(f, g):
-    """The (B,T,V) logits must never exist, in forward or for backward: compute value and gradient
-    by chunks."""
+    """Compute value and gradient by chunks: the (B,T,V) logits must never exist."""
     h, V = torch.randn(8, 51, 8, generator=g, requires_grad=True), 60000
     weight, labels = torch.randn(V, 8, generator=g), torch.randint(0, V, (8, 51), generator=g)
     return tools.in_parts(lambda rows: f.next_token_loss(h[rows], labels[rows], weight, chunk=8), h)
@@ -98,8 +93,7 @@ def memory(f, g):
 
 @item(5, view=lambda r: r[:5])
 def nothing_to_predict(f, g):
-    """Without a supervised token total and count are 0, not NaN; the total stays in the graph of h
-    and the head."""
+    """Without a supervised token total and count are 0, not NaN; the total stays in the graph."""
     h, labels, weight, b = example(g)
     total, count = f.next_token_loss(h, torch.full_like(labels, -100), weight, b)
     return total, count, grads(total, h, weight, b), f.next_token_loss(h, labels, weight, b)[0]
@@ -107,8 +101,7 @@ def nothing_to_predict(f, g):
 
 @item(5, tolerance=2e-5, view=lambda r: [r[0] / r[1] / r[2]])
 def half_precision(f, g):
-    """The sum over a bfloat16 batch's tokens is made in float32: in bfloat16 it stops growing after
-    256 equal terms."""
+    """Sum bfloat16 losses in float32: a bfloat16 sum stops growing after 256 equal terms."""
     T, V = size(g, 3001, 4000), size(g, 8, 16)
     h, weight = torch.zeros(1, T, 4).bfloat16(), torch.zeros(V, 4).bfloat16()
     labels = torch.zeros(1, T, dtype=torch.int64)

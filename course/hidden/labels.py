@@ -58,8 +58,7 @@ def lengths(r):
 
 @item(15, view=all_text)
 def vicuna_text(f, g):
-    """v1: SYSTEM USER: question ASSISTANT: answer</s>USER: …; the system prompt comes once, in the
-    first turn."""
+    """v1 is SYSTEM USER: question ASSISTANT: answer</s>USER: …; the system prompt comes once."""
     return written(f, turns(g, *"hghg"), "v1")
 
 
@@ -71,23 +70,20 @@ def vicuna_answers(f, g):
 
 @item(10)
 def plain(f, g):
-    """plain: the image and the caption with its newline; the request is dropped, the caption is
-    supervised."""
+    """plain is the image, then the caption and a newline, supervised; the request is dropped."""
     return written(f, turns(g, *"hg", image=0), "plain"), written(f, turns(g, *"hg"), "plain")
 
 
 @item(10, view=lambda r: [x[-60:] for x in r])
 def image_first(f, g):
-    """<image> moves to the front of its turn, before a newline; image_first=False leaves it where
-    it is."""
+    """<image> moves to the front of its turn, before a newline; not with image_first=False."""
     said = turns(g, *"hgh", image=2)
     return joined(f.pieces(said, "v1")), joined(f.pieces(said, "v1", image_first=False))
 
 
 @item(10, view=lambda r: [len(r[0]) - r[1], r[2]])
 def order_of_turns(f, g):
-    """A conversation that begins with an answer loses it; one that ends with a question stays open
-    for its answer."""
+    """An answer that comes first is dropped; a last question stays open for its answer."""
     said = turns(g, *"hg")
     whole, cut = (joined(f.pieces(t, "phi3")) for t in (said, turns(g, "g") + said))
     return whole, len(cut), f.pieces(turns(g, "h"), "phi3")[-1][0]
@@ -95,22 +91,19 @@ def order_of_turns(f, g):
 
 @item(5, view=all_text)
 def later_turns(f, g):
-    """What a template writes in front of every question but the first (`later`) is written
-    there."""
+    """A template's `later` is written in front of every question but the first."""
     return written(f, turns(g, *"hghg"), "phi3"), written(f, turns(g, *"hghg"), "llama_2")
 
 
 @item(10)
 def ids(f, g):
-    """Ids: BOS, then each chunk of text around <image> encoded by itself, PLACEHOLDER at each image
-    position."""
+    """Ids are BOS, then each chunk of text around <image> by itself, PLACEHOLDER for the image."""
     return encoded(f, g)[0]
 
 
 @item(10, view=lambda r: [r[0][r[0] != -100], (r[0] != -100).double()])
 def labels(f, g):
-    """A label is the id of its own position where the assistant wrote the token's first character,
-    else -100."""
+    """A label is the id at its position if the assistant wrote its first character, else -100."""
     return encoded(f, g)[1]
 
 
@@ -123,8 +116,7 @@ def image_mask(f, g):
 
 @item(5, view=lengths)
 def length(f, g):
-    """max_length cuts ids, labels and mask at the end; an image that does not fit whole goes, with
-    all that follows."""
+    """max_length cuts the end; an image that does not fit whole goes, with all that follows."""
     state = g.get_state()
     at = encoded(f, g)[2].nonzero()[0].item()
     limits = at - 1, at, at + 1, at + 7, 2, None
@@ -133,8 +125,7 @@ def length(f, g):
 
 @item(5)
 def tokens_that_see_the_image(f, g):
-    """text_after_image and answer_tokens: no padding, no image position, no token before the
-    image."""
+    """text_after_image and answer_tokens leave out padding, the image, and all before it."""
     B, T = 4, size(g, 8, 12)
     ends, start = torch.tensor([[T], [T - 2], [5], [T]]), torch.tensor([[1], [2], [3], [T]])
     at = torch.arange(T)

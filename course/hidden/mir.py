@@ -6,12 +6,11 @@ from course.hidden.tools import randn, size
 
 
 def tokens(g, n, D, even=False):
-    """(n,D) correlated tokens around a mean; even: of norms 1 to 1.1, so that none is an
-    outlier."""
+    """(n,D) correlated tokens around a mean; even: of norms 1 to 1.1, without outliers."""
     x = randn(g, n, D) @ randn(g, D, D) + randn(g, D)
     if even:
-        x = x / x.norm(dim=1, keepdim=True) * (1
-                                               + torch.rand(n, 1, generator=g, dtype=torch.float64) / 10)
+        scale = 1 + torch.rand(n, 1, generator=g, dtype=torch.float64) / 10
+        x = x / x.norm(dim=1, keepdim=True) * scale
     return x
 
 
@@ -24,24 +23,21 @@ def mean_and_covariance(f, g):
 
 @item(10, tolerance=1e-6)
 def shifted_sets(f, g):
-    """A set and the same set moved by s are at distance |s|²: squared, and nothing from the
-    covariances."""
+    """A set and the same set moved by s are at distance |s|²; the covariances add nothing."""
     x = tokens(g, size(g, 30, 50), 5)
     return f.frechet_distance(x, x + randn(g, 5))
 
 
 @item(20, tolerance=1e-6, view=lambda r: [r[0] - r[1]])
 def root(f, g):
-    """Tr (Σ_v + Σ_t − 2 (Σ_v Σ_t)^{1/2}): the trace of the matrix root, not a root of the trace nor
-    of each entry."""
+    """Tr (Σ_v + Σ_t − 2 (Σ_v Σ_t)^{1/2}) takes the matrix root, not one of the trace or entries."""
     x, y = tokens(g, size(g, 30, 50), 5), tokens(g, size(g, 30, 50), 5)
     return f.frechet_distance(x, y), (x.mean(0) - y.mean(0)).pow(2).sum()
 
 
 @item(5, tolerance=1e-5)
 def few_tokens(f, g):
-    """Fewer tokens than dimensions: Σ is singular, and the distance is finite and exact all the
-    same, never below 0."""
+    """With fewer tokens than dimensions Σ is singular; the distance stays exact and at least 0."""
     x, y = tokens(g, 4, size(g, 8, 12)), tokens(g, 30, 5)
     pairs = (x, 2 * x + 1), (x - x.mean(0), torch.cat([x, x]) - x.mean(0))
     return [f.frechet_distance(*pair) for pair in pairs], abs(f.frechet_distance(y, y.clone())) < 1e-8
@@ -49,8 +45,7 @@ def few_tokens(f, g):
 
 @item(15, tolerance=1e-6, view=lambda r: [r[0] / r[1], r[2] / r[0], r[3] / r[4]])
 def scale_of_text(f, g):
-    """α = 1 / mean ‖t‖ over the text tokens scales both sets of a layer; normalise=False leaves it
-    out."""
+    """α = 1 / mean ‖t‖ over the text tokens scales both sets of a layer, if normalise is True."""
     n, D = size(g, 30, 50), size(g, 4, 6)
     v, t = 3 * tokens(g, n, D, even=True), 2 * tokens(g, n + 7, D, even=True)
     alpha = 1 / t.norm(dim=1).mean()
@@ -61,8 +56,7 @@ def scale_of_text(f, g):
 
 @item(10, view=lambda r: [r[0] - r[1], r[2], r[3]])
 def outliers_become_the_median(f, g):
-    """An outlier's place takes the median of each dimension over all tokens; other tokens stay as
-    they are."""
+    """An outlier becomes the median of each dimension over all tokens; the others stay."""
     x = tokens(g, size(g, 50, 70), 5, even=True)
     x[3], x[8] = 40 * x[3], 30 * x[8]
     kept = torch.ones(len(x)).bool()
@@ -109,8 +103,7 @@ def precision(f, g):
 
 @item(10, tolerance=1e-6)
 def bonus_streaming(f, g):
-    """Bonus: Stream finds the moments without outliers in passes over batches, and keeps no
-    token."""
+    """Bonus: Stream finds the moments without outliers in passes, and keeps no token."""
     x = tokens(g, size(g, 60, 80), 5, even=True).float()
     x[3] *= 40
     out = []

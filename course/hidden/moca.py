@@ -7,8 +7,7 @@ from course.hidden.tools import grads, normal, randn, size
 
 
 class CausalMean(nn.Module):
-    """Stands where attention does: each position reads the mean of what it sees. Queries and keys
-    are the input."""
+    """In place of attention: a position reads the mean of what it sees; q and k are the input."""
     window = None
 
     def forward(self, x, rope, mask=None, cache=None):
@@ -48,8 +47,7 @@ def affine(f, g):
 
 @item(10, view=lambda r: [r[0], r[1], r[2] - r[3]])
 def starts_as_the_identity(f, g):
-    """At the start u = 1 and v = 0, parameters of shape (D,): training begins at the model as it
-    was."""
+    """At the start u = 1 and v = 0, both (D,): training begins at the model as it was."""
     h, mask = example(g)
     moca = f.MoCa(h.shape[-1]).double()
     return dict(moca.named_parameters())["u"], dict(moca.named_parameters())["v"], moca(h, mask), h
@@ -92,8 +90,7 @@ def layer(f, g):
 
 @item(15, view=lambda r: [r[0] - r[1], (r[0] - r[2]).abs().amax(-1) > 1e-9])
 def place(f, g):
-    """The map comes last, after attention, MLP and both residual sums, on image positions, and only
-    if there is one."""
+    """The map comes last, after attention, MLP and both sums, and on image positions alone."""
     h, mask = example(g)
     block, moca = layer_of(f, g, h.shape[-1]), trained(f, g, h.shape[-1])
     plain = block(h, None)[0]
@@ -109,8 +106,7 @@ def parallel(f, g):
 
 @item(5)
 def attention_maps(f, g):
-    """The second result is None, or, if `attend` asks, attention_to_image of this layer's queries
-    and keys."""
+    """The second result is None, or attention_to_image of queries and keys if `attend` asks."""
     h, mask = example(g)
     block = layer_of(f, g, h.shape[-1])
     rows, columns = torch.tensor([[4, 5]] * len(h)), torch.tensor([[1, 2]] * len(h))

@@ -8,8 +8,7 @@ THETA = 10000.0
 
 
 def attention(f, g, heads, groups):
-    """An Attention of random weights, an input (B,T,D) and positions that turn nothing: cos 1, sin
-    0."""
+    """An Attention of random weights, an input (B,T,D), and a rope that turns nothing."""
     d = 2 * size(g, 2, 4)
     layer = f.Attention(f.DecoderConfig(11, heads * d, 8, 1, heads, groups, d)).double()
     for _, p in sorted(layer.named_parameters()):
@@ -25,8 +24,7 @@ def angles(g, n, d, first=0):
 
 
 def example(g):
-    """text (B,T,D), image (B,N,D), mask (B,T): N positions a row, which stand apart; none in the
-    last row."""
+    """text (B,T,D), image (B,N,D), mask (B,T): N scattered positions a row, none in the last."""
     B, N, D = size(g, 3, 4), size(g, 3, 5), size(g, 3, 6)
     mask = torch.stack([torch.randperm(2 * N, generator=g) < N for _ in range(B)])
     mask[-1] = False
@@ -44,8 +42,7 @@ def projector(f, g):
 
 @item(15, tolerance=1e-5)
 def rotation_angles(f, g):
-    """Position p turns pair i by p / theta^(2i/d), the first pair fastest; both halves of cos and
-    sin are alike."""
+    """Position p turns pair i by p / theta^(2i/d); both halves of cos and sin are alike."""
     d = 2 * size(g, 2, 5)
     positions = torch.randint(0, 40, (size(g, 3, 6),), generator=g)
     return f.rotary(positions, d, THETA, torch.float64), f.rotary(positions, d, 50.0, torch.float64)
@@ -53,8 +50,7 @@ def rotation_angles(f, g):
 
 @item(5, tolerance=1e-3, view=lambda r: [r[0] / r[2].abs().max(), r[1] / r[2].abs().max(), r[3]])
 def rotation_precision(f, g):
-    """Angles are computed in float32: bfloat16 cannot tell position 1001 from 1002. Then rounded to
-    `dtype`."""
+    """Angles are float32, rounded last: bfloat16 cannot tell position 1001 from 1002."""
     positions = 1000 + torch.randint(0, 900, (5,), generator=g)
     cos, sin = f.rotary(positions, 4, THETA, torch.bfloat16)
     return cos, sin, f.rotary(positions, 4, THETA, torch.float32)[0], cos.element_size()
@@ -62,8 +58,7 @@ def rotation_precision(f, g):
 
 @item(15)
 def rotation(f, g):
-    """The pair (a, b) = (i, i + d/2) becomes (a cos − b sin, b cos + a sin): halves, not
-    neighbours."""
+    """The pair (a, b) = (i, i + d/2), not neighbours, becomes (a cos − b sin, b cos + a sin)."""
     d = 2 * size(g, 2, 5)
     return f.rotate(normal(g, 2, 3, 4, d), *angles(g, 4, d))
 
@@ -79,16 +74,14 @@ def partial_rotation(f, g):
 
 @item(15, view=lambda r: [r[0][r[1] > 0]])
 def merge(f, g):
-    """The j-th True of a row of image_mask takes the j-th image token of that row, also where they
-    stand apart."""
+    """The j-th True of a row of image_mask takes that row's j-th image token, wherever it is."""
     text, image, mask = example(g)
     return f.Llava.merge(None, text, image, mask), mask
 
 
 @item(5, view=lambda r: [(r[0] - r[1])[r[2] == 0], r[3], r[4][:, 0, 0]])
 def rows_of_text(f, g):
-    """Text stays, and its gradient; a row without an image keeps its image in the graph, with
-    gradient 0."""
+    """Text and its gradient stay; a row without an image keeps its image in the graph."""
     text, image, mask = example(g)
     out = f.Llava.merge(None, text, image, mask)
     alone = f.Llava.merge(None, text[-1:], image[-1:], mask[-1:])

@@ -18,8 +18,7 @@ def normal(g: torch.Generator, *shape: int, dtype=torch.float64) -> Tensor:
 
 
 def grads(total: Tensor, *leaves: Tensor) -> list[Tensor | None]:
-    """Gradients of 3 × total, so that a backward that ignores what comes into it shows. None where
-    nothing arrives."""
+    """Gradients of 3 × total: backward must use what comes in. None where nothing arrives."""
     if not total.requires_grad:
         return [None] * len(leaves)
     return list(torch.autograd.grad(3 * total, leaves, allow_unused=True))

@@ -16,15 +16,13 @@ def alike(g, N):
 
 @item(15)
 def distance(f, g):
-    """d is the mean over the width of the squared differences: neither their sum, nor a root, nor a
-    half."""
+    """d is the mean over the width of the squared differences: no sum, no root, no half."""
     return f.reconstruction_loss(*alike(g, 2))[0]
 
 
 @item(20, view=lambda r: [r[0].abs().sum(-1) > 0, *(x.abs() > 1e-9 for x in r[1:])])
 def next_token(f, g):
-    """Position i predicts token i + 1: the last position predicts nothing, the first token is
-    nobody's target."""
+    """Position i predicts token i + 1: the last position and the first token are left out."""
     h, x = (t[:1] for t in example(g))
     moved = []
     for i in range(x.shape[1]):
@@ -63,16 +61,14 @@ def samples(f, g):
 
 @item(15, view=lambda r: [r[0] / r[0].norm(), r[1].norm() == 0])
 def target(f, g):
-    """A target is not trained: no gradient reaches image_embeds, and the hidden states keep
-    theirs."""
+    """The target is not trained: image_embeds gets no gradient, the hidden states keep theirs."""
     h, x = example(g)
     return grads(f.reconstruction_loss(h, x)[0], h, x)
 
 
 @item(5, view=tools.ratio)
 def inverse(f, g):
-    """distance="inverse" is d / (1 + d) of each position, which grows with d: 1/d would push h
-    away."""
+    """distance="inverse" is d / (1 + d) of each position: it grows with d, while 1/d falls."""
     h, x = alike(g, 2)
     d = f.reconstruction_loss(h, x)[0]
     return f.reconstruction_loss(h, x, distance="inverse")[0], d / (1 + d)
@@ -88,8 +84,7 @@ def sigmoid(f, g):
 
 @item(5, view=lambda r: [r[0] / r[1], r[2] / r[3]])
 def literal_sum(f, g):
-    """reduce="sum" is the sum over the width, D times the mean; it comes before a saturating
-    distance."""
+    """reduce="sum" is the sum over the width, D times the mean, before it saturates."""
     h, x = (t / 3 for t in alike(g, 2))
     mean, literal = f.reconstruction_loss(h, x)[0], f.reconstruction_loss(h, x, reduce="sum")[0]
     inverse = f.reconstruction_loss(h, x, reduce="sum", distance="inverse")[0]

@@ -6,8 +6,7 @@ from course.hidden.tools import detached, grads, normal, randn, size
 
 
 def example(g, B=4, ragged=True):
-    """x (B,T,D), mask (B,T), S (B,D). Ragged: gaps, one token alone in sample 1, none in sample
-    2."""
+    """x (B,T,D), mask (B,T), S (B,D). Ragged: gaps, one token in sample 1, none in sample 2."""
     T, D = size(g, 6, 9), size(g, 4, 7)
     mask = torch.rand(B, T, generator=g) < 0.6
     mask[:, 1], mask[:, 3], mask[0, 2] = True, True, False
@@ -17,8 +16,7 @@ def example(g, B=4, ragged=True):
 
 
 def costs(f, g, *weightings):
-    """For each weighting, what each of m tokens at the same distance from S adds, (m,), with gaps
-    between them."""
+    """What each of m tokens at one distance from S adds, with gaps between: (weightings,m)."""
     D, m = size(g, 3, 6), size(g, 3, 5)
     text = torch.arange(2 * m + 1) % 2 == 1
     S, away = randn(g, 2, 1, D)
@@ -41,8 +39,7 @@ def distance(f, g):
 
 @item(20, view=lambda r: [r[0][0] / r[0][1]])
 def weights(f, g):
-    """f(t) = t/m: t counts from 1 over the text tokens alone, wherever they stand, so that the last
-    token weighs 1."""
+    """f(t) = t/m: t counts the text tokens alone from 1, so that the last one weighs 1."""
     return costs(f, g, "t/m", "1")
 
 
@@ -54,8 +51,7 @@ def weightings(f, g):
 
 @item(10, view=tools.ratio)
 def average(f, g):
-    """The sum over a sample's text tokens is divided by m, the number of that sample's text
-    tokens."""
+    """The sum over a sample's text tokens is divided by m, their number in that sample."""
     x, _, S = example(g)
     same = (S[:1, None] + x[:1, :1]).expand(-1, x.shape[1], -1)
     every = torch.ones(1, x.shape[1]).bool()
@@ -73,8 +69,7 @@ def samples(f, g):
 
 @item(10, view=lambda r: [*r[:4], r[4] / r[5]])
 def nothing_to_align(f, g):
-    """A sample without text adds 0 to total and count; a batch without text is 0, in the graph, and
-    not NaN."""
+    """A sample without text adds 0 to total and count; a batch of them is 0, in the graph."""
     x, mask, S = example(g)
     some, count = f.alignment_loss(x, mask, S)
     none, zero = f.alignment_loss(x, torch.zeros_like(mask), S)

@@ -1,34 +1,16 @@
 """Wrong and right solutions of BASIC; see vista.py for the format."""
 INDEX = "    i = torch.arange(1, k + 1, dtype=torch.float64)"
 W = '    w = {"increasing": i, "constant": torch.ones_like(i), "decreasing": i.flip(0)}[scheme] ** 2'
-WN = "    return w / w.sum()                                                                          # eq. (4)"
-A = "    a = attention.masked_fill(~text_mask[..., None], 0).sum(1)                                  # (B,N)"
-AN = "    return a / a.sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)                      # eq. (5)"
-DIFF = (
-    "    difference = F.normalize(v.to(exact), dim=-1) - F.normalize(v_hat.detach().to(exact), dim=-1)     # "
-    "(B,N,D)")
+WN = "    return w / w.sum()"
+A = "    a = attention.masked_fill(~text_mask[..., None], 0).sum(1)"
+AN = "    return a / a.sum(1, keepdim=True).clamp(min=torch.finfo(a.dtype).tiny)"
+DIFF = "    difference = F.normalize(v.to(exact), dim=-1) - F.normalize(v_hat.detach().to(exact), dim=-1)"
 DA = "    a = degree.detach().to(exact)\n"
-DAS = "    return (a * difference.pow(2).sum(-1)).sum(), (a > 0).any(1).sum()                          # eq. (6)"
-ZHAT = (
-    "            z_hat = (v_hat[part].to(low) @ embedding.T).to(exact)                               # (chunk,V) "
-    "logits of v̂")
-Z = (
-    "            z = z_hat - (delta @ embedding.T).to(exact)                                         # (chunk,V) "
-    "logits of v")
-LOG = (
-    "            log_p, log_q = z_hat.log_softmax(-1), z.log_softmax(-1)                             # p of v̂, "
-    "the target")
-KL = "            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))                                      # (chunk,)"
-DQ = (
-    "            difference = log_q.exp_().sub_(p)                                                   # (chunk,V) "
-    "q − p")
-FIX = (
-    "            kl += difference.sum(-1)        # Σ q − Σ p: removes from kl what rounding left of 1 − Σ p and "
-    "1 − Σ q")
-ADD = "            total += a[part] @ kl                                                               # eq. (7)"
-GRAD = (
-    "                grad[part] = ((difference.to(low) @ embedding) * a[part, None]).to(v.dtype)              # "
-    "(chunk,D)")
+DAS = "    return (a * difference.pow(2).sum(-1)).sum(), (a > 0).any(1).sum()"
+LOG = "            log_p, log_q = z_hat.log_softmax(-1), z.log_softmax(-1)"
+KL = "            kl = torch.linalg.vecdot(p, log_p.sub_(log_q))"
+ADD = "            total += a[part] @ kl"
+GRAD = "                grad[part] = ((difference.to(low) @ embedding) * a[part, None]).to(v.dtype)"
 BACK = "        return None if grad is None else grad * grad_total.to(grad.dtype), None, None, None, None"
 LOOP = "        for start in range(0, len(v), chunk):"
 APPLY = "        total = _ChunkedDivergence.apply(*patches, a, embedding.detach().to(low), chunk)"

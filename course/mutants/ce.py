@@ -1,26 +1,22 @@
 """Wrong and right solutions of cross-entropy in chunks; see vista.py for the format."""
-SUPERVISED = "    supervised = labels[:, 1:] != -100                                          # (B,T-1)"
-H = "    h = hidden_states[sample, t]                                                # (m,D)"
-Y = "    y = labels[sample, t + 1]                                                   # (m,)"
+SUPERVISED = "    supervised = labels[:, 1:] != -100"
+H = "    h = hidden_states[sample, t]"
+Y = "    y = labels[sample, t + 1]"
 APPLY = "    total = _ChunkedCrossEntropy.apply(h, y, weight, head_bias, chunk)"
 RETURN = "    return total, supervised.sum()"
-MAX = (
-    "            logits -= logits.amax(-1, keepdim=True)                             # the largest is 0: "
-    "exp cannot overflow")
-Z = "            z = grad.sum(-1, keepdim=True)                                      # (chunk,1)"
-TOTAL = "            total += (z.log() - at_target).sum()                                # eq. (1), (2)"
+MAX = "            logits -= logits.amax(-1, keepdim=True)"
+Z = "            z = grad.sum(-1, keepdim=True)"
+TOTAL = "            total += (z.log() - at_target).sum()"
 SCATTER = "                grad.scatter_add_(1, target, -torch.ones_like(z))"
 PARTS = "        for part in (slice(i, i + chunk) for i in range(0, len(y), chunk)):"
-GRAD_H = "                    grad_h[part] = grad @ weight                                # (chunk,D)"
-GRAD_W = (
-    "                    grad_weight.addmm_(grad.T, h[part])                         # (V,D), and no second one "
-    "beside it")
+GRAD_H = "                    grad_h[part] = grad @ weight"
+GRAD_W = "                    grad_weight.addmm_(grad.T, h[part])"
 BACK_H = "        return (None if grad_h is None else grad_h * grad_total.to(grad_h.dtype), None,"
 BACK_W = "                None if grad_weight is None else (grad_weight * grad_total).to(ctx.dtypes[0]),"
 BACK_B = "                None if grad_bias is None else (grad_bias * grad_total).to(ctx.dtypes[1]), None)"
 BIAS = "                logits += bias"
 GRAD_B = "                    grad_bias += grad.sum(0)"
-EXACT = "        exact = torch.promote_types(h.dtype, torch.float32)                     # bf16 is summed in float32"
+EXACT = "        exact = torch.promote_types(h.dtype, torch.float32)"
 PLAIN = "torch.nn.functional.cross_entropy(torch.nn.functional.linear(h, weight, head_bias), y, reduction='sum')"
 
 WRONG = [

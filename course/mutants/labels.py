@@ -1,8 +1,5 @@
 """Wrong and right solutions of labels and templates; see vista.py for the format."""
-T = "    t = TEMPLATES[template]\n    turns ="
-DROP = (
-    '    if turns and turns[0][0] == "gpt":\n        turns = turns[1:]                                       # '
-    "as LLaVA does\n")
+DROP = "        turns = turns[1:]"
 PLAIN_IMAGE = '        if any(IMAGE in text for _, text in turns):\n            out.append((IMAGE, False))\n'
 PLAIN_TEXT = '''            if speaker == "gpt":
                 out.append((t.answer.replace("{text}", text), True))
@@ -14,7 +11,6 @@ ANSWER = '''        if speaker == "gpt":
             if t.after:'''
 LATER = '            out.append((t.later + t.user.replace("{system}", "").replace("{text}", text), False))'
 FIRST = '            out.append((t.user.replace("{system}", t.system).replace("{text}", text), False))'
-CHARS = "        supervised += [is_answer] * len(piece)"
 BOS = "    ids = bos_ids(tokenizer)\n"
 START = "    labels, image = [IGNORE] * len(ids), [False] * len(ids)"
 FIT = "            if max_length and len(ids) + image_tokens > max_length:\n                break\n"
@@ -24,7 +20,6 @@ PMASK = "            image += [True] * image_tokens"
 SKIP = "            start += len(IMAGE)"
 CHUNK = "        chunk_ids, offsets = encode_text(tokenizer, chunk, after_special)"
 LABEL = "            labels.append(i if supervised[start + first] else IGNORE)"
-NEXT = "        start += len(chunk)\n"
 CUT = "    cut = slice(max_length)"
 RETURN = "    return torch.tensor(ids[cut]), torch.tensor(labels[cut]), torch.tensor(image[cut])"
 SEE = "        return self.attention_mask & ~self.image_mask & (self.image_mask.cumsum(1) > 0)"
@@ -41,12 +36,12 @@ WRONG = [
      FIRST.replace("t.system)", 't.system.rstrip() + "\\n")')),
     ("answers come before their questions", "vicuna_text",
      "    for speaker, text in turns:\n        if IMAGE in text and image_first:",
-     "    if len(turns) == 4:\n        turns = [turns[1], turns[0], *turns[2:]]\n    for speaker, text in "
-     "turns:\n        if IMAGE in text and image_first:"),
+     "    if len(turns) == 4:\n        turns = [turns[1], turns[0], *turns[2:]]\n    for speaker, text in turns:\n"
+     "        if IMAGE in text and image_first:"),
     ("the last answer is forgotten", "vicuna_answers",
      "    for speaker, text in turns:\n        if IMAGE in text and image_first:",
-     "    turns = turns[:-1] if len(turns) == 4 else turns\n    for speaker, text in turns:\n        if IMAGE in "
-     "text and image_first:"),
+     "    turns = turns[:-1] if len(turns) == 4 else turns\n    for speaker, text in turns:\n"
+     "        if IMAGE in text and image_first:"),
     ("questions are supervised", "vicuna_answers", LATER, LATER.replace("False", "True")),
     ("the first question is supervised", "vicuna_answers", FIRST, FIRST.replace("False", "True")),
     ("nothing is supervised", "vicuna_answers", ANSWER, ANSWER.replace("True", "False")),
@@ -82,7 +77,7 @@ WRONG = [
     ("the image is there twice", "image_first", MOVE, MOVE.replace('text.replace(IMAGE, "")', "text")),
     ("a newline is left at the end of the turn", "image_first", MOVE,
      '            text = IMAGE + "\\n" + text.replace(IMAGE, "")'),
-    ("a leading answer is kept", "order_of_turns", DROP, ""),
+    ("a leading answer is kept", "order_of_turns", DROP, "        pass"),
     ("a trailing question is dropped", "order_of_turns",
      "    for speaker, text in turns:\n        if IMAGE in text and image_first:",
      "    if template == 'phi3' and turns[-1][0] == 'human':\n        turns = turns[:-1]\n    out += [] if turns "

@@ -1,20 +1,17 @@
 """Wrong and right solutions of MIR; see vista.py for the format."""
-MEAN = "    centre = mean(tokens)                                                       # (D,)"
-COV = "    return Moments(centre, gram(tokens, centre, products) / (len(tokens) - 1))  # eq. (4)"
+MEAN = "    centre = mean(tokens)"
+COV = "    return Moments(centre, gram(tokens, centre, products) / (len(tokens) - 1))"
 ROOT = "        root, residual = root_trace(v.covariance, t.covariance), 0.0"
-FID = (
-    "    between = (v.mean - t.mean).pow(2).sum() + v.covariance.trace() + t.covariance.trace() - 2 * root      "
-    "# eq. (3)")
-CLAMP = "        between = between.clamp(min=0)                                          # below 0 by rounding"
-NORMS = "    norms = tokens.norm(dim=1)                                                  # (n,)"
-BOUNDS = "    median, width = outlier_bounds(norms)"
+FID = "    between = (v.mean - t.mean).pow(2).sum() + v.covariance.trace() + t.covariance.trace() - 2 * root"
+CLAMP = "        between = between.clamp(min=0)"
+NORMS = "    norms = tokens.norm(dim=1)"
 FAR = "    far = (norms - median).abs() > width"
 OUT = '    return tokens[~far] if outliers == "drop" else torch.where(far[:, None], tokens.median(0).values, tokens)'
 LOG = "    return math.log10(total) if total else -math.inf"
-DOUBLE = "        vision, text = vision.double(), text.double()                           # eq. (1)"
-ALPHA = "        alpha = 1 / text.norm(dim=1).mean() if normalise else 1.0               # eq. (2)"
+DOUBLE = "        vision, text = vision.double(), text.double()"
+ALPHA = "        alpha = 1 / text.norm(dim=1).mean() if normalise else 1.0"
 BOTH = "        v, t = (moments(replace_outliers(alpha * x, outliers)) for x in (vision, text))"
-RATE = "    return log_sum(distances), distances                                        # eq. (3)"
+RATE = "    return log_sum(distances), distances"
 KEEP = "            f = f[(norms - self.middle).abs() <= self.width]"
 STREAM_N = "        n = self.n - self.far if self.drop else self.n"
 STREAM_M = "        return self.centre + mean, (self.scatter - n * torch.outer(mean, mean)) / (n - 1)"
@@ -71,8 +68,8 @@ WRONG = [
      "        Lv, Lt = torch.linalg.cholesky(v.covariance), torch.linalg.cholesky(t.covariance)\n"
      "        root, residual = torch.linalg.svdvals(Lv.T @ Lt).sum(), 0.0"),
     ("roots of eigenvalues below 0 are NaN", "few_tokens", ROOT,
-     "        w = torch.linalg.eigvals(v.covariance @ t.covariance).real\n        root, residual = "
-     "w.sqrt().sum(), 0.0"),
+     "        w = torch.linalg.eigvals(v.covariance @ t.covariance).real\n"
+     "        root, residual = w.sqrt().sum(), 0.0"),
     ("α of the image tokens: the text decides the scale", "scale_of_text", ALPHA,
      ALPHA.replace("text.norm", "vision.norm")),
     ("α is the norm, not 1 over it", "scale_of_text", ALPHA, ALPHA.replace("1 / text", "text")),

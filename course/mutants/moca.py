@@ -2,7 +2,7 @@
 U = "        self.u = nn.Parameter(torch.ones(hidden_size))"
 V = "        self.v = nn.Parameter(torch.zeros(hidden_size))"
 EXACT = "        exact = torch.promote_types(hidden_states.dtype, torch.float32)"
-MAP = "        calibrated = torch.addcmul(self.v.to(exact), self.u.to(exact), hidden_states.to(exact))     # eq. (5)"
+MAP = "        calibrated = torch.addcmul(self.v.to(exact), self.u.to(exact), hidden_states.to(exact))"
 OUT = "        return torch.where(image_mask[..., None], calibrated.to(hidden_states.dtype), hidden_states)"
 NORMED = "        normed = self.input_layernorm(x)\n        y, q, k"
 ATTN = "        y, q, k = self.self_attn(normed, rope, mask, cache)"
@@ -12,7 +12,6 @@ SECOND = "            x = x + self.mlp(self.post_attention_layernorm(x))"
 MOCA = "        if moca is not None:\n            x = moca(x, image_mask)\n"
 MAPS = "None if attend is None else attention_to_image(q, k, *attend, window=self.self_attn.window)"
 NONE = "return x, None if attend is None else attention"
-EARLY = "        if moca is not None:\n            x = moca(x, image_mask)\n"
 
 WRONG = [
     ("f + v without u", "affine", MAP,
@@ -58,14 +57,14 @@ WRONG = [
     ("the image's hidden states are detached", "gradients", MAP,
      MAP.replace("hidden_states.to", "hidden_states.detach().to")),
     ("the map is computed under no_grad", "gradients", MAP,
-     "        with torch.no_grad():\n    " + MAP.replace("     # eq. (5)", "")),
+     "        with torch.no_grad():\n    " + MAP),
     ("u and v are rounded to bfloat16 first", "precision", EXACT, "        exact = hidden_states.dtype"),
     ("the product is rounded before v is added", "precision", MAP,
      "        calibrated = (self.u.to(exact) * hidden_states.to(exact)).to(hidden_states.dtype) + "
      "self.v.to(hidden_states.dtype)"),
     ("the result keeps float32: the residual stream changes its dtype", "precision", OUT,
      "        return torch.where(image_mask[..., None], calibrated, hidden_states.to(exact))"),
-    ("the map before attention", "place", MOCA, "", NORMED, EARLY + NORMED),
+    ("the map before attention", "place", MOCA, "", NORMED, MOCA + NORMED),
     ("the map between attention and MLP", "place", MOCA, "", FIRST,
      FIRST + "            if moca is not None:\n                x = moca(x, image_mask)\n"),
     ("the map twice", "place", MOCA, MOCA + "            x = moca(x, image_mask)\n"),
@@ -74,8 +73,8 @@ WRONG = [
      MOCA.replace("image_mask)", "torch.ones_like(image_mask))")),
     ("the map on text positions", "place", MOCA, MOCA.replace("image_mask)", "~image_mask)")),
     ("the map on the MLP's output alone, before the sum", "place", MOCA, "", SECOND,
-     "            y = self.mlp(self.post_attention_layernorm(x))\n            x = x + (y if moca is None else "
-     "moca(y, image_mask))"),
+     "            y = self.mlp(self.post_attention_layernorm(x))\n"
+     "            x = x + (y if moca is None else moca(y, image_mask))"),
     ("the map's result is added to the layer's", "place", MOCA, MOCA.replace("x = moca", "x = x + moca")),
     ("the residual sum after attention is missing", "layer", FIRST, "            x = y\n"),
     ("the residual sum after the MLP is missing", "layer", SECOND, SECOND.replace("x + self", "self")),

@@ -2,21 +2,20 @@
 PROJ = ("        for name, layer in self.named_children():\n"
         "            x = layer(x if name == \"linear_1\" else F.gelu(x))\n        return x")
 EXPO = "    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim"
-FREQ = "    frequencies = rescale(1.0 / theta ** exponents, scaling)                               # (d/2,)"
-ANGLE = "    angles = positions[..., None].float() * frequencies                                    # (…,T,d/2)"
+FREQ = "    frequencies = rescale(1.0 / theta ** exponents, scaling)"
+ANGLE = "    angles = positions[..., None].float() * frequencies"
 BOTH = "    angles = torch.cat([angles, angles], dim=-1)"
 TRIG = "    return angles.cos().to(dtype), angles.sin().to(dtype)"
 PART = "        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)"
 AB = "    a, b = x.chunk(2, dim=-1)"
 TURN = "    return x * cos + torch.cat([-b, a], dim=-1) * sin"
-QKV = "        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)                  # (B,H or K,T,d)"
 QK = "        q, k = rotate(q, *rope), rotate(k, *rope)"
 GQA = "        gqa = q.shape[1] != k.shape[1]"
 SDPA = "        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)"
 OUT = "        return self.o_proj(y.transpose(1, 2).flatten(2)), q, k"
-WHICH = "        which = (image_mask.cumsum(1) - 1).clamp(min=0)                                     # (B,T)"
+WHICH = "        which = (image_mask.cumsum(1) - 1).clamp(min=0)"
 IMAGE = "        image = image_embeds.to(text_embeds.dtype).gather(1, which[..., None].expand_as(text_embeds))"
-WHERE = "        return torch.where(image_mask[..., None], image, text_embeds)                       # (B,T,D)"
+WHERE = "        return torch.where(image_mask[..., None], image, text_embeds)"
 SCORES = ("        s = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).transpose(2, 3) / {scale}\n"
           "        s = s.masked_fill(torch.ones(s.shape[-2:]).triu({first}).bool(), {fill})\n"
           "        y = s.{softmax} @ v.repeat_interleave(q.shape[1] // k.shape[1], 1)")
@@ -62,8 +61,8 @@ WRONG = [
     ("no minus: not a rotation", "rotation", TURN, TURN.replace("-b", "b")),
     ("the halves are not swapped", "rotation", TURN, TURN.replace("[-b, a]", "[-a, b]")),
     ("the second half's cos is missing", "rotation", TURN,
-     "    half = cos.shape[-1] // 2\n    return torch.cat([a * cos[..., :half] - b * sin[..., :half], b + a * "
-     "sin[..., :half]], -1)"),
+     "    half = cos.shape[-1] // 2\n"
+     "    return torch.cat([a * cos[..., :half] - b * sin[..., :half], b + a * sin[..., :half]], -1)"),
     ("cos alone", "rotation", TURN, "    return x * cos"),
     ("the rest of the head is lost", "partial_rotation", PART, "        return rotate(x[..., :width], cos, sin)"),
     ("the rest of the head is set to 0", "partial_rotation", PART,

@@ -1,15 +1,11 @@
 """Wrong and right solutions of VDEP; see vista.py for the format."""
-P = (
-    "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)                         # "
-    "(B,N-shift,D)")
+P = "    predicted = hidden_states[:, :hidden_states.shape[1] - shift].to(exact)"
 X = "    target = image_embeds[:, shift:].detach().to(exact)"
 SQ = "    squares = (predicted - target).pow(2)"
-D = '    d = squares.mean(-1) if reduce == "mean" else squares.sum(-1)                                   # (B,N-shift)'
+D = '    d = squares.mean(-1) if reduce == "mean" else squares.sum(-1)'
 INV = "        d = d / (1 + d)"
 SIG = "        d = 2 * d.sigmoid() - 1"
-TOTAL = (
-    "    total = d.mean(-1).sum()                                                                        # eq. "
-    "(11), L_i")
+TOTAL = "    total = d.mean(-1).sum()"
 RETURN = "    return total, torch.full((), len(d), device=d.device)"
 EXACT = "    exact = torch.promote_types(hidden_states.dtype, torch.float32)"
 

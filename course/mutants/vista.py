@@ -1,7 +1,7 @@
 """Wrong solutions of VISTA: (the mistake, as feedback; the item it breaks; text of the solution, its replacement; …).
 And right ones that are written differently: (how, module, code that follows the project's)."""
 
-T = "    t = text_mask.cumsum(1)[sample, position].to(exact)                                         # 1..m"
+T = "    t = text_mask.cumsum(1)[sample, position].to(exact)"
 F = '    f = {"t/m": t / m, "t": t, "1": torch.ones_like(t)}[weighting]'
 END = "    return (f * d / m).sum(), text_mask.any(1).sum()"
 MEAN = '        d = d.mean(-1) if reduce == "mean" else d.sum(-1)'
@@ -11,8 +11,7 @@ COSINE = "        d = 1 - F.cosine_similarity(x, S, dim=-1)"
 DTYPE = "    exact = torch.promote_types(text_embeds.dtype, torch.float32)"
 
 WRONG = [
-    ("f(t) starts at 0: the paper counts from 1", "weights", T, T.replace("1..m", "") + "\n    t = t - 1", M,
-     M + "\n    m = m + 0"),
+    ("f(t) starts at 0: the paper counts from 1", "weights", T, T + "\n    t = t - 1"),
     ("t counts padding and gaps too: count text tokens alone", "weights", T, "    t = (position + 1).to(exact)"),
     ("f(t) is 0 at the first token and 1 at the last: it is t/m, not (t − 1)/(m − 1)", "weights", F,
      F.replace("t / m", "(t - 1) / (m - 1).clamp(min=1)")),
@@ -52,11 +51,9 @@ WRONG = [
     ("the mean of all tokens for the sum over samples", "samples", END,
      END.replace("(f * d / m).sum()", "(f * d).mean()")),
     ("samples without text are counted", "nothing_to_align", END,
-     END.replace("text_mask.any(1).sum()",
-     "torch.tensor(len(text_mask))")),
+     END.replace("text_mask.any(1).sum()", "torch.tensor(len(text_mask))")),
     ("the count is that of tokens: samples are counted", "nothing_to_align", END,
-     END.replace("text_mask.any(1).sum()",
-     "text_mask.sum()")),
+     END.replace("text_mask.any(1).sum()", "text_mask.sum()")),
     ("a batch without text gives a number that is not in the graph", "nothing_to_align", T,
      "    if not text_mask.any():\n        return torch.zeros(()), torch.tensor(0)\n" + T),
     ("0 / 0: a batch without text gives NaN", "nothing_to_align", END,
