@@ -13,7 +13,6 @@ from common.parallel import Ranks
 from evaluation.files import group_by_image
 from evaluation.questions import Questions, Sample, bare, match_text
 
-
 REDO = "--overwrite, or another --out"
 
 

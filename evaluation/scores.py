@@ -57,6 +57,7 @@ SCORES = {   # (sample, prediction) → (what was understood, None if nothing; s
     "mme": yes_no(metrics.mme_parse),
     "none": lambda s, p: (p, None),
 }
+OWN_RULES = ("exact", "vqa", "choice", "anls", "contains", "none")              # for own questions
 
 
 # -------------------------------------------------------------------------------------- all answers
