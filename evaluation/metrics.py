@@ -77,7 +77,7 @@ def vqa_norm(text: str, m4c: bool = True) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words)
 
 
-def vqa_acc(pred: str, answers: list[str], m4c: bool = True) -> float:
+def vqa_acc(pred: str, answers: str | list[str], m4c: bool = True) -> float:
     """R1: mean over the references of min(1, matches among the others / 3): 0, .3, .6, .9, 1 for
     0..4 matches of 10. Fewer than 4 references cannot give 1, and a single one gives 0."""
     pred, answers = vqa_norm(pred, m4c), [vqa_norm(answer, m4c) for answer in listed(answers)]
@@ -280,7 +280,7 @@ def levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-def anls(pred: str, answers: list[str]) -> float:
+def anls(pred: str, answers: str | list[str]) -> float:
     """R9: 1 − the least normalised edit distance to a reference, and 0 if that is below one half.
     Case and runs of white space are no edits, yet the lengths are those of the strings as given."""
     pred, distances = pred.strip(), []
@@ -322,7 +322,7 @@ def ptb_tokenize(text: str) -> list[str]:
     return [token for token in TOKEN.findall(text) if token not in tuple("'.?!,:-;")]
 
 
-def cider(hyps: list[str], refs: list[list[str]]) -> tuple[float, list[float]]:
+def cider(hyps: list[str], refs: list[str | list[str]]) -> tuple[float, list[float]]:
     """R10: return the mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence
     each; refs: its references. Words weigh by their rarity among these cases, so a part of a split
     does not compare with the whole."""

@@ -11,17 +11,13 @@ from evaluation.questions import Questions, Sample
 
 
 # --------------------------------------------------------------------------------------- one answer
-def as_list(answer) -> list[str]:
-    return answer if isinstance(answer, list) else [answer]
-
-
 def letters_of(s: Sample) -> str:
     return LETTERS[:len(s.options) or 4]
 
 
 def choice(s: Sample, p: str) -> tuple[str | None, float]:
     letter = metrics.pick_choice(p, letters_of(s), s.options)
-    return letter, float(letter in as_list(s.answer))
+    return letter, float(letter in metrics.listed(s.answer))
 
 
 def yes_no(parse) -> Callable:
@@ -43,11 +39,10 @@ def open_or_choice(s: Sample, p: str):
 
 
 SCORES = {   # (sample, prediction) → (what was understood, None if nothing; score from 0 to 1)
-    "vqa": lambda s, p: (metrics.vqa_norm(p), metrics.vqa_acc(p, as_list(s.answer))),
-    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False),
-                           metrics.vqa_acc(p, as_list(s.answer), m4c=False)),
-    "exact": lambda s, p: (p, float(any(metrics.exact(p, a) for a in as_list(s.answer)))),
-    "anls": lambda s, p: (p, metrics.anls(p, as_list(s.answer))),
+    "vqa": lambda s, p: (metrics.vqa_norm(p), metrics.vqa_acc(p, s.answer)),
+    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False), metrics.vqa_acc(p, s.answer, m4c=False)),
+    "exact": lambda s, p: (p, float(any(metrics.exact(p, a) for a in metrics.listed(s.answer)))),
+    "anls": lambda s, p: (p, metrics.anls(p, s.answer)),
     "contains": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, ""))),
     "ocrbench": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, s.record["dataset"]))),
     "realworldqa": letter_or_text,
@@ -118,8 +113,8 @@ def summary_pope(t: Scored) -> dict:
 
 
 def summary_mme(t: Scored) -> dict:
-    rows = [(s.category, s.record["group"], p or "", s.answer)
-            for s, p in zip(t.samples, t.predictions)]
+    asked = zip(t.samples, t.predictions)
+    rows = [(s.category, s.record["group"], p or "", s.answer) for s, p in asked]
     result = metrics.mme(rows, t.partial)
     sums = {k: result.pop(k) for k in ("perception", "cognition", "dropped") if k in result}
     return {**sums, "category": result}
@@ -162,8 +157,8 @@ def summary_ocrbench(t: Scored) -> dict:
 
 
 def summary_cider(t: Scored) -> dict:
-    value, t.scores = metrics.cider([p or "" for p in t.predictions],
-                                    [as_list(s.answer) for s in t.samples])
+    answers = [s.answer for s in t.samples]
+    value, t.scores = metrics.cider([p or "" for p in t.predictions], answers)
     return {"cider": 100 * value}
 
 
@@ -193,7 +188,7 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
             if s.record.get("question_type") == "open":
                 continue
             letters = letters_of(s)
-            if not set(as_list(s.answer)) <= set(letters):
+            if not set(metrics.listed(s.answer)) <= set(letters):
                 results["n_no_option"] += 1
             if s.options and r["parsed"] and metrics.pick_choice(r["prediction"], letters) is None:
                 results["n_text_matched"] += 1
