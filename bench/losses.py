@@ -114,8 +114,8 @@ def make_model(b: Bench, stage: Stage, moca: bool) -> Llava:
     device, dtype = b.device
     torch.manual_seed(0)
     with torch.device(device):
-        projector = Projector(vision.hidden_size, decoder.hidden_size)
-        model = Llava(ViT(vision), projector, Decoder(decoder))
+        vit, projector = ViT(vision), Projector(vision.hidden_size, decoder.hidden_size)
+        model = Llava(vit, projector, Decoder(decoder))
         if moca:
             model.language_model.add_moca()
     if stage == "pretrain":

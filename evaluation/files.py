@@ -48,8 +48,7 @@ def image_bytes(cell: Cell) -> bytes | None:
 def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Image:
     """Decode an image: a file, base64 text or a parquet cell. Raises ValueError with a reason.
 
-    region: ("bbox", (x,y,w,h)) or ("seg", (x,y,x,y,…)), drawn in a line of one pixel, red or white,
-    as lmms-eval does."""
+    region, drawn as lmms-eval does: ("bbox", (x,y,w,h)) in red, ("seg", (x,y,x,y,…)) in white."""
     data = image
     try:
         if isinstance(image, Cell):

@@ -28,8 +28,7 @@ def generate(model: Llava, input_ids: list[Tensor], pixel_values: Tensor, max_ne
     depend on the other prompts, except where two logits are equal to about 1e-5.
 
     input_ids: (T,) each, of any lengths; image_mask: (T,) bool each, the image positions (None:
-    text only); pixel_values (I,3,H,W); image_index (B,): which image each prompt is about (None:
-    prompt i is about image i).
+    text only); pixel_values (I,3,H,W); image_index (B,): each prompt's image (None: i has image i).
     """
     lm, device, B = model.language_model, pixel_values.device, len(input_ids)
     if image_mask is None:

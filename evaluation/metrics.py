@@ -128,8 +128,7 @@ def mme(rows: list[tuple[str, str, str, str]], drop_incomplete: bool = False) ->
 
     A category's score is the percentage of right answers plus that of images with both right: at
     most 200. The sums are over the categories present. drop_incomplete: leave out images with one
-    question and count them (dropped). Raises ValueError for other than 2 questions an image, and
-    for an unknown category or answer."""
+    question and count them (dropped), instead of raising ValueError."""
     images = {}
     for category, question_id, prediction, answer in rows:
         label = answer.strip().lower()
@@ -163,8 +162,7 @@ def circular(rows: list[tuple[int | str, bool]], sizes: dict[int, int] | None = 
     hits, groups, dropped.
 
     sizes: {i: rows of question i in the file}; None: a group must hold two rotations or more, from
-    0 without a gap. drop_incomplete: leave incomplete groups out of circular and count them. Else
-    raises ValueError for them; always for an index that comes twice."""
+    0 without a gap. drop_incomplete: leave incomplete groups out and count them, no ValueError."""
     groups = {}
     for index, hit in rows:
         rotation, question = divmod(int(index), 10 ** 6)
@@ -323,9 +321,8 @@ def ptb_tokenize(text: str) -> list[str]:
 
 
 def cider(hyps: list[str], refs: list[str | list[str]]) -> tuple[float, list[float]]:
-    """R10: return the mean CIDEr of the cases and the score of each, in 0..10. hyps: a sentence
-    each; refs: its references. Words weigh by their rarity among these cases, so a part of a split
-    does not compare with the whole."""
+    """R10: return the mean CIDEr and the score of each case, in 0..10. hyps: a sentence each; refs:
+    its references. Words weigh by their rarity in all cases, so half a split scores differently."""
     if len(hyps) != len(refs) or not refs:
         raise ValueError(f"{len(hyps)} sentences for {len(refs)} sets of references")
 

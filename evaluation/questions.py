@@ -289,9 +289,8 @@ def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file:
 
 
 def count_rotations(samples: list[Sample]) -> int:
-    """Note in each record of MMBench how many rotations its question has. Returns the number of
-    questions with fewer rotations than options (53 in release 20230712). Takes the whole file:
-    --limit may cut a question in two."""
+    """Note in each record of MMBench its question's rotations, of the whole file whatever --limit.
+    Returns how many questions have fewer rotations than options (53 in release 20230712)."""
     questions = [int(s.id) % 10 ** 6 for s in samples]
     rotations, short = Counter(questions), set()
     for s, question in zip(samples, questions):
@@ -342,8 +341,7 @@ def check_images_exist(samples: list[Sample]) -> None:
 
 
 def shuffle_images(samples: list[Sample]) -> list[Sample]:
-    """Give each question another one's image, by a fixed permutation. What a model scores then, it
-    scores without looking."""
+    """Give each question another one's image, by a fixed permutation."""
     with_image = [s for s in samples if s.image is not None]
     others = iter(random.Random(0).sample(with_image, len(with_image)))
     shuffled = []

@@ -172,10 +172,9 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
           partial: bool = False) -> tuple[list[dict], dict]:
     """Score predictions by id. A sample without a prediction scores 0.
 
-    Returns (rows, results): of each sample id, image, prompt, prediction, parsed, answer, score;
-    metrics, headline and the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters
-    found by an option's text), n_no_option (references that are none of the options). partial: MME
-    and MMBench leave incomplete groups out."""
+    Returns (rows, results): a row a sample; metrics, headline and counts: n, n_scored, n_missing,
+    n_unparsed, n_text_matched (letters found by an option's text), n_no_option (references that are
+    none of the options). partial: MME and MMBench leave incomplete groups out."""
     rows = [score_row(benchmark, s, predictions.get(s.id)) for s in samples]
     with_answer = [(s, r) for s, r in zip(samples, rows) if s.answer is not None]
     answered = [(s, r) for s, r in with_answer if r["prediction"] is not None]
@@ -242,8 +241,7 @@ def own_row(report: dict) -> dict[str, float]:
 
 
 def summary(reports: list[dict]) -> str:
-    """Results as text. Own questions: one table, and counts if something is unusual. A benchmark:
-    all numbers, and the settings that they depend on."""
+    """Results as text: one table of own questions; all numbers and settings of a benchmark."""
     lines = []
     rows = {r["name"]: own_row(r) for r in reports if r["benchmark"] == "own" and "metrics" in r}
     if rows:
