@@ -1,22 +1,21 @@
 """Ask a checkpoint: about your photo, your questions, or a benchmark's. The answers are scored.
 
-    python evaluate.py --ckpt out/toy                                     the toy's test questions
+    python evaluate.py --ckpt out/toy                                 the toy's test questions
     python evaluate.py --ckpt DIR --image photo.jpg --prompt "What is this?"
-    python evaluate.py --ckpt DIR --image photo.jpg                       a conversation
-    python evaluate.py --ckpt DIR --data questions.jsonl --images DIR     your own: {question_id, image, text, answer}
+    python evaluate.py --ckpt DIR --image photo.jpg                   a conversation
+    python evaluate.py --ckpt DIR --data questions.jsonl --images DIR  yours: {image, text, answer}
     python evaluate.py --ckpt DIR --bench pope --data eval/pope --images coco/val2014
     torchrun --nproc_per_node=8 evaluate.py --ckpt DIR --bench vqav2 --data eval/vqav2 --images coco/test2015
-    python evaluate.py --bench pope --data eval/pope --score-only answers.jsonl          no model: score these answers
+    python evaluate.py --bench pope --data eval/pope --score-only answers.jsonl   loads no model
     python evaluate.py --compare out/a/eval out/b/eval
 
-DIR is a checkpoint, a run, or a released LLaVA (--vision: its CLIP, where it holds none).
-
-Results go to OUT/<name>. OUT is eval/<checkpoint> beside the checkpoint, or --out. <name> is the benchmark (pope,
-vqav2-test-dev) or the stem of your file (test); <name>-shuffled holds the answers about shuffled images.
-    pred.rank<r>of<W>.jsonl    answers, written as they come: the same command resumes, on any number of ranks
-    pred.jsonl                 a line a question: id, image, prompt, prediction, parsed, answer, score
-    results.json               metrics, headline, counts, and every setting that the numbers depend on
-    submission.*               for the benchmark's server, where there is one
+DIR is a checkpoint, a run, or a released LLaVA (--vision: its CLIP, where it holds none). Results
+go to OUT/<name>: OUT is --out, or eval/<checkpoint> beside the checkpoint; <name> is the benchmark
+(pope, vqav2-test-dev) or your file's stem (test); <name>-shuffled is of shuffled images.
+    pred.rank<r>of<W>.jsonl   answers as they come: the same command resumes, on any number of ranks
+    pred.jsonl                a line a question: id, image, prompt, prediction, parsed, answer, score
+    results.json              metrics, headline, counts, every setting that the numbers depend on
+    submission.*              for the benchmark's server, where there is one
 """
 import contextlib
 import os
@@ -40,7 +39,7 @@ from evaluation.chat import talk
 from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
-from evaluation.scores import compare, notes, score, summary
+from evaluation.scores import OWN_RULES, compare, notes, score, summary
 from evaluation.submit import check_packages, write_submission
 from hub.checkpoint import CODE_VERSION, load_model
 from hub.configs import load_processor
@@ -56,26 +55,28 @@ class Assistant:
     model: Llava
     tokenizer: Tokenizer
     processor: ImageProcessor
-    template: str
-    after_special: str
-    pad: bool  # images are padded to a square (stage 2) or cropped (stage 1), as in training
+    template: str           # how a conversation is written: a key of data.TEMPLATES
+    after_special: str      # the spaces after </s>: one of common.text.RULES
+    pad: bool               # images are padded to a square (stage 2) or cropped (stage 1)
 
     @classmethod
-    def from_checkpoint(cls, ckpt, device="cpu", dtype: torch.dtype = torch.float32, template: str | None = None,
-                        vision=None, llm=None, after_special: str | None = None, pad: bool | None = None,
-                        plain_specials: bool | None = None) -> "Assistant":
+    def from_checkpoint(cls, ckpt, device="cpu", dtype=torch.float32, template: str | None = None,
+                        vision=None, llm=None, after_special: str | None = None,
+                        pad: bool | None = None, plain_specials: bool | None = None) -> "Assistant":
         """Load a checkpoint, the newest of a run, or a released LLaVA. None: as it was trained."""
         folder = model_folder(ckpt)
         use, tokenizer = read_usage(folder, vision), load_tokenizer(folder, plain_specials)
         processor = load_processor(folder, vision)
         return cls(load_model(folder, vision, llm, dtype, device).eval(), tokenizer, processor,
-                   template or use.template, after_special or use.after_special, use.pad if pad is None else pad)
+                   template or use.template, after_special or use.after_special,
+                   use.pad if pad is None else pad)
 
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
-        """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of the distinct images;
-        which of them each prompt is about. Raises UserError for an image that cannot be read."""
+        """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of
+        the distinct images; which of them each prompt is about. Raises UserError for bad images."""
         size, tokens = self.processor.crop_size, self.model.image_tokens
-        ids, masks, pixels, number, which = [], [], [], {}, []
+        ids, masks, pixels, which = [], [], [], []
+        number = {}             # image → its place in pixels
         for s in samples:
             # <image> stays where the prompt has it, else it comes first.
             text = s.prompt
@@ -83,9 +84,10 @@ class Assistant:
                 text = text.replace(IMAGE, "").strip()
             elif text.count(IMAGE) != 1:
                 text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
-            encoded, _, mask = encode([{"from": "human", "value": text}], self.tokenizer, self.template, tokens,
-                                      after_special=self.after_special, image_first=False)
-            ids.append(encoded)
+            turns = [{"from": "human", "value": text}]
+            prompt, _, mask = encode(turns, self.tokenizer, self.template, tokens,
+                                     after_special=self.after_special, image_first=False)
+            ids.append(prompt)
             masks.append(mask)
 
             # Each distinct image is decoded once. Text alone has a zero image, which nothing reads.
@@ -95,30 +97,32 @@ class Assistant:
                 try:
                     pixels.append(torch.zeros(3, size, size) if s.image is None else
                                   self.processor(picture(s.image, s.region), self.pad))
-                except ValueError as e:
+                except ValueError as e:     # only a file has a name to show
                     where = s.image if isinstance(s.image, Path) else repr(text[:60])
                     raise UserError(f"{where}: {e}") from None
             which.append(number[key])
         return ids, masks, torch.stack(pixels), which
 
-    def generate(self, ids: list, masks: list, pixels: torch.Tensor, which: list[int], max_new: int) -> list[str]:
+    def generate(self, ids: list, masks: list, pixels, which: list, max_new: int) -> list[str]:
         """Return greedy answers to what `prepare` returned."""
         pixels = pixels.to(next(self.model.parameters()).device)
-        out = generate(self.model, ids, pixels, max_new, masks, eos_id(self.tokenizer, self.template), which)
-        return [self.tokenizer.decode(answer).strip() for answer in out]
+        eos = eos_id(self.tokenizer, self.template)
+        answers = generate(self.model, ids, pixels, max_new, masks, eos, which)
+        return [self.tokenizer.decode(answer).strip() for answer in answers]
 
     def answer(self, questions: list[tuple], max_new_tokens: int = 64) -> list[str]:
         """Answer one batch of (text, image file or None)."""
         samples = [Sample(id="", prompt=text, image=image) for text, image in questions]
         return self.generate(*self.prepare(samples), max_new_tokens)
 
-    def answer_batches(self, samples: list[Sample], batch_size: int, max_new: int) -> Iterator[tuple[list, list[str]]]:
-        """Yield (samples, answers) of a batch. The next batch's images are decoded while this batch is computed."""
+    def answer_batches(self, samples: list, batch_size: int, max_new: int) -> Iterator[tuple]:
+        """Yield (samples, answers) of each batch."""
         batches = [samples[at:at + batch_size] for at in range(0, len(samples), batch_size)]
-        ahead = None
+        ahead = None            # the next batch, while it is prepared
         with ThreadPoolExecutor(1) as pool:
             for n, batch in enumerate(batches):
                 prepared = ahead.result() if ahead else self.prepare(batch)
+                # Images of the next batch are decoded while the model answers this one.
                 if n + 1 < len(batches):
                     ahead = pool.submit(self.prepare, batches[n + 1])
                 yield batch, self.generate(*prepared, max_new)
@@ -126,26 +130,26 @@ class Assistant:
 
 # ---------------------------------------------------------------------------------- which questions
 def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) -> list[Questions]:
-    """Read the questions that the flags ask for: a benchmark's, own ones, or the toy's. Raises UserError.
-
-    source: settings of the checkpoint or the file that the answers come from."""
+    """Read the questions that the flags ask for. source: settings of the model or its answers."""
     bench = cfg.bench or "own"
     benchmark = replace(BENCHMARKS[bench], score=cfg.metric or BENCHMARKS[bench].score)
-    files = [(cfg.data, cfg.images)]
-    if cfg.data is None:
-        files = [question_file(folder, None, None, name) for name in ("test.jsonl", "composition.jsonl")]
-    sets = []
-    for data, images in files:
-        if cfg.score_only and images is None:
-            images = "."                                    # no image is opened
-        loaded = load_benchmark(bench, Path(data), Reading(
-            images and Path(images), cfg.labels and Path(cfg.labels), cfg.split, cfg.style, cfg.ocr, cfg.region))
-        name = Path(loaded.files[0]).stem if bench == "own" else bench
-        place = f"{name}-{cfg.split}" if cfg.split else name
-        versions = [(name, place, loaded.samples)]
+    labels, sets = cfg.labels and Path(cfg.labels), []
+    # Without --data: the toy's two files, beside the checkpoint.
+    files = ["test.jsonl", "composition.jsonl"] if cfg.data is None else [cfg.data]
+    for file in files:
+        data, images = question_file(folder, cfg.data, cfg.images, file)
+        reading = Reading(images, labels, cfg.split, cfg.style, cfg.ocr, cfg.region)
+        loaded = load_benchmark(bench, data, reading)
+        stem = Path(loaded.files[0]).stem if bench == "own" else bench      # of the folder in `out`
+        place = f"{stem}-{cfg.split}" if cfg.split else stem
+
+        # Shuffled images are the control: the score of a model that ignores the image.
+        versions = [(stem, place, loaded.samples)]
         if cfg.shuffle_images or cfg.data is None:
-            versions.append((f"{name}, images shuffled", f"{place}-shuffled", shuffle_images(loaded.samples)))
+            shuffled = shuffle_images(loaded.samples)
+            versions.append((f"{stem}, images shuffled", f"{place}-shuffled", shuffled))
         for name, place, samples in versions:
+            # What the numbers depend on: answers made with other settings are not mixed in.
             settings = {**loaded.settings, "questions": questions_digest(samples), **source}
             if bench == "own":
                 settings["metric"] = benchmark.score
@@ -158,12 +162,13 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
 def checkpoint_settings(cfg: "Config", folder: Path, ranks: Ranks) -> dict:
     """Return what a checkpoint's answers depend on. Raises UserError if it has learned captions alone."""
     use, files = read_usage(folder, cfg.vision), all_weights(folder, cfg.vision, cfg.llm)
-    template, pad = cfg.template or use.template, use.pad if cfg.pad is None else cfg.pad
+    template = cfg.template or use.template
     if template == "plain":
         raise UserError(f"{folder} has learned captions (template plain), which leave no place for a question: use "
                         "--template v1 to ask all the same, and expect answers that cannot be parsed")
-    return {"checkpoint": files_digest(files), "template": template, "pad": pad,
-            "dtype": str(ranks.dtype).removeprefix("torch."), "after_special": cfg.after_special or use.after_special,
+    return {"checkpoint": files_digest(files), "template": template,
+            "pad": use.pad if cfg.pad is None else cfg.pad, "dtype": str(ranks.dtype).removeprefix("torch."),
+            "after_special": cfg.after_special or use.after_special,
             "code_version": CODE_VERSION, "plain_specials": cfg.plain_specials}
 
 
@@ -174,15 +179,18 @@ def open_assistant(cfg: "Config", folder: Path, settings: dict, ranks: Ranks) ->
 
 # ------------------------------------------------------------------------------- asking and scoring
 def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
-    """Ask, score and write. Every rank calls this; returns the contents of results.json on the first rank, else []."""
-    folder, source = None, {"answers": cfg.score_only}
-    if cfg.score_only and Path(cfg.score_only).is_file():
-        source["answers_crc"] = file_crc(Path(cfg.score_only))
-    elif not cfg.score_only:
+    """Ask, score and write. Every rank calls this; the first returns the contents of results.json."""
+    # The answers come from a file, or from a model that is asked.
+    if cfg.score_only:
+        folder, answers = None, Path(cfg.score_only)
+        cfg = replace(cfg, images=cfg.images or ".")        # no image is opened
+        source, out = {"answers": cfg.score_only}, answers.with_suffix(".scored")
+        if answers.is_file():                               # if not, read_answers says so
+            source["answers_crc"] = file_crc(answers)
+    else:
         folder = model_folder(cfg.ckpt)
-        source = checkpoint_settings(cfg, folder, ranks)
-    out = results_folder(folder) if folder else Path(cfg.score_only).with_suffix(".scored")
-    sets = load_questions(cfg, folder, Path(cfg.out) if cfg.out else out, source)
+        source, out = checkpoint_settings(cfg, folder, ranks), results_folder(folder)
+    sets = load_questions(cfg, folder, Path(cfg.out or out), source)
 
     # Everything that can go wrong does so before the first question is asked.
     for q in sets:
@@ -190,28 +198,22 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
         if not cfg.score_only:
             check_images_exist(q.samples)
     with contextlib.ExitStack() as stack:
-        for q in sets:
+        for q in sets:          # no second command writes there
             stack.enter_context(locked(q.out, ranks.first))
-        return answer_and_score(cfg, folder, sets, ranks)
+        if cfg.overwrite and ranks.first:
+            for q in sets:
+                remove([*q.out.glob("pred.*"), q.out / "results.json"])
+        ranks.wait()
 
-
-def answer_and_score(cfg: "Config", folder: Path | None, sets: list[Questions], ranks: Ranks) -> list[dict]:
-    """The same, for questions whose folders are locked."""
-    if cfg.overwrite and ranks.first:
-        for q in sets:
-            remove([*q.out.glob("pred.*"), q.out / "results.json"])
-    ranks.wait()
-    done = [read_predictions(q.out, q.settings, len(q.samples))[0] for q in sets]
-
-    # The model is loaded only if there is something to ask.
-    assistant = None
-    for q, answered in zip(sets, done):
-        if not cfg.score_only and any(s.id not in answered for s in q.samples):
-            if assistant is None:
-                assistant = open_assistant(cfg, folder, q.settings, ranks)
-            answer_share(assistant, q, answered, cfg.batch_size, ranks)
-    ranks.wait()
-    return [score_and_write(cfg, folder, q) for q in sets] if ranks.first else []
+        # Answers of earlier runs count. The model is loaded only if questions are left to ask.
+        done = [read_predictions(q.out, q.settings, len(q.samples))[0] for q in sets]
+        assistant = None
+        for q, answered in zip(sets, done):
+            if not cfg.score_only and any(s.id not in answered for s in q.samples):
+                assistant = assistant or open_assistant(cfg, folder, q.settings, ranks)
+                answer_share(assistant, q, answered, cfg.batch_size, ranks)
+        ranks.wait()            # then the first scores what all have written
+        return [score_and_write(cfg, folder, q) for q in sets] if ranks.first else []
 
 
 def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
@@ -221,13 +223,15 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
         predictions = read_answers(Path(cfg.score_only), q.samples, q.benchmark.repeats, counts)
     else:
         predictions, settings["batch_size"] = read_predictions(q.out, q.settings, len(q.samples))
+    # --limit may cut the groups that MME and MMBench score: such groups are left out.
     partial = len(q.samples) < len(q.loaded.samples)
     rows, results = score(q.benchmark, q.samples, predictions, partial)
     counts["references that are none of the options"] = results["n_no_option"]
     submission = write_submission(q.benchmark, q.samples, rows, Path(q.loaded.files[0]).parent, q.out)
-    report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder), "partial": partial, **results,
-              "settings": settings, "files": q.loaded.files, "folder": str(q.out), "submission": submission,
-              "warnings": notes(q, counts, submission), "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
+    report = {"benchmark": q.bench, "name": q.name, "checkpoint": folder and str(folder),
+              "partial": partial, **results, "settings": settings, "files": q.loaded.files,
+              "folder": str(q.out), "submission": submission, "warnings": notes(q, counts, submission),
+              "versions": {"torch": torch.__version__, "code": CODE_VERSION}}
     write_json(q.out / "results.json", report)      # first: it says whose folder this is
     write_jsonl(q.out / "pred.jsonl", rows)
     return report
@@ -238,8 +242,7 @@ def score_and_write(cfg: "Config", folder: Path | None, q: Questions) -> dict:
 class Config:
     """Ask a checkpoint one question, the questions of a file, or a benchmark's; score the answers."""
     ckpt: str = option("out/toy", "folder of a checkpoint, a run (its newest one), or a released LLaVA", "run")
-    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside the checkpoint, out/eval/"
-                                   "<folder> for a released model)")
+    out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside it; released: out/eval)")
     overwrite: bool = option(False, "replace the answers and results in --out")
     batch_size: int = option(64, "questions at a time; with bfloat16 use 1 for numbers to publish")
     limit: int | None = option(None, "ask only the first N questions (unset: all)")
@@ -261,12 +264,10 @@ class Config:
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")
-    metric: Literal["exact", "vqa", "choice", "anls", "contains", "none"] | None = option(
-        None, "rule for your questions (unset: exact)", "scoring")
+    metric: Literal[OWN_RULES] | None = option(None, "rule for your questions (unset: exact)", "scoring")
     score_only: str | None = option(None, "score this file of {question_id, text} lines; no model is loaded")
     compare: list[str] | None = option(None, "print the results in these folders side by side")
-    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)",
-                                      "parts that --ckpt does not hold")
+    vision: str | None = option(None, "folder of the vision encoder (unset: as in training)", "parts that --ckpt lacks")
     llm: str | None = option(None, "folder of the language model (unset: as in training)")
 
 
@@ -294,24 +295,25 @@ def check(cfg: Config) -> None:
 def main() -> None:
     cfg = parse(Config)
     check(cfg)
-    if cfg.compare:
+    if cfg.compare:             # no model, no ranks
         print(compare(cfg.compare))
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # prompts are encoded in a thread of their own
-    ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)      # ranks may wait for days
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"          # prompts are encoded in a thread of their own
+    # Ranks share no step, they meet at the end: one may wait for another for days.
+    ranks = start(*choose_device(cfg.device, cfg.dtype), minutes=7 * 24 * 60, gloo=True)
     with explain_lost_ranks(ranks):
         if cfg.prompt is None and cfg.image is None:
             reports = evaluate(cfg, ranks)
-            if reports:
+            if reports:         # on the first rank
                 print(summary(reports))
-        elif ranks.first:
+        elif ranks.first:       # one prompt, or a conversation
             folder, image = model_folder(cfg.ckpt), Path(cfg.image) if cfg.image else None
             assistant = open_assistant(cfg, folder, checkpoint_settings(cfg, folder, ranks), ranks)
             if cfg.prompt is not None:
                 print(assistant.answer([(cfg.prompt, image)], cfg.max_new_tokens or 64)[0])
             else:
                 talk(assistant, image, cfg.max_new_tokens or 512)
-        finish(ranks)
+        finish(ranks)           # last: under torchrun the process ends here
 
 
 if __name__ == "__main__":

@@ -2,8 +2,7 @@
 
     python -m bench.ce                    B=8, T=640, V=32000, D=1024, 5 % of the positions supervised
 
-Each side runs in a process of its own. Peak is what it needs beyond inputs, weights and their
-gradients.
+Each side runs in a process of its own. Peak is beyond inputs, weights and their gradients.
 """
 import statistics
 import time
@@ -61,8 +60,8 @@ def main() -> None:
     results = []
     for loss in (full_logits, supervised_only):
         value, seconds, peak = in_own_process(measure, loss, s)
-        print(f"{loss.__name__:16} loss {value:.5f}   {seconds:7.3f} s   peak {peak:7.0f} MiB",
-              flush=True)
+        line = f"{loss.__name__:16} loss {value:.5f}   {seconds:7.3f} s   peak {peak:7.0f} MiB"
+        print(line, flush=True)
         results.append((seconds, peak))
     (full_seconds, full_peak), (seconds, peak) = results
     print(f"ratio (supervised / full): time {seconds / full_seconds:.3f}   peak {peak / full_peak:.3f}")

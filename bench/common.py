@@ -1,8 +1,7 @@
-"""What the benches share: a side in a process of its own, its peak memory, random batches, the loss of a step.
+"""What the benches share: a side in a process of its own, its peak memory, batches, a step's loss.
 
 Memory is read from /proc, so these benches run on Linux. `VmRSS` is all resident memory and `VmHWM`
-its peak; `RssAnon` is memory of the process alone, `RssFile` counts pages of mapped files, which
-processes share.
+its peak; `RssAnon` is of the process alone, `RssFile` pages of mapped files, which processes share.
 """
 import contextlib
 import multiprocessing
@@ -18,8 +17,7 @@ from data import IGNORE, Batch
 from losses import Term, count_terms
 from model import VisionConfig
 
-# a fresh interpreter: no memory comes along from this one
-SPAWN = multiprocessing.get_context("spawn")
+SPAWN = multiprocessing.get_context("spawn")       # fresh interpreters: without this one's memory
 
 
 # -------------------------------------------------------------------------------- processes, memory
@@ -42,6 +40,16 @@ def in_own_process(job, *arguments):
         process.join()
 
 
+def import_transformers():
+    """Return the package that some benches compare with. Raises UserError if it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this bench compares with transformers, which is not installed: "
+                        "pip install transformers, in another environment") from None
+    return transformers
+
+
 def memory(field: str) -> float:
     """Return a field of /proc/self/status (VmRSS, VmHWM, RssAnon, RssFile) in MiB."""
     with open("/proc/self/status") as f:
@@ -56,8 +64,8 @@ def reset_peak() -> None:
 
 @contextlib.contextmanager
 def sampled_peak(*fields: str) -> Iterator[dict[str, float]]:
-    """Give a dict that holds, once the block is left, the peak of each field beyond its value at
-    the start, in MiB. For fields that have no peak in /proc: they are read every 2 ms."""
+    """Give a dict that holds, once the block is left, how far each field rose above its start, in
+    MiB. For fields that have no peak in /proc: they are read every 2 ms."""
     before = {field: memory(field) for field in fields}
     peak, done = dict.fromkeys(fields, 0.0), threading.Event()
 
@@ -77,11 +85,10 @@ def sampled_peak(*fields: str) -> Iterator[dict[str, float]]:
 # ------------------------------------------------------------------------------------------- a step
 def random_batch(samples: int, vision: VisionConfig, vocabulary: int, text: int, supervised: Tensor,
                  alone: Tensor | None = None) -> Batch:
-    """A batch of <s>, an image of random pixels, and random words: T = image tokens + text, always
-    the same.
+    """Make a batch of <s>, an image of random pixels, and random words: T = image tokens + text.
 
     supervised (T,) bool marks the positions that are targets; alone (B,) bool the samples that end
-    with their image (VDEP mode)."""
+    with their image (VDEP mode). It is the same for the same arguments."""
     g = torch.Generator().manual_seed(0)
     n = vision.image_tokens
     position = torch.arange(n + text)
@@ -96,7 +103,6 @@ def random_batch(samples: int, vision: VisionConfig, vocabulary: int, text: int,
 
 
 def step_loss(loss: str, terms: list[Term], batch: Batch) -> Tensor:
-    """Σ weight · total / count of one batch, as train.py computes it for a global batch. loss: the
-    objective's name."""
+    """Return Σ weight · total / count of a batch, as train.py does. loss: the objective's name."""
     count = count_terms(loss, batch)
     return sum(t.weight * t.total / count[t.name] for t in terms)

@@ -1,5 +1,4 @@
-"""Open, read and sample a LLaVA file of 2 million samples, compared with json.load; decode images,
-compared with what GPUs use up.
+"""Open, read and sample a LLaVA file of 2 million samples, compared with json.load; decode images.
 
     python -m bench.data                       writes 3 GB to the system's temporary folder, and removes it
     python -m bench.data --samples 200000 --folder DIR
@@ -10,9 +9,9 @@ memory of the process alone, `mapped` are pages of files, which all processes of
 `cpu` are seconds of a core: compare these where the machine does other work too. json.load makes
 Python objects of the whole file. It is measured on a tenth of the samples, and its line says so.
 
---decode: JPEGs of 640 × 480 and 500 × 375 pixels, of COCO's sizes and about 100 and 60 KB, from a warm page cache to
-ids, labels and pixel values of 336 × 336, as a worker makes them. 8 A100 use 57 images/s in stage 1 of LLaVA-7B and 31
-in stage 2 (558k and 665k samples in 2.7 and 6 hours, estimated).
+--decode: JPEGs of COCO's sizes (640 × 480 and 500 × 375 pixels, about 100 and 60 KB), from a warm
+page cache to ids, labels and pixel values of 336 × 336, as a worker makes them. 8 A100 use 57
+images/s in stage 1 of LLaVA-7B and 31 in stage 2 (558k and 665k samples in 2.7 and 6 hours).
 """
 import json
 import math
@@ -65,8 +64,7 @@ def write(path: Path, n: int) -> None:
 # ---------------------------------------------------------------------------------------- the sides
 # Each returns what it holds at the end, so that its memory is counted.
 def start(path: Path) -> tuple:
-    """What a rank does before its first batch, except for pictures. The first call makes the
-    index."""
+    """What a rank does before its first batch, but for pictures. The first call makes the index."""
     samples, _ = read_samples(path)
     order = iter(Order(len(samples), 128, 16, 1, samples.lengths()))
     return samples, order, next(order)
@@ -127,9 +125,9 @@ def check_visits(path: Path) -> None:
         seen = visits(len(lengths), lengths, ranks)
         wrong = int((seen[:-1] != 1).sum())
         assert wrong == 0, f"on {ranks} ranks {wrong} samples are not shown exactly once"
-        print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} "
-              "samples once, "
-              f"{seen[-1]} fillers   ({time.perf_counter() - began:.1f} s)")
+        seconds = time.perf_counter() - began
+        print(f"an epoch on {' then '.join(map(str, ranks))} ranks: each of {len(lengths):,} samples "
+              f"once, {seen[-1]} fillers   ({seconds:.1f} s)")
 
 
 # ------------------------------------------------------------------------------------------- images
@@ -137,14 +135,14 @@ EATEN = {"stage 1": 57, "stage 2": 31}      # images/s by 8 cards, at 7B
 
 
 def write_photos(folder: Path, size: tuple[int, int], n: int = 20) -> float:
-    """Write n JPEGs that are as hard to decode as photos: noise of several sizes. Returns their
-    mean KB."""
+    """Write n JPEGs as hard to decode as photos: noise of several scales. Returns their mean KB."""
     rng, total = np.random.default_rng(0), 0
+    width, height = size
     for i in range(n):
-        pixels = np.zeros((size[1], size[0], 3))
+        pixels = np.zeros((height, width, 3))
         for scale in (4, 16, 64):
-            coarse = rng.integers(0, 255, (size[1] // scale + 1, size[0] // scale + 1, 3),
-                                  dtype=np.uint8)
+            shape = height // scale + 1, width // scale + 1, 3
+            coarse = rng.integers(0, 255, shape, dtype=np.uint8)
             pixels += np.asarray(Image.fromarray(coarse).resize(size, Image.BICUBIC)) / 3
         path = folder / f"{i}.jpg"
         Image.fromarray(pixels.astype(np.uint8)).save(path, quality=90)
@@ -155,11 +153,11 @@ def write_photos(folder: Path, size: tuple[int, int], n: int = 20) -> float:
 def decode() -> None:
     """Print images a core makes ready in a second, and the workers that 8 cards need."""
     processor, tokenizer = ImageProcessor(336, 336), load_tokenizer("toy/llm")
+    turns = [{"from": "human", "value": "<image>\nWhat is this?"},
+             {"from": "gpt", "value": "A circle. " * 8}]
     for size in [(640, 480), (500, 375)]:
         with tempfile.TemporaryDirectory() as folder:
             kb = write_photos(Path(folder), size)
-            turns = [{"from": "human", "value": "<image>\nWhat is this?"},
-                     {"from": "gpt", "value": "A circle. " * 8}]
             rows = [{"id": str(i), "image": f"{i}.jpg", "conversations": turns} for i in range(20)]
             for stage, text in [("stage 1", Format("plain")), ("stage 2", Format("v1", pad=True))]:
                 samples, times = Samples(rows, folder, tokenizer, processor, text), []
@@ -170,11 +168,9 @@ def decode() -> None:
                     times.append((time.process_time() - began) / len(rows))
                 rate = 1 / min(times)
                 needed = math.ceil(EATEN[stage] / rate)
-                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a "
-                      "core an image, "
-                      f"{rate:.0f} images/s; {EATEN[stage]} images/s of 8 cards: --workers "
-                      f"{math.ceil(needed / 8)} a GPU at least (unset: 4), {needed} in all",
-                      flush=True)
+                print(f"{stage}: {size[0]} × {size[1]}, {kb:.0f} KB: {1000 / rate:.1f} ms of a core "
+                      f"an image, {rate:.0f} images/s; {EATEN[stage]} images/s of 8 cards: --workers "
+                      f"{math.ceil(needed / 8)} a GPU at least (unset: 4), {needed} in all", flush=True)
 
 
 def main() -> None:
@@ -184,15 +180,15 @@ def main() -> None:
         return
     free, needed = shutil.disk_usage(b.folder or tempfile.gettempdir()).free, 1.5 * BYTES * b.samples
     if free < needed:
-        raise UserError(f"{free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed: give "
-                        "another --folder")
+        raise UserError(f"{free / 1e9:.1f} GB are free, {needed / 1e9:.1f} GB are needed: "
+                        "give another --folder")
     with tempfile.TemporaryDirectory(dir=b.folder) as folder:
         path, tenth = Path(folder) / "data.json", Path(folder) / "tenth.json"
         write(path, b.samples)
         write(tenth, b.samples // 10)
         size = path.stat().st_size
-        print(f"{b.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; peak MiB beyond "
-              "the imports", flush=True)
+        print(f"{b.samples:,} samples, {size / 1e9:.2f} GB, page cache warm; "
+              "peak MiB beyond the imports", flush=True)
         for name, job, file, times in [
                 ("index made", start, path, 1), ("start-up after it", start, path, 1),
                 ("and 16,000 samples", read, path, 1), ("ten epochs' orders", sort, path, 1),

@@ -1,4 +1,4 @@
-"""Questions a second on a POPE-like load, 18 questions an image: evaluation/generate.py against transformers.
+"""Questions a second of evaluation/generate.py and of transformers, 18 questions an image as POPE.
 
     python -m bench.evaluate              a random model: ViT 6x256 of 576 image tokens, LLaMA 8x512, vocabulary 32000
     python -m bench.evaluate --ckpt DIR   a checkpoint trained on the toy, asked yes/no questions about its pictures
@@ -9,8 +9,7 @@ each answers a few questions first.
 
 The random model's prompts are random ids, as many as LLaMA's tokenizer makes of POPE's prompts in
 LLaVA's v1 template: 35 before the image and 22 to 28 after it, of which the last 17 are the same.
-Its answers are 4 tokens long. Its weights are larger than at the start of training, so that the
-answers differ.
+Its answers are 4 tokens long. Large weights make them differ.
 """
 import json
 import random
@@ -23,8 +22,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.common import import_transformers
 from common.files import read_json
-from common.flags import UserError, option, parse, run
+from common.flags import option, parse, run
 from data import IMAGE, encode, eos_id
 from evaluation.generate import generate
 from hub.checkpoint import checkpoint_folder, load_model, save_checkpoint
@@ -60,8 +60,7 @@ class Load:
 
 
 def random_checkpoint(folder: Path) -> Path:
-    """Save a random model, with the toy's tokenizer: only the ids of its special tokens matter
-    here."""
+    """Save a random model with the toy's tokenizer, whose special tokens alone matter here."""
     torch.manual_seed(0)
     model = Llava(ViT(VISION), Projector(VISION.hidden_size, DECODER.hidden_size), Decoder(DECODER))
     for name, p in model.named_parameters():
@@ -75,8 +74,8 @@ def random_checkpoint(folder: Path) -> Path:
     config = {"stage": "finetune", "step": 1, "steps": 1, "template": "v1", "pad": True,
               "after_special": "4.31", "vision": str(folder / "vision"),
               "llm": str(ROOT / "toy/llm")}
-    save_checkpoint(folder / "finetune-1", model, {n for n, _ in model.named_parameters()}, config,
-                    {})
+    names = {n for n, _ in model.named_parameters()}
+    save_checkpoint(folder / "finetune-1", model, names, config, {})
     return folder / "finetune-1"
 
 
@@ -86,11 +85,13 @@ def random_load(images: int) -> Load:
         return torch.randint(3, DECODER.vocab_size, (n,), generator=g)
     before, after = ids(35), ids(17)
     N = VISION.image_tokens
-    out = Load([], [], [], torch.randn(images, 3, VISION.image_size, VISION.image_size, generator=g), None, 4)
+    pixels = torch.randn(images, 3, VISION.image_size, VISION.image_size, generator=g)
+    out = Load([], [], [], pixels, None, 4)
     for i in range(images * QUESTIONS):
         question = torch.cat([ids(5 + i % 7), after])
         out.input_ids.append(torch.cat([before, torch.zeros(N, dtype=torch.long), question]))
-        out.image_mask.append(torch.arange(35 + N + len(question)).sub(35).div(N, rounding_mode="floor") == 0)
+        position = torch.arange(35 + N + len(question))
+        out.image_mask.append((position >= 35) & (position < 35 + N))
         out.image_index.append(i // QUESTIONS)
     return out
 
@@ -98,18 +99,21 @@ def random_load(images: int) -> Load:
 def toy_load(ckpt: Path, model: Llava, images: int) -> Load:
     """Ask for every pair of the toy's world, as POPE asks for objects, and two questions more."""
     tokenizer, processor, rng = load_tokenizer(ckpt), load_processor(ckpt), random.Random(0)
-    c = read_json(ckpt / "config.json")
-    questions = [f"Is there a {colour} {shape}?" for colour in world.COLOURS
-                 for shape in world.SHAPES]
+    config = read_json(ckpt / "config.json")
+    questions = [f"Is there a {c} {s}?" for c in world.COLOURS for s in world.SHAPES]
     questions += ["How many objects are there?", "Which row has the circle?"]
-    pixels = [processor(world.render(world.draw_from("test", rng), rng), c["pad"])
-              for _ in range(images)]
-    prompts = [encode([{"from": "human", "value": f"{IMAGE}\n{text}"}], tokenizer, c["template"],
-                      model.vision_tower.config.image_tokens, after_special=c["after_special"])
-                      for text in questions]
-    ids, _, masks = zip(*prompts * images)
-    return Load(list(ids), list(masks), [i for i in range(images) for _ in questions],
-                torch.stack(pixels), eos_id(tokenizer, c["template"]), 8)
+    ids, masks, index, pixels = [], [], [], []
+    for i in range(images):
+        pixels.append(processor(world.render(world.draw_from("test", rng), rng), config["pad"]))
+        for text in questions:
+            turns = [{"from": "human", "value": f"{IMAGE}\n{text}"}]
+            prompt, _, mask = encode(turns, tokenizer, config["template"], model.image_tokens,
+                                     after_special=config["after_special"])
+            ids.append(prompt)
+            masks.append(mask)
+            index.append(i)
+    eos = eos_id(tokenizer, config["template"])
+    return Load(ids, masks, index, torch.stack(pixels), eos, 8)
 
 
 def ours(model: Llava, load: Load, rows: range, shared: bool = True) -> list[list[int]]:
@@ -141,19 +145,15 @@ def measure(answer, model, load: Load, size: int) -> tuple[list[list[int]], floa
     n = len(load.input_ids)
     answer(model, load, range(min(size, 4)))
     start = time.perf_counter()
-    answers = [a for s in range(0, n, size)
-               for a in answer(model, load, range(s, min(s + size, n)))]
+    answers = []
+    for first in range(0, n, size):
+        answers += answer(model, load, range(first, min(first + size, n)))
     return answers, n / (time.perf_counter() - start)
 
 
 def main() -> None:
     cfg = parse(Config)
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("this bench compares with transformers, which is not installed: pip "
-                        "install transformers"
-                        ) from None
+    transformers = import_transformers()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if cfg.threads:
@@ -163,23 +163,24 @@ def main() -> None:
         model = load_model(ckpt, dtype=torch.float32).eval()
         load = toy_load(ckpt, model, cfg.images) if cfg.ckpt else random_load(cfg.images)
         export(ckpt, Path(folder) / "out")
-        other = transformers.LlavaForConditionalGeneration.from_pretrained(Path(folder) / "out", dtype=torch.float32)
+        other = transformers.LlavaForConditionalGeneration.from_pretrained(
+            Path(folder) / "out", dtype=torch.float32)
     other.generation_config.eos_token_id = load.eos
-    print(f"{len(load.input_ids)} questions about {cfg.images} images of {model.vision_tower.config.image_tokens} "
-          f"tokens, prompts of {min(map(len, load.input_ids))} to {max(map(len, load.input_ids))}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}")
-    n = cfg.batch_size
+    lengths = [len(ids) for ids in load.input_ids]
+    print(f"{len(lengths)} questions about {cfg.images} images of {model.image_tokens} tokens, "
+          f"prompts of {min(lengths)} to {max(lengths)}, {torch.get_num_threads()} threads, "
+          f"torch {torch.__version__}, transformers {transformers.__version__}")
+    n, alone = cfg.batch_size, partial(ours, shared=False)
     wanted, fastest = None, None
     for name, answer, which, size in [(f"ours, batches of {n}", ours, model, n),
-                                      (f"ours, nothing shared, batches of {n}",
-                                       partial(ours, shared=False), model, n),
+                                      (f"ours, nothing shared, batches of {n}", alone, model, n),
                                       (f"transformers, batches of {n}", theirs, other, n),
                                       ("transformers, one at a time", theirs, other, 1)]:
         answers, speed = measure(answer, which, load, size)
         wanted, fastest = wanted or answers, fastest or speed
         same = sum(a == b for a, b in zip(answers, wanted))
-        print(f"{name:40}{speed:8.2f} questions/s   ours / this {fastest / speed:6.2f}   same ids {same}/{len(wanted)}",
-              flush=True)
+        print(f"{name:40}{speed:8.2f} questions/s   ours / this {fastest / speed:6.2f}   "
+              f"same ids {same}/{len(wanted)}", flush=True)
     print(f"{len(set(map(tuple, wanted)))} different answers")
 
 

@@ -1,9 +1,9 @@
-"""Load a sharded checkpoint: our reader against torch.load of every shard and load_state_dict. Seconds, GB/s, memory.
+"""Load a sharded checkpoint: our reader, compared with torch.load and load_state_dict.
 
     python -m bench.load                  a random LLaMA of 1.5 GB in bfloat16, in 4 shards, safetensors and .bin
 
 Each side runs in a process of its own. `resident` counts mapped file pages too, `anonymous` only
-memory that is the process's own. Both are peaks beyond what the process had after its imports.
+memory of the process alone. Both are peaks beyond what it had after its imports.
 """
 import json
 import tempfile
@@ -42,8 +42,8 @@ def write(folder: Path, config: dict) -> int:
         (folder / kind / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
         index = {}
         for i in range(SHARDS):
-            part = {n: torch.randn(shapes[n]).bfloat16()
-                    for n in names[i * per_shard:(i + 1) * per_shard]}
+            mine = names[i * per_shard:(i + 1) * per_shard]
+            part = {n: torch.randn(shapes[n]).bfloat16() for n in mine}
             file = f"{stem}-{i + 1:05}-of-{SHARDS:05}.{kind}"
             if kind == "safetensors":
                 save_file(part, folder / kind / file)
@@ -76,8 +76,7 @@ def measure(load, folder: Path) -> tuple[float, dict[str, float]]:
         start = time.perf_counter()
         model = load(folder)
         seconds = time.perf_counter() - start
-    # the weights are there, whatever the loader maps
-    model.lm_head.weight.float().sum()
+    model.lm_head.weight.float().sum()             # the weights are there, whatever is mapped
     return seconds, peak
 
 

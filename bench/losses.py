@@ -1,4 +1,4 @@
-"""Time and peak memory of one training step for every objective, as ratios to cross-entropy in the same run.
+"""Time and peak memory of a training step of every objective, as ratios to cross-entropy's.
 
     python -m bench.losses             ViT 6×256 (112 px, 64 image tokens), LLaMA 8×512, vocab 32000, B=8, 192 words
     python -m bench.losses --text 48   the same with short texts
@@ -39,8 +39,8 @@ class Case(NamedTuple):
 
 
 CE, BASIC, NAIVE = Case("ce"), Case("basic"), Case("basic-naive")
-CASES = [*(Case(loss, moca) for moca in (False, True) for loss in ("ce", "vdep", "vista", "basic")),
-         NAIVE]
+NAMES = ("ce", "vdep", "vista", "basic")
+CASES = [Case(loss, moca) for moca in (False, True) for loss in NAMES] + [NAIVE]
 
 
 @dataclass
@@ -64,11 +64,10 @@ class Bench:
 
 # --------------------------------------------------------------------------------- BASIC, literally
 def naive_layers(model: Llava, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Run the language model on h (B,T,D). Returns every layer's output (B,T,D) and attention map
-    (B,H,T,T)."""
+    """Run the language model on h (B,T,D). Returns of every layer h and attention map (B,H,T,T)."""
     lm, T = model.language_model, h.shape[1]
-    rope = rotary(torch.arange(T, device=h.device), lm.config.head_dim, lm.config.rope_theta,
-                  h.dtype)
+    positions = torch.arange(T, device=h.device)
+    rope = rotary(positions, lm.config.head_dim, lm.config.rope_theta, h.dtype)
     causal = torch.ones(T, T, dtype=torch.bool, device=h.device).triu(1)
     states, maps = [], []
     for layer in lm.model["layers"]:
@@ -84,32 +83,28 @@ def naive_layers(model: Llava, h: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def naive_basic(model: Llava, batch: Batch) -> list[Term]:
-    """BASIC eq. (4) to (8) as one would write them first: every attention map, both distributions
-    (B,N,V) whole."""
+    """BASIC's eq. (4) to (8), written literally: all attention maps, both distributions (B,N,V)."""
     lm, text = model.language_model, model.language_model.embed(batch.input_ids)
     patches = model.encode_images(batch.pixel_values)
-    image = model.multi_modal_projector(patches)                                            # (B,N,D)
+    image = model.multi_modal_projector(patches)                                        # (B,N,D)
     states, maps = naive_layers(model, model.merge(text, image, batch.image_mask))
 
     # What the first k layers make of the image, and where the text looks in them.
     k, n = len(states) // 2, image.shape[1]
-    w = layer_weights(k).tolist()
-    v_hat = sum(w[i] * at_image(states[i], batch.image_mask, n)
-                for i in range(k)).detach()  # (B,N,D)
-    rows = batch.text_after_image()                                                         # (B,T)
-    attention = torch.stack(maps[:k]).mean((0, 2)).detach() * rows[..., None]               # (B,T,T)
-    degree = attention.sum(1).gather(1,
-                                     true_positions(batch.image_mask, n))  # (B,N)
+    w, mask = layer_weights(k).tolist(), batch.image_mask
+    v_hat = sum(w[i] * at_image(states[i], mask, n) for i in range(k)).detach()         # (B,N,D)
+    rows = batch.text_after_image()                                                     # (B,T)
+    attention = torch.stack(maps[:k]).mean((0, 2)).detach() * rows[..., None]           # (B,T,T)
+    degree = attention.sum(1).gather(1, true_positions(mask, n))                        # (B,N)
     degree = degree / degree.sum(1, keepdim=True)
 
     E = lm.model["embed_tokens"].weight.detach()
-    p, q = (v_hat @ E.T).log_softmax(-1), (image @ E.T).log_softmax(-1)                     # (B,N,V)
+    p, q = (v_hat @ E.T).log_softmax(-1), (image @ E.T).log_softmax(-1)                 # (B,N,V)
     das = degree * (F.normalize(image, dim=-1) - F.normalize(v_hat, dim=-1)).pow(2).sum(-1)
     sds = degree * (p.exp() * (p - q)).sum(-1)
     out = Output(lm.model["norm"](states[-1]), image, text, states[-1], patches)
     ce = next_token(model, batch, out)
-    return [ce, ce._replace(name="das", total=das.sum()),
-            ce._replace(name="sds", total=sds.sum(), weight=0.01)]
+    return [ce, Term("das", das.sum(), 1.0), Term("sds", sds.sum(), 0.01)]
 
 
 # ------------------------------------------------------------------------------------------- a step
@@ -119,8 +114,8 @@ def make_model(b: Bench, stage: Stage, moca: bool) -> Llava:
     device, dtype = b.device
     torch.manual_seed(0)
     with torch.device(device):
-        model = Llava(ViT(vision), Projector(vision.hidden_size, decoder.hidden_size),
-                      Decoder(decoder))
+        vit, projector = ViT(vision), Projector(vision.hidden_size, decoder.hidden_size)
+        model = Llava(vit, projector, Decoder(decoder))
         if moca:
             model.language_model.add_moca()
     if stage == "pretrain":
@@ -146,13 +141,15 @@ def make_batch(b: Bench, stage: Stage, loss: str) -> Batch:
     alone = None
     if loss == "vdep" and stage == "pretrain":
         alone = torch.arange(b.batch) % 2 == 0
-    return random_batch(b.batch, vision, decoder.vocab_size, text, supervised, alone).to(b.device[0])
+    batch = random_batch(b.batch, vision, decoder.vocab_size, text, supervised, alone)
+    return batch.to(b.device[0])
 
 
 class Stepper:
     """Training steps of one objective on a model."""
     def __init__(self, b: Bench, case: Case, stage: Stage, model: Llava):
-        self.b, self.loss, self.batch = b, case.loss.removesuffix("-naive"), make_batch(b, stage, case.loss)
+        self.b, self.loss = b, case.loss.removesuffix("-naive")
+        self.batch = make_batch(b, stage, case.loss)
         if case == NAIVE:
             self.terms = lambda batch: naive_basic(model, batch)
         else:
@@ -194,8 +191,9 @@ def compare(b: Bench, stage: Stage) -> None:
     steppers = {case: Stepper(b, case, stage, models[case.moca]) for case in CASES}
     rounds = [{case: s.step() for case, s in steppers.items()} for _ in range(1 + b.rounds)][1:]
     device, dtype = b.device
-    print(f"\n{stage}: B={b.batch}, {tuple(steppers[CE].batch.input_ids.shape)} positions, "
-          f"{b.shapes[0].image_tokens} of an image, {dtype} on {device}, {torch.get_num_threads()} threads")
+    shape, n = tuple(steppers[CE].batch.input_ids.shape), b.shapes[0].image_tokens
+    print(f"\n{stage}: B={b.batch}, {shape} positions, {n} of an image, {dtype} on {device}, "
+          f"{torch.get_num_threads()} threads")
     print(f"{'':18}{'s a step':>10}{'× ce':>8}{'extra MiB':>12}{'× ce':>8}")
     for case in CASES:
         seconds = statistics.median(r[case] for r in rounds)

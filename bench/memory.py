@@ -1,4 +1,4 @@
-"""Memory and time of one rank: estimated by arithmetic, or measured on one device that plays rank 0 of 8.
+"""Memory and time of one rank: estimated, or measured on one device that plays rank 0 of 8.
 
     python -m bench.memory                                         the estimate: GiB a rank, for docs/training.md
     python -m bench.memory --track --shape 13b --moca              PyTorch's tracker, against the estimate
@@ -57,12 +57,9 @@ SHAPES = {
 class Bench:
     """Estimate the GiB a rank needs in stage 1 and stage 2; with --measure, make steps and measure."""
     measure: bool = option(False, "make steps, instead of the estimate alone")
-    save: bool = option(False, "write a checkpoint of stage 2 from two gloo ranks, of --shape "
-                               "small or 3b")
-    track: bool = option(False, "count the peak with PyTorch's trackers on fake tensors: no "
-                                "memory, no GPU, minutes")
-    recomputed: int | None = option(None, "with --track: decoder layers that are recomputed; "
-                                          "unset: all")
+    save: bool = option(False, "write a checkpoint of stage 2 from two ranks, --shape small or 3b")
+    track: bool = option(False, "count the peak with PyTorch's trackers on fake tensors, in minutes")
+    recomputed: int | None = option(None, "with --track: decoder layers recomputed; unset: all")
     shape: Literal[tuple(SHAPES)] = option("7b", "small, TinyLLaVA-3B, LLaVA-1.5 7B or 13B")
     stage: Literal["pretrain", "finetune"] = option("finetune", "what is measured")
     loss: Literal[tuple(LOSSES)] = option("ce", "the objective")
@@ -101,17 +98,17 @@ def estimate(b: Bench, stage: str, ranks: int, micro: int, text: int, layers: in
 
 
 def table(b: Bench) -> None:
-    print("estimated GiB a rank (bf16, every layer recomputed; stage 1: 32 text tokens, "
-          "stage 2: 256)")
+    print("estimated GiB a rank (bf16, every layer recomputed; stage 1: 32 text tokens, stage 2: 256)")
     for shape in ("3b", "7b", "13b"):
-        for stage, text, micros, ranks in (("pretrain", 32, (32, 8), (1,)),
-                                           ("finetune", 256, (16, 4, 1), (1, 2, 4, 8, 16))):
-            for micro in micros:
-                line = f"{shape:4} {stage:9} micro-batch {micro:2}"
-                for r in ranks:
-                    gib = estimate(replace(b, shape=shape), stage, r, micro, text)
-                    line += f"   any rank {gib:6.1f}" if stage == "pretrain" else f"   {r} ranks {gib:6.1f}"
-                print(line)
+        b = replace(b, shape=shape)
+        for micro in (32, 8):
+            gib = estimate(b, "pretrain", 1, micro, 32)
+            print(f"{shape:4} pretrain  micro-batch {micro:2}   any rank {gib:6.1f}")
+        for micro in (16, 4, 1):
+            line = f"{shape:4} finetune  micro-batch {micro:2}"
+            for ranks in (1, 2, 4, 8, 16):
+                line += f"   {ranks} ranks {estimate(b, 'finetune', ranks, micro, 256):6.1f}"
+            print(line)
 
 
 # ------------------------------------------------------------------------------------------ tracked
@@ -122,18 +119,12 @@ class AnyTracker(MemTracker):
 
 
 def track(b: Bench) -> None:
-    """Print the peak that PyTorch's memory trackers count in two steps on fake tensors, beside the
-    estimate."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
-    ranks = Ranks(0, 1, torch.device("cpu"), torch.bfloat16)
-    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
-    micro, text = b.micro_batch or 32, b.text or 32
-    if b.stage == "finetune":
-        ranks = over(replace(ranks, count=b.ranks), sharded=True)
-        micro, text = b.micro_batch or 16, b.text or 256
+    """Print the peak that PyTorch's trackers count in two steps on fake tensors, and the estimate."""
+    ranks, cfg, micro, text = play(b, torch.device("cpu"), torch.bfloat16)
     batch, fake = make_batch(b, micro, text), FakeTensorMode()
-    # made of numbers, which fake tensors lack; so are the weights
-    batch.places
+
+    # Fake tensors hold no numbers. What is made of numbers is made before: places, layer weights.
+    _ = batch.places
     weights = losses.layer_weights(max(1, SHAPES[b.shape][1].num_hidden_layers // 2)).tolist()
     losses.layer_weights = lambda k, scheme: SimpleNamespace(tolist=lambda: weights)
     batch = batch.moved(fake.from_tensor)
@@ -160,23 +151,39 @@ def track(b: Bench) -> None:
             if step == 0:
                 tracker.reset_mod_stats()
     gib = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"] / 2**30
-    guess = estimate(b, b.stage, b.ranks if b.stage == "finetune" else 1, micro, text, b.recomputed)
-    print(f"{b.shape} {b.stage} {b.loss}{' + MoCa' if b.moca else ''}, rank 0 of {b.ranks}, micro-batch {micro} × "
-          f"{batch.input_ids.shape[1]}: tracked {gib:.2f} GiB, estimated {guess:.2f} ({guess / gib - 1:+.1%})")
+    guess = estimate(b, b.stage, ranks.count, micro, text, b.recomputed)
+    print(f"{title(b)}, micro-batch {micro} × {batch.input_ids.shape[1]}: tracked {gib:.2f} GiB, "
+          f"estimated {guess:.2f} ({guess / gib - 1:+.1%})")
 
 
 # ----------------------------------------------------------------------------------------- measured
+def play(b: Bench, device: torch.device, dtype: torch.dtype) -> tuple[Ranks, TrainConfig, int, int]:
+    """Play rank 0 of b.ranks. Returns (ranks, settings, samples a micro-batch, text tokens)."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
+    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
+    ranks = Ranks(0, 1, device, dtype)
+    if b.stage == "pretrain":
+        return ranks, cfg, b.micro_batch or 32, b.text or 32
+    ranks = over(replace(ranks, count=b.ranks), sharded=True)
+    return ranks, cfg, b.micro_batch or 16, b.text or 256
+
+
+def title(b: Bench) -> str:
+    name = f"{b.loss} + MoCa" if b.moca else b.loss
+    return f"{b.shape} {b.stage} {name}, rank 0 of {b.ranks}"
+
+
 def make(b: Bench, cfg: TrainConfig, ranks: Ranks, meta: bool = True) -> torch.nn.Module:
-    """The objective as training wraps it, with random weights: sharded on the meta device, then
-    given memory. Without
-    `meta`: made where it stays. (Nothing calls the vision encoder's last layer, and the tracker
-    fails on such a unit.)"""
+    """Make the objective as training wraps it, with random weights: sharded on the meta device,
+    then given memory. Without `meta`: made where it stays, for the tracker."""
     model, (v, t) = on_meta(b.shape, b.moca) if meta else new_model(b.shape, b.moca), SHAPES[b.shape]
     for name, p in model.named_parameters():
         trained = is_trained(name, cfg, v.num_hidden_layers, t.num_hidden_layers)
         p.requires_grad_(trained).data = p.data.to(torch.float32 if trained else ranks.dtype)
-    for block in [*model.vision_tower.encoder["layers"][:None if meta else -1],
-                  *model.language_model.model["layers"]]:
+    vision_blocks = list(model.vision_tower.encoder["layers"])
+    if not meta:                # nothing calls the last one: the tracker fails on such a unit
+        vision_blocks.pop()
+    for block in vision_blocks + list(model.language_model.model["layers"]):
         if b.compile:
             compile_block(block)
         if ranks.mesh is not None:
@@ -202,11 +209,9 @@ def flops(b: Bench, tokens: int, text: int) -> float:
     model, (v, t) = on_meta(b.shape), SHAPES[b.shape]
     T = v.image_tokens + text
     blocks = sum(p.numel() for p in model.language_model.model["layers"].parameters())
-    # causal: half of the pairs
-    attention = 2 * T * t.hidden_size * t.num_hidden_layers
+    attention = 2 * T * t.hidden_size * t.num_hidden_layers     # causal: half of the pairs
     vision = sum(p.numel() for p in model.vision_tower.parameters()) * 2 * v.num_patches / T
-    # a frozen map has no weight gradient
-    passes = 3 if b.stage == "finetune" else 2
+    passes = 3 if b.stage == "finetune" else 2                  # a frozen map has no weight gradient
     return tokens * (passes * (2 * blocks + attention) + vision)
 
 
@@ -241,8 +246,8 @@ def time_steps(b: Bench, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> float:
                 torch.cuda.reset_peak_memory_stats()
         wait(ranks.device)
         start = time.perf_counter()
-        with torch.autocast(ranks.device.type, torch.bfloat16,
-                            enabled=ranks.dtype == torch.bfloat16):
+        mixed = ranks.dtype == torch.bfloat16
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=mixed):
             terms = objective(batch)
         step_loss(b.loss, terms, batch).backward()
         clip_gradients(trained, ranks, 1.0)
@@ -256,26 +261,21 @@ def time_steps(b: Bench, cfg: TrainConfig, ranks: Ranks, batch: Batch) -> float:
 def measured(b: Bench) -> None:
     device, dtype = choose_device("auto")
     if b.limit and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(b.limit * 2**30 / torch.cuda.get_device_properties(0).total_memory)
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=b.ranks)
-    ranks = Ranks(0, 1, device, dtype)
-    micro, text = b.micro_batch or 32, b.text or 32
-    if b.stage == "finetune":
-        ranks = over(replace(ranks, count=b.ranks), sharded=True)
-        micro, text = b.micro_batch or 16, b.text or 256
-    cfg = settings(TrainConfig(data="-", template="v1", loss=b.loss, moca=b.moca), b.stage, 1)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(b.limit * 2**30 / total)
+    ranks, cfg, micro, text = play(b, device, dtype)
     ceiling = matmul_ceiling(device, dtype)
     batch = make_batch(b, micro, text).to(device)
     reset_peak()
     best = time_steps(b, cfg, ranks, batch)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else memory("VmHWM") / 2**10
-    guess, tokens = estimate(b, b.stage, b.ranks if b.stage == "finetune" else 1, micro, text), batch.input_ids.numel()
-    name = f"{b.loss} + MoCa" if b.moca else b.loss
-    print(f"{b.shape} {b.stage} {name}, rank 0 of {b.ranks}, {dtype} on {device}, micro-batch {micro} × "
-          f"{tokens // micro} tokens: peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} "
-          "s a step, "
-          f"{tokens / best:,.0f} tokens/s, {flops(b, tokens, text) / best / ceiling:.1%} of "
-          f"{ceiling / 1e12:.2f} TFLOP/s")
+    peak = memory("VmHWM") / 2**10
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    guess, tokens = estimate(b, b.stage, ranks.count, micro, text), batch.input_ids.numel()
+    share = flops(b, tokens, text) / best / ceiling
+    print(f"{title(b)}, {dtype} on {device}, micro-batch {micro} × {tokens // micro} tokens: "
+          f"peak {peak:.2f} GiB (estimated {guess:.2f}), {best:.3f} s a step, "
+          f"{tokens / best:,.0f} tokens/s, {share:.1%} of {ceiling / 1e12:.2f} TFLOP/s")
     dist.destroy_process_group()
 
 
@@ -284,11 +284,11 @@ def save_as_rank(b: Bench, rank: int, folder: str, port: int, pipe) -> None:
     """One of two ranks that share a model and AdamW's moments. Sends the seconds that saving took,
     and its peak of memory beyond what was there before, in MiB."""
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
+    group = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in group.items()})
     ranks = over(start(torch.device("cpu"), torch.float32, 10), sharded=True)
-    cfg = replace(settings(TrainConfig(data="-", template="v1"), "finetune", 2), vision="toy/clip",
-                  llm="toy/llm")
+    cfg = settings(TrainConfig(data="-", template="v1"), "finetune", 2)
+    cfg = replace(cfg, vision="toy/clip", llm="toy/llm")
     objective = make(b, cfg, ranks)
     trained = [p for p in objective.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
@@ -316,7 +316,8 @@ def measure_saving(b: Bench) -> None:
             pipes.append(here)
         for rank, pipe in enumerate(pipes):
             seconds, peak = pipe.recv()
-            print(f"rank {rank} of 2: peak of saving {peak:.0f} MiB beyond its own share, {seconds:.1f} s", flush=True)
+            print(f"rank {rank} of 2: peak of saving {peak:.0f} MiB beyond its own share, "
+                  f"{seconds:.1f} s", flush=True)
         for path in sorted(Path(folder).glob("*/*")):
             if path.stat().st_size > 2**22:
                 print(f"{path.relative_to(folder)}: {path.stat().st_size / 2**20:.0f} MiB")

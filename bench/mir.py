@@ -12,25 +12,21 @@ Each side goes from tokens to distance: `exact` is mir.py's, `scipy` sqrtm on co
 float64, `released` five rounds of two inversions in float32 (`five_rounds`, hence its error),
 `newton-schulz` a real iteration for it. Times are CPU seconds of this process on one thread, the
 least of --runs; sides take turns. Errors are relative, against singular values from QR factors of
-the tokens in float64. scipy is optional. Memory is the peak of a process of its own beyond model
-and inputs.
+the tokens in float64. scipy is optional. Memory is the peak of a process beyond model and inputs.
 """
 import argparse
-import multiprocessing
 import os
 import time
-from pathlib import Path
 
-from data import Batch
-from hub.checkpoint import checkpoint_folder, load_model
-
-# before numpy is imported
-for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-    os.environ[variable] = "1"
+# One thread a side. Libraries read this when they are imported.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
 import torch
 
 import mir
+from bench.common import in_own_process, memory, reset_peak
 from common.roots import five_rounds
+from data import Batch
+from hub.checkpoint import checkpoint_folder, load_model
 from hub.pairs import choose_pairs, pair_batches
 from model import Decoder, DecoderConfig, Llava, Projector, VisionConfig, ViT
 
@@ -102,8 +98,7 @@ def compare(title: str, x, y, runs: int) -> None:
             start = time.process_time()
             try:
                 value = side(x, y)
-            except ValueError:
-                # a singular matrix in the released arithmetic
+            except ValueError:                                  # the released code: singular
                 value = float("nan")
             times[name].append(time.process_time() - start)
             errors[name] = abs(value - wanted) / wanted
@@ -117,8 +112,7 @@ def compare(title: str, x, y, runs: int) -> None:
 
 
 def compare_checkpoint(ckpt: str, runs: int) -> None:
-    """Every layer of a checkpoint on the first 100 pairs of the toy's questions, at the text's
-    scale."""
+    """Compare on every layer of a checkpoint, on 100 pairs of the toy's, at the text's scale."""
     folder = checkpoint_folder(ckpt)
     samples, images = choose_pairs(folder, None, None, None, 100, None)
     model = load_model(folder).eval()
@@ -132,10 +126,13 @@ def kept(model, batches) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(vision, text) tokens of every layer, all of them, as the released script keeps them."""
     depth = model.language_model.config.num_hidden_layers
     layers = [([], []) for _ in range(depth)]
+
+    def keep(k, vision, text):
+        layers[k - 1][0].append(vision)
+        layers[k - 1][1].append(text)
     with torch.no_grad():
         for batch in batches:
-            mir.visit(model, batch, lambda k, v,
-                      t: (layers[k - 1][0].append(v), layers[k - 1][1].append(t)))
+            mir.visit(model, batch, keep)
     return [(torch.cat(v), torch.cat(t)) for v, t in layers]
 
 
@@ -167,43 +164,32 @@ def in_passes(model, batches) -> float:
     return mir.measure(model, batches)["mir"]
 
 
-def memory(field: str) -> float:
-    """VmRSS or VmHWM (its peak) of this process, in MiB."""
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) / 1024
-
-
-def peak(side, n: int, queue) -> None:
+def peak(side, n: int) -> tuple[float, float, float]:
+    """Return (MIR, seconds, peak MiB) of n pairs on a random model."""
     torch.manual_seed(0)
-    model = Llava(ViT(VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                                   num_attention_heads=2, image_size=32, patch_size=4)),
-                                   Projector(32, WIDTH),
-                  Decoder(DecoderConfig(vocab_size=1000, hidden_size=WIDTH,
-                                        intermediate_size=2 * WIDTH, num_hidden_layers=LAYERS,
-                                        num_attention_heads=4)))
+    vision = VisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                          num_attention_heads=2, image_size=32, patch_size=4)
+    decoder = DecoderConfig(vocab_size=1000, hidden_size=WIDTH, intermediate_size=2 * WIDTH,
+                            num_hidden_layers=LAYERS, num_attention_heads=4)
+    model = Llava(ViT(vision), Projector(32, WIDTH), Decoder(decoder))
     for p in model.parameters():
         p.data = 0.05 * torch.randn(p.shape) if p.dim() > 1 else torch.ones_like(p)
     side(model, Pairs(5))                                       # what libraries allocate once
     before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")               # sets the peak back to the present
+    reset_peak()
     start = time.perf_counter()
     value = side(model, Pairs(n))
-    queue.put((value, time.perf_counter() - start, memory("VmHWM") - before))
+    return value, time.perf_counter() - start, memory("VmHWM") - before
 
 
 def compare_memory() -> None:
-    print(f"\n{LAYERS} layers, D = {WIDTH}, {IMAGE_TOKENS} image and {IMAGE_TOKENS} text tokens a "
-          "pair, float32")
+    tokens_of = f"{IMAGE_TOKENS} image and {IMAGE_TOKENS} text tokens"
+    print(f"\n{LAYERS} layers, D = {WIDTH}, {tokens_of} a pair, float32")
     print(f"{'':18}" + "".join(f"{n:>22} pairs" for n in PAIRS))
-    spawn = multiprocessing.get_context("spawn")
     for side in (keep_everything, in_passes):
         cells = []
         for n in PAIRS:
-            queue = spawn.Queue()
-            process = spawn.Process(target=peak, args=(side, n, queue))
-            process.start()
-            value, seconds, mib = queue.get()
-            process.join()
+            value, seconds, mib = in_own_process(peak, side, n)
             cells.append(f"{mib:7.0f} MiB {seconds:5.1f} s MIR {value:.4f}")
         print(f"{side.__name__:18}" + "".join(f"{c:>28}" for c in cells))
 

@@ -4,8 +4,7 @@
     python -m bench.scaling --ranks 1,2,4,8 --micro-batch 16 --flags "--vision DIR --llm DIR --data FILE --images DIR"
 
 A rank has the same micro-batch on any number of ranks (weak scaling). Efficiency is relative to the
-first number given. Ranks beyond the machine's cores or GPUs share them; efficiency then has no
-meaning.
+first number given. It means nothing where ranks share cores or GPUs.
 """
 import os
 import statistics
@@ -38,14 +37,15 @@ def train(b: Bench, stage: str, ranks: int, data: Path, out: Path) -> list[dict]
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += ["train.py", "--stage", stage, "--out", str(out), "--max-steps", str(b.steps),
                 "--micro-batch", str(b.micro_batch), "--global-batch", str(b.micro_batch * ranks)]
-    command += b.flags.split() or ["--data", str(data / f"{stage}.json"), "--images",
-                                   str(data / "images")]
+    toy = ["--data", str(data / f"{stage}.json"), "--images", str(data / "images")]
+    command += b.flags.split() or toy
     if stage == "finetune" and "--projector" not in b.flags:
         command += ["--projector", "random"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env={"OMP_NUM_THREADS": "1", **os.environ})
+    env = {"OMP_NUM_THREADS": "1", **os.environ}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
     if done.returncode:
-        raise UserError(f"train.py on {ranks} ranks stopped: {done.stderr.strip().splitlines()[-1]}")
+        last = done.stderr.strip().splitlines()[-1]
+        raise UserError(f"train.py on {ranks} ranks stopped: {last}")
     return read_jsonl(out / "metrics.jsonl")
 
 
@@ -61,8 +61,8 @@ def main() -> None:
                 lines = train(b, stage, ranks, data, Path(folder) / f"{stage}-{ranks}")
                 rate = statistics.median(line["tokens_per_s"] for line in lines[4:])
                 first = first or rate / ranks
-                print(f"{stage:9} {ranks:3} ranks   {rate:10,.0f} tokens/s   {rate / ranks / first:5.0%} a rank   peak "
-                      f"{lines[-1]['peak_gib']:.2f} GiB", flush=True)
+                line = f"{stage:9} {ranks:3} ranks   {rate:10,.0f} tokens/s   {rate / ranks / first:5.0%} a rank"
+                print(f"{line}   peak {lines[-1]['peak_gib']:.2f} GiB", flush=True)
 
 
 if __name__ == "__main__":

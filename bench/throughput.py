@@ -1,5 +1,5 @@
-"""Training steps a second and peak memory, compared with transformers' LlavaForConditionalGeneration: the same weights
-and batch, stage 1 and stage 2. Needs transformers (5.x), as bench/evaluate.py does.
+"""Training steps a second and peak memory, compared with transformers' LLaVA: the same weights and
+batch, stage 1 and stage 2. Needs transformers (5.x), as bench/evaluate.py does.
 
     python -m bench.throughput                      ViT 6×256 at 112 px, LLaMA 8×512, vocabulary 32000, on 2 threads
     python -m bench.throughput --vision-layers 24 --vision-width 1024 --image-size 336 --layers 32 --width 4096 ...
@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from bench.common import SPAWN, memory, random_batch, reset_peak, step_loss
-from common.flags import UserError, option, parse, run
+from bench.common import SPAWN, import_transformers, memory, random_batch, reset_peak, step_loss
+from common.flags import option, parse, run
 from data import Batch
 from hub.checkpoint import load_model
 from losses import Objective
@@ -45,20 +45,18 @@ class Shape:
 
 def make_weights(s: Shape, folder: Path) -> None:
     """Random weights as a llava-hf folder, written by transformers."""
-    try:
-        from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-    except ImportError:
-        raise UserError("this bench compares with transformers, which is not installed: pip "
-                        "install transformers, in another environment") from None
+    hf = import_transformers()
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(hidden_size=s.vision_width, intermediate_size=4 * s.vision_width,
-                              num_hidden_layers=s.vision_layers,
-                              num_attention_heads=s.vision_width // 64, image_size=s.image_size,
-                              patch_size=14)
-    text = LlamaConfig(vocab_size=s.vocabulary, hidden_size=s.width, intermediate_size=s.inner,
-                       num_hidden_layers=s.layers, num_attention_heads=s.width // 64)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=s.vocabulary - 1)
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    vision = hf.CLIPVisionConfig(
+        hidden_size=s.vision_width, intermediate_size=4 * s.vision_width, patch_size=14,
+        num_hidden_layers=s.vision_layers, num_attention_heads=s.vision_width // 64,
+        image_size=s.image_size)
+    text = hf.LlamaConfig(
+        vocab_size=s.vocabulary, hidden_size=s.width, intermediate_size=s.inner,
+        num_hidden_layers=s.layers, num_attention_heads=s.width // 64)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text,
+                            image_token_index=s.vocabulary - 1)
+    hf.LlavaForConditionalGeneration(config).save_pretrained(folder)
 
 
 def make_batch(s: Shape, stage: str) -> Batch:
@@ -69,14 +67,12 @@ def make_batch(s: Shape, stage: str) -> Batch:
         supervised = position >= n + s.text // 2
     vision = VisionConfig(image_size=s.image_size, patch_size=14)
     batch = random_batch(s.batch, vision, s.vocabulary - 1, s.text, supervised)
-    # transformers finds the image by this id, ours by the mask
-    batch.input_ids[batch.image_mask] = s.vocabulary - 1
+    batch.input_ids[batch.image_mask] = s.vocabulary - 1        # so transformers finds the image
     return batch
 
 
 def ours(folder: Path, batch: Batch, stage: str):
-    """Return (model, a function that computes the loss). What the stage trains asks for
-    gradients."""
+    """Return (model, a function that computes the loss), with what the stage trains unfrozen."""
     model = load_model(folder)
     model.requires_grad_(stage == "finetune")
     model.vision_tower.requires_grad_(False)
@@ -86,14 +82,15 @@ def ours(folder: Path, batch: Batch, stage: str):
 
 
 def theirs(folder: Path, batch: Batch, stage: str):
-    from transformers import LlavaForConditionalGeneration
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model = import_transformers().LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32)
     model.requires_grad_(stage == "finetune")
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(True)
     model.train()
-    return model, lambda: model(input_ids=batch.input_ids, pixel_values=batch.pixel_values,
-                                labels=batch.labels, attention_mask=batch.attention_mask, use_cache=False).loss
+    return model, lambda: model(
+        input_ids=batch.input_ids, pixel_values=batch.pixel_values, labels=batch.labels,
+        attention_mask=batch.attention_mask, use_cache=False).loss
 
 
 def side(make, s: Shape, folder: Path, stage: str, pipe) -> None:
@@ -123,7 +120,8 @@ def compare(s: Shape, folder: Path, stage: str) -> None:
         process = SPAWN.Process(target=side, args=(make, s, folder, stage, other_end), daemon=True)
         process.start()
         other_end.close()
-        pipes[make.__name__], processes[make.__name__], sizes[make.__name__] = pipe, process, pipe.recv()
+        name = make.__name__
+        pipes[name], processes[name], sizes[name] = pipe, process, pipe.recv()
     for _ in range(1 + s.rounds):
         for name, pipe in pipes.items():
             pipe.send(True)
@@ -132,12 +130,13 @@ def compare(s: Shape, folder: Path, stage: str) -> None:
     for name, pipe in pipes.items():
         pipe.send(False)
         processes[name].join()
-        seconds = [t for _, t, _ in steps[name][1:]]
-        rates[name], peaks[name] = s.batch / statistics.median(seconds), steps[name][-1][2]
-        print(f"{stage:9} {name:7} {sizes[name]:11,} trained   first loss {steps[name][0][0]:.5f}   "
-              f"{rates[name]:6.2f} samples/s ({s.batch / max(seconds):.2f} to {s.batch / min(seconds):.2f})   "
-              f"peak {peaks[name]:6.0f} MiB")
-    assert abs(steps["ours"][0][0] - steps["theirs"][0][0]) < 1e-4, "the two sides do not compute the same loss"
+        losses, seconds, memories = zip(*steps[name])
+        rates[name], peaks[name] = s.batch / statistics.median(seconds[1:]), memories[-1]
+        slow, fast = s.batch / max(seconds[1:]), s.batch / min(seconds[1:])
+        print(f"{stage:9} {name:7} {sizes[name]:11,} trained   first loss {losses[0]:.5f}   "
+              f"{rates[name]:6.2f} samples/s ({slow:.2f} to {fast:.2f})   peak {peaks[name]:6.0f} MiB")
+    difference = abs(steps["ours"][0][0] - steps["theirs"][0][0])
+    assert difference < 1e-4, "the two sides do not compute the same loss"
     print(f"{stage:9} ours / theirs: samples/s {rates['ours'] / rates['theirs']:.2f} ×   "
           f"peak {peaks['ours'] / peaks['theirs']:.2f} ×", flush=True)
 

@@ -1,4 +1,4 @@
-"""The papers' benchmarks as data: which files, what is asked, how it is scored. One row of BENCHMARKS each."""
+"""The papers' benchmarks as data: which files, what is asked, how it is scored. One row each."""
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,22 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+INSTRUCTIONS = (SHORT, LETTER, UNANSWERABLE)
 YES_OR_NO = " Please answer yes or no."
 OCR = "\nReference OCR token: "
-REASON = "First please perform reasoning, and think step by step to provide best answer to the following question: \n\n"
+REASON = ("First please perform reasoning, and think step by step to provide best answer to the "
+          "following question: \n\n")
+REGION = "Provide a short description for this region."
 
 
 @dataclass(frozen=True)
 class Source:
     """A kind of file that holds a benchmark, or its labels.
 
-    columns map our name to the file's column, to a format over columns, or to a function of the
-    row; "?" in front marks a column that may be absent. Required are `id` and one of `question`
-    (raw), `text` (written as LLaVA asks it) and `prompt` (asked as it is). `image` is a file's name
-    in --images, or the image itself."""
-    # Names to look for: the first that is there. {split} is filled in.
+    files: the names to look for, with {split} filled in; the first that is there is read.
+    columns: our name → the file's column, a format over columns, or a function of the row. "?" in
+    front marks a column that may be absent. Required are `id` and one of `question` (raw), `text`
+    (written as LLaVA asks it) and `prompt` (asked as it is). `image`: a file's name, or the image."""
     files: str
     columns: dict
     split: str = ""
@@ -35,7 +37,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """body and suffix make the prompt: functions of (record, style), style being "llava" or "lmms"."""
+    """body and suffix make the prompt: functions of (record, style). Style: "llava" or "lmms"."""
     sources: tuple[Source, ...]
     score: str                                  # rule for one answer: a key of SCORES
     headline: str = "accuracy"                  # the metric to quote
@@ -56,12 +58,12 @@ def near(name: str) -> str:
 
 
 def parquet(columns: dict, split: str, config: str = "data", **more) -> Source:
-    return Source(f"{config}/{{split}}-*.parquet {{split}}-*.parquet", columns, split, shards=True,
-                  **more)
+    files = f"{config}/{{split}}-*.parquet {{split}}-*.parquet"
+    return Source(files, columns, split, shards=True, **more)
 
 
 def options(row: dict, names: str = "ABCDEFGHI") -> list[str]:
-    """Return columns A, B, …, up to the first empty one. Some tables write "nan" for empty: at the
+    """Return columns A, B, …, up to the first empty one. Tables may write "nan" for empty: at the
     end it is no option, unless it is the answer."""
     found = []
     for name in names:
@@ -82,11 +84,16 @@ def ask_options(r: dict, style: str) -> str:
     return r["question"] + listing(r)
 
 
+def ask_sqa(r: dict, style: str) -> str:
+    hint = f"Context: {r['hint']}\n" if r["hint"] else ""
+    return hint + ask_options(r, style)
+
+
 def ask_mmstar(r: dict, style: str) -> str:
     if "Options:" in r["question"] or not r["options"]:
         return r["question"]
-    return f"{r['question']}\nOptions: " + ", ".join(f"{a}: {o}"
-                                                     for a, o in zip(LETTERS, r["options"]))
+    listed = ", ".join(f"{letter}: {text}" for letter, text in zip(LETTERS, r["options"]))
+    return f"{r['question']}\nOptions: {listed}"
 
 
 def mmstar_options(row: dict) -> list[str]:
@@ -128,12 +135,11 @@ def mmbench(lang: str) -> Benchmark:
 
     def body(r, style):
         if style == "llava":
-            return ("" if missing(r["hint"]) else r["hint"] + "\n") + r["question"] + listing(r)
-        # lmms-eval asks Chinese questions with an English heading too, and with the hint "nan"
-        # where there is none.
-        hint = "" if missing(r["hint"]) else r["hint"] + " "
-        if lang == "cn":
-            hint = hint or "nan "
+            hint = "" if missing(r["hint"]) else r["hint"] + "\n"
+            return hint + r["question"] + listing(r)
+        # lmms-eval asks Chinese questions with an English heading too, and without a hint "nan".
+        none = "nan " if lang == "cn" else ""
+        hint = none if missing(r["hint"]) else r["hint"] + " "
         return f"{hint}{r['question']} There are several options:{listing(r)}\n"
 
     return Benchmark(
@@ -145,9 +151,8 @@ def mmbench(lang: str) -> Benchmark:
 
 
 def refcoco(*sizes: int) -> Benchmark:
-    columns = dict(id="question_id", question=lambda r: "Provide a short description for "
-                                                        "this region.", image="image",
-                   answer="answer", bbox="bbox", seg="segmentation")
+    columns = dict(id="question_id", question=lambda r: REGION, image="image", answer="answer",
+                   bbox="bbox", seg="segmentation")
     return Benchmark((parquet(columns, "val"),), score="none", headline="cider", max_new=1024,
                      summary="cider", sizes=sizes, repeats=True)
 
@@ -155,8 +160,7 @@ def refcoco(*sizes: int) -> Benchmark:
 # ---------------------------------------------------------------------------------------- the table
 LLAVA = dict(id="question_id", text="text", image="?image", category="?category")
 RAW = dict(id="question_id", question="question", image="?image", answer="?answers")
-ROW = dict(id="_n", question="question", image="image",
-           answer="answer")  # of parquet files
+ROW = dict(id="_n", question="question", image="image", answer="answer")        # of parquet files
 COCO = {**RAW, "image": "COCO_val2014_{image_id:012d}.jpg", "answer": "?"}
 COCO_LABELS = dict(id="question_id", answer="answers")
 TEXTVQA = {**RAW, "ocr": "ocr_tokens"}
@@ -164,14 +168,12 @@ VIZWIZ = {**RAW, "file": "{question_id}.jpg"}
 DOCVQA = {**RAW, "id": "questionId"}
 POPE = dict(category=pope_category, image="image", question="text", answer="label")
 MME = {**ROW, "id": "question_id", "group": "question_id", "category": "category"}
-MME_FOLDER = Source(near("MME_Benchmark_release_version"), {**MME, "stem": "stem"}, "test",
-                    strict=True)
+MME_DIR = Source(near("MME_Benchmark_release_version"), dict(MME, stem="stem"), "test", strict=True)
 PROBLEMS = Source(near("problems.json"), dict(
     id="_key", options="choices", answer=lambda r: LETTERS[r["answer"]], split="?split"))
 FOUR = dict(options=lambda r: [str(r[f"choice_{c}"]) for c in "abcd"], data_type="data_type",
             answer="answer")
-SEED_BENCH = Source(near("SEED-Bench.json"),
-                    dict(id="question_id", category="question_type_id", **FOUR))
+SEED = dict(id="question_id", category="question_type_id", **FOUR)
 MMSTAR = {**ROW, "id": "index", "options": mmstar_options, "category": "l2_category",
           "area": "category"}
 MMT = {**ROW, "id": "index", "options": options, "answer": "?answer",
@@ -197,11 +199,10 @@ BENCHMARKS = {
         score="vqa", max_new=1024, sizes=(5046,),
         suffix=lambda r, style: UNANSWERABLE + SHORT if style == "lmms" else SHORT),
     "textvqa": Benchmark((  # a question_id is its image's: it may repeat
-        Source(near("llava_textvqa_val_v051_ocr.jsonl"), {**LLAVA, "image_id": "question_id"},
-               "val",
-               Source(near("TextVQA_0.5.1_val.json"),
-                      dict(image_id="image_id", question="question", answer="answers")),
-               ("image_id", "question")),
+        Source(near("llava_textvqa_val_v051_ocr.jsonl"), dict(LLAVA, image_id="question_id"), "val",
+               Source(near("TextVQA_0.5.1_val.json"), dict(
+                   image_id="image_id", question="question", answer="answers")),
+               join=("image_id", "question")),
         Source(near("TextVQA_0.5.1_val.json"), {**RAW, "image": "{image_id}.jpg"}, "val"),
         parquet(TEXTVQA, "validation"), parquet(TEXTVQA, "test")),
         score="vqa", max_new=1024, suffix=SHORT, submission="textvqa", sizes=(5000, 5734),
@@ -217,13 +218,11 @@ BENCHMARKS = {
     "gqa": Benchmark((
         Source(near("llava_gqa_testdev_balanced.jsonl"), LLAVA, "testdev",
                Source(near("testdev_balanced_questions.json"), dict(id="_key", answer="answer"))),
-        Source(near("testdev_balanced_questions.json"),
-               dict(id="_key", question="question", image="{imageId}.jpg", answer="answer"),
-               "testdev"),
+        Source(near("testdev_balanced_questions.json"), dict(
+            id="_key", question="question", image="{imageId}.jpg", answer="answer"), "testdev"),
         parquet(dict(id="id", image_id="imageId", question="question", answer="answer"), "testdev",
-                "testdev_balanced_instructions", join=("image_id",),
-                labels=parquet(dict(image_id="id", image="image"), "testdev",
-                               "testdev_balanced_images"))),
+                "testdev_balanced_instructions", join=("image_id",), labels=parquet(
+                    dict(image_id="id", image="image"), "testdev", "testdev_balanced_images"))),
         score="exact", max_new=16, suffix=SHORT, submission="gqa", sizes=(12578,)),
     "own": Benchmark((
         Source("questions.jsonl", dict(
@@ -234,18 +233,17 @@ BENCHMARKS = {
     "pope": Benchmark((
         Source(near("llava_pope_test.jsonl"), LLAVA, "test",
                Source(near("coco_pope_*.json"), POPE, strict=True, shards=True),
-               ("category", "image", "question")),
-        Source(near("coco_pope_*.json"),
-               {**POPE, "id": lambda r: f"{pope_category(r)}/{r['question_id']}"}, "test",
-               shards=True),
+               join=("category", "image", "question")),
+        Source(near("coco_pope_*.json"), {
+            **POPE, "id": lambda r: f"{pope_category(r)}/{r['question_id']}"}, "test", shards=True),
         parquet({**ROW, "id": "{category}/{question_id}", "category": "category"}, "test")),
         score="pope", headline="f1", max_new=128, suffix=SHORT, summary="pope", sizes=(9000, 8910)),
     "mme": Benchmark((
         Source(near("llava_mme.jsonl"), {
             **LLAVA, "group": "question_id", "stem": lambda r: Path(r["question_id"]).stem,
             "category": lambda r: r["question_id"].split("/")[0]}, "test",
-            MME_FOLDER, ("category", "stem", "question")),
-        MME_FOLDER, parquet(MME, "test")),
+            MME_DIR, join=("category", "stem", "question")),
+        MME_DIR, parquet(MME, "test")),
         score="mme", headline="perception", max_new=16, suffix=SHORT, summary="mme", sizes=(2374,),
         repeats=True, body=lambda r, style: r["question"].strip().replace(YES_OR_NO, "")),
     # ---------------------------------------------------------------- R5, R6, R7, R11: choices
@@ -256,23 +254,22 @@ BENCHMARKS = {
             id="id", image="?image",
             text=lambda r: r["conversations"][0]["value"].replace("<image>", "").strip()), "test",
             PROBLEMS),
-        parquet({**ROW, "options": "choices", "answer": lambda r: LETTERS[r["answer"]], "hint": "?hint"}, "test",
-                "ScienceQA-IMG")),
-        score="choice", headline="image", max_new=16, suffix=LETTER, summary="sqa",
-        sizes=(2017, 4241), body=lambda r,
-        style: (f"Context: {r['hint']}\n" if r["hint"] else "") + ask_options(r, style)),
+        parquet({**ROW, "options": "choices", "answer": lambda r: LETTERS[r["answer"]],
+                 "hint": "?hint"}, "test", "ScienceQA-IMG")),
+        score="choice", headline="image", max_new=16, suffix=LETTER, body=ask_sqa, summary="sqa",
+        sizes=(2017, 4241)),
     "seed": Benchmark((
-        Source(near("llava-seed-bench.jsonl"), LLAVA, "test", SEED_BENCH),
-        parquet({**ROW, "id": "question_id", "category": "?question_type_id", **FOUR}, "test")),
+        Source(near("llava-seed-bench.jsonl"), LLAVA, "test",
+               Source(near("SEED-Bench.json"), SEED)),
+        parquet({**ROW, **SEED, "category": "?question_type_id"}, "test")),
         score="choice", max_new=1024, suffix=LETTER, body=ask_options, submission="seed",
         sizes=(14233,), keep=lambda r: r["data_type"] == "image"),
     "mmstar": Benchmark((
         Source(near("MMStar*.tsv"), MMSTAR, "val"), parquet(MMSTAR, "val")),
         score="choice", headline="average", max_new=1024, suffix=LETTER[:-1], body=ask_mmstar,
         summary="mmstar", sizes=(1500,)),
-    "ai2d": Benchmark((
-        parquet({**ROW, "options": "options", "answer": lambda r: LETTERS[int(r["answer"])]},
-                "test"),),
+    "ai2d": Benchmark((parquet({
+        **ROW, "options": "options", "answer": lambda r: LETTERS[int(r["answer"])]}, "test"),),
         score="choice", max_new=16, suffix=LETTER, body=ask_options, sizes=(3088,)),
     "mmt": Benchmark((
         Source(near("MMT-Bench_VAL.tsv"), MMT, "val"), parquet(MMT, "val"), parquet(MMT, "test")),
@@ -282,15 +279,16 @@ BENCHMARKS = {
     "mmmu": Benchmark((
         Source(near("anns_for_eval.json"), dict(
             id="id", prompt="prompt", image="?image", question_type="question_type",
-            options=lambda r: list((r.get("index2ans") or {}).values()), category=lambda r: subject(r["id"])), "val",
+            options=lambda r: list((r.get("index2ans") or {}).values()),
+            category=lambda r: subject(r["id"])), "val",
             Source(near("answer_dict_val.json"), dict(id="_key", answer="ground_truth"))),
         Source(MMMU_FILES, MMMU, "validation", shards=True),
         Source(MMMU_FILES, MMMU, "test", shards=True)),
         score="mmmu", max_new=128, submission="mmmu", sizes=(900, 10500),
         suffix=lambda r, style: LETTER if r["question_type"] == "multiple-choice" else SHORT,
         body=lambda r, style: ask_options(r, style) + "\n"),
-    "realworldqa": Benchmark((parquet(ROW, "test"),), score="realworldqa", max_new=16,
-                             sizes=(765,)),
+    "realworldqa": Benchmark(
+        (parquet(ROW, "test"),), score="realworldqa", max_new=16, sizes=(765,)),
     # ---------------------------------------------------------------- R8, R9: text in images
     "ocrbench": Benchmark((
         Source(near("OCRBench.json"), dict(
@@ -300,8 +298,8 @@ BENCHMARKS = {
         score="ocrbench", headline="hits", max_new=128, summary="ocrbench", sizes=(1000,)),
     "docvqa": Benchmark((
         Source(near("val_v1.0*.json"), DOCVQA, "val"),
-        Source(near("test_v1.0*.json"), DOCVQA, "test"), parquet(DOCVQA, "validation", "DocVQA"),
-        parquet(DOCVQA, "test", "DocVQA")),
+        Source(near("test_v1.0*.json"), DOCVQA, "test"),
+        parquet(DOCVQA, "validation", "DocVQA"), parquet(DOCVQA, "test", "DocVQA")),
         score="anls", headline="anls", max_new=32, suffix=SHORT, submission="docvqa",
         sizes=(5349, 5188)),
     # ---------------------------------------------------------------- R10: CIDEr

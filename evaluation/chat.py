@@ -1,7 +1,7 @@
 """A conversation in the terminal: several turns about one image, answered token by token.
 
-Before each answer the model reads all that was said, written as its template writes it. What the
-cache holds of it is not computed again.
+Before each answer the model reads all that was said, in its template. What the cache holds of that
+is not computed again.
 """
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ HELP = "Ask about the image. /image FILE takes another one, /reset starts again,
 
 
 class Chat:
-    """A conversation about one image. assistant: evaluate.Assistant; longest: how many tokens an answer may have."""
+    """A conversation about one image. assistant: evaluate.Assistant; longest: tokens an answer."""
     def __init__(self, assistant, image: Path, longest: int):
         self.assistant, self.longest = assistant, longest
         self.show(image)
@@ -30,7 +30,7 @@ class Chat:
         """Start again with an image. Raises UserError if it cannot be read."""
         a = self.assistant
         try:
-            pixels = a.processor(open_image(image), a.pad)[None]  # (1,3,H,W)
+            pixels = a.processor(open_image(image), a.pad)[None]                   # (1,3,H,W)
         except ValueError as e:
             raise UserError(f"{image}: {e}") from None
         self.pixels = pixels.to(next(a.model.parameters()).device)
@@ -39,12 +39,10 @@ class Chat:
     def reset(self) -> None:
         """Forget what was said, keep the image."""
         self.turns = []                         # as LLaVA writes them: {from, value}
-        # (cache, ids (T,), image mask (T,)) of all tokens that the model has read.
-        self.past = None
+        self.past = None                        # what the model has read: cache, ids, image mask
 
     def ask(self, question: str) -> Iterator[str]:
-        """Yield the answer piece by piece. Raises UserError if the conversation is too long for the
-        model."""
+        """Yield the answer piece by piece. Raises UserError if the model has no room for it."""
         a, text = self.assistant, question.replace(IMAGE, "").strip()
         if not self.turns:
             text = IMAGE + "\n" + text
@@ -64,8 +62,7 @@ class Chat:
 
     @torch.inference_mode()
     def tokens(self, ids: Tensor, mask: Tensor) -> Iterator[int]:
-        """Yield the ids of the greedy answer to a prompt, as `Llava.generate` finds them. ids, mask
-        (image): (T,)."""
+        """Yield the ids that `Llava.generate` returns for ids (T,) and image mask (T,)."""
         model, lm = self.assistant.model, self.assistant.model.language_model
         most = lm.config.max_position_embeddings
         room = min(self.longest, most - len(ids))
@@ -74,13 +71,15 @@ class Chat:
                             "/reset starts again")
 
         # A cache with room for this answer, filled with what the last one holds of this prompt.
-        known, h = 0, lm.embed(ids[None])  # (1,T,D)
+        known, h = 0, lm.embed(ids[None])                                                  # (1,T,D)
         cache = KVCache(lm.config, 1, len(ids) + room, h.dtype, ids.device)
         if self.past is not None:
             old, old_ids, old_mask = self.past
             known = shared_prefix([ids, old_ids], [mask, old_mask])
-            cache.keys[..., :known, :] = old.keys[..., :known, :]  # (L,1,K,S,d)
+            cache.keys[..., :known, :] = old.keys[..., :known, :]                      # (L,1,K,S,d)
             cache.values[..., :known, :] = old.values[..., :known, :]
+
+        # Read the rest of the prompt. The image is encoded only if it is not in the cache.
         if mask[known:].any():
             h = model.merge(h, model.embed_images(self.pixels), mask[None])
         at = torch.arange(known, len(ids), device=ids.device)[None]
@@ -93,15 +92,13 @@ class Chat:
                 break
             yield token.item()
             at = torch.tensor([[position]], device=ids.device)
-            h = lm(lm.embed(token[:, None]), cache=cache, positions=at,
-                   end=position + 1)  # (1,1,D)
+            h = lm(lm.embed(token[:, None]), cache=cache, positions=at, end=position + 1)
             ids, mask = torch.cat([ids, token]), F.pad(mask, (0, 1))
         self.past = cache, ids, mask
 
 
 def talk(assistant, image: Path, longest: int) -> None:
-    """Read questions from the terminal or a pipe until the input ends, and print the answers as
-    they come."""
+    """Answer questions from the terminal or a pipe, until the input ends."""
     chat = Chat(assistant, image, longest)
     print(HELP, flush=True)
     try:

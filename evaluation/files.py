@@ -1,4 +1,4 @@
-"""Files of benchmarks → rows: JSONL, JSON, TSV, parquet, MME's folder. Images are decoded when they are needed."""
+"""Files of benchmarks → rows: JSONL, JSON, TSV, parquet, MME's folder. Images are decoded later."""
 import ast
 import base64
 import binascii
@@ -20,7 +20,7 @@ from common.images import open_image
 # ------------------------------------------------------------------------------------------- images
 @dataclass(frozen=True, order=True)
 class Cell:
-    """Where an image is inside a parquet file. Sorted cells are in the order that reads a row group once."""
+    """Where an image is in a parquet file. Sorted, cells are read a row group at a time."""
     path: str
     group: int                                  # row group
     column: str
@@ -34,8 +34,7 @@ class Cell:
 
 @lru_cache(maxsize=1)
 def row_group(path: str, group: int, column: str):
-    """Read one column of a row group. Neighbouring images come from one group, so the last one is
-    kept."""
+    """Read one column of a row group. The last one is kept: neighbouring images share it."""
     from pyarrow.parquet import ParquetFile
     return ParquetFile(path).read_row_group(group, columns=[column]).column(0)
 
@@ -47,14 +46,21 @@ def image_bytes(cell: Cell) -> bytes | None:
 
 
 def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Image:
-    """Decode an image: a file, base64 text or a parquet cell. Raises ValueError with a short
-    reason.
+    """Decode an image: a file, base64 text or a parquet cell. Raises ValueError with a reason.
 
-    region: ("bbox", (x,y,w,h)) or ("seg", (x,y,x,y,…)) is drawn on it in a line of one pixel, red
-    or white, as lmms-eval does."""
-    decoded = open_image(image) if isinstance(image, Path) else decode(image)
+    region, drawn as lmms-eval does: ("bbox", (x,y,w,h)) in red, ("seg", (x,y,x,y,…)) in white."""
+    data = image
+    try:
+        if isinstance(image, Cell):
+            data = image_bytes(image)
+        elif isinstance(image, str):
+            data = base64.b64decode(image, validate=True)
+    except (OSError, binascii.Error, TypeError) as e:
+        raise ValueError(f"not an image ({type(e).__name__})") from None
+    decoded = open_image(data)
     if region is None:
         return decoded
+
     decoded = decoded.convert("RGB")
     pen = ImageDraw.Draw(decoded)
     kind, xy = region
@@ -66,18 +72,9 @@ def picture(image: Path | str | Cell, region: tuple | None = None) -> Image.Imag
     return decoded
 
 
-def decode(image: str | Cell) -> Image.Image:
-    """Decode base64 text or a parquet cell. Raises ValueError."""
-    try:
-        data = image_bytes(image) if isinstance(image, Cell) else base64.b64decode(image, validate=True)
-    except (OSError, binascii.Error, TypeError) as e:
-        raise ValueError(f"not an image ({type(e).__name__})") from None
-    return open_image(data)
-
-
 def group_by_image(samples: list) -> list[list[int]]:
-    """Group samples by the image that they show; returns their numbers, a list a group. Cells of
-    parquet files are compared by their bytes, which are read here, each row group once."""
+    """Group samples by the image they show. Returns their numbers, a list a group. Cells of parquet
+    files are compared by their bytes, which are read here, each row group once."""
     cells = sorted({s.image for s in samples if isinstance(s.image, Cell)})
     shown = {cell: hashlib.sha1(image_bytes(cell) or b"").digest() for cell in cells}
     groups = {}
@@ -92,8 +89,8 @@ def outline(record: dict, kind: str) -> tuple | None:
     if kind not in record:
         return None
     xy = record[kind]
-    if xy and isinstance(xy[0], list):
-        xy = xy[0]                              # the first polygon of several
+    if xy and isinstance(xy[0], list):          # several polygons
+        xy = xy[0]
     return kind, tuple(xy)
 
 
@@ -101,14 +98,12 @@ def outline(record: dict, kind: str) -> tuple | None:
 def read_rows(path: Path) -> list[dict]:
     """Read a file by its suffix, or MME's folder. Adds to each row _file, the file's stem."""
     refuse_device(path)
-    readers = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv,
-               ".parquet": read_parquet}
     if path.is_dir():
         rows = read_mme(path)
-    elif path.suffix in readers:
-        rows = readers[path.suffix](path)
+    elif path.suffix in READERS:
+        rows = READERS[path.suffix](path)
     else:
-        raise UserError(f"{path} cannot be read: files end in {', '.join(readers)}")
+        raise UserError(f"{path} cannot be read: files end in {', '.join(READERS)}")
     for n, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise UserError(f"{path}: row {n} is not a set of named values: {str(row)[:60]}")
@@ -124,9 +119,8 @@ def write_jsonl(path: Path, rows: list) -> None:
 
 
 def read_json_rows(path: Path) -> list:
-    """Return the rows of a JSON file. It may be a list; an object with a list in questions,
-    annotations or data; an object of objects (the keys become _key); or JSON lines named .json, as
-    POPE's label files are."""
+    """Return the rows of a JSON file: a list; an object with a list in questions, annotations or
+    data; an object of objects (their keys become _key); or JSON lines, as POPE's labels are."""
     try:
         value = parse_json(path.read_bytes())
     except ValueError:
@@ -149,8 +143,7 @@ def missing(value) -> bool:
 
 
 def literal(value):
-    """Read a list that is kept as Python text, as MMMU's and MMBench's are; else return the
-    value."""
+    """Return the list that a text writes in Python, as MMMU's and MMBench's do; else the value."""
     if isinstance(value, str) and value.startswith("["):
         try:
             return ast.literal_eval(value)
@@ -160,7 +153,7 @@ def literal(value):
 
 
 def read_tsv(path: Path) -> list[dict]:
-    """Read a table with a base64 image a row. A short image cell is the index of the row that has
+    """Read a table with a base64 image a row. A short image cell is the index of the row that holds
     the image (VLMEvalKit's convention)."""
     csv.field_size_limit(sys.maxsize)           # images are far longer than csv's default of 131072
     try:
@@ -171,18 +164,18 @@ def read_tsv(path: Path) -> list[dict]:
     for n, row in enumerate(rows, 1):
         if None in row or None in row.values():
             count = "more" if None in row else "fewer"
-            raise UserError(f"{path}: row {n} has {count} cells than the header: is the "
-                            "file cut off?")
+            raise UserError(f"{path}: row {n} has {count} cells than the header: "
+                            "is the file cut off?")
     if not rows or "image" not in rows[0]:
         return rows
     cells = {row.get("index"): row["image"] for row in rows}
-    # Several rows may hold the same image: keep one copy.
-    first = {}
+    first = {}                                  # one copy of each image
     for n, row in enumerate(rows, 1):
         cell, seen = row["image"], set()
         while len(cell) <= 64:
             if cell not in cells or cell in seen:
-                raise UserError(f"{path}: row {n} has its image in row {cell!r}, which is not there")
+                where = f"row {cell!r}, which is not there"
+                raise UserError(f"{path}: row {n} has its image in {where}")
             seen.add(cell)
             cell = cells[cell]
         row["image"] = first.setdefault(cell, cell)
@@ -203,14 +196,16 @@ def read_parquet(path: Path) -> list[dict]:
     try:
         file = ParquetFile(path)
     except Exception as e:                      # pyarrow's errors have no other common class
-        raise UserError(f"{path} is not parquet ({str(e).splitlines()[0]}): download it again") from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path} is not parquet ({reason}): download it again") from None
 
     # An image is {bytes, path}: all but its bytes is read.
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     columns = [leaf for leaf in leaves if not leaf.endswith(".bytes")]
 
-    def cell(value, *place):
-        return Cell(str(path), *place) if isinstance(value, dict) and value.keys() == {"path"} else value
+    def cell(value, n=None):                    # of the row and column that the loop below is at
+        is_image = isinstance(value, dict) and value.keys() == {"path"}
+        return Cell(str(path), group, column, number, n) if is_image else value
 
     rows = []
     for group in range(file.num_row_groups):
@@ -218,19 +213,17 @@ def read_parquet(path: Path) -> list[dict]:
         for batch in file.iter_batches(row_groups=[group], columns=columns):
             for row in batch.to_pylist():
                 for column, value in row.items():
+                    row[column] = cell(value)
                     if isinstance(value, list):
-                        row[column] = [cell(v, group, column, number, n)
-                                       for n, v in enumerate(value)]
-                    else:
-                        row[column] = cell(value, group, column, number, None)
+                        row[column] = [cell(v, n) for n, v in enumerate(value)]
                 rows.append(row)
                 number += 1
     return rows
 
 
 def read_mme(folder: Path) -> list[dict]:
-    """Read MME's release: <category>/{*.jpg,*.txt} or <category>/{images,questions_answers_YN}. A
-    line of a text file is a question, a tab, and Yes or No."""
+    """Read MME's release: <category>/{*.jpg,*.txt} or <category>/{images,questions_answers_YN}.
+    A line of a text file is a question, a tab, and Yes or No."""
     rows = []
     for path in sorted([*folder.glob("*/*.txt"), *folder.glob("*/questions_answers_YN/*.txt")]):
         refuse_device(path)
@@ -246,7 +239,11 @@ def read_mme(folder: Path) -> list[dict]:
             question, tab, answer = line.rstrip().rpartition("\t")
             if not tab:
                 raise UserError(f"{path}: no tab between question and answer in {line[:60]!r}")
-            rows.append({"category": category.name, "stem": path.stem, "question": question,
-                         "answer": answer, "question_id": f"{category.name}/{image.name}",
-                         "image": image})
+            rows.append({"category": category.name, "stem": path.stem, "image": image,
+                         "question_id": f"{category.name}/{image.name}", "question": question,
+                         "answer": answer})
     return rows
+
+
+READERS = {".jsonl": read_jsonl, ".json": read_json_rows, ".tsv": read_tsv,
+           ".parquet": read_parquet}

@@ -6,12 +6,13 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from common.flags import UserError
-from evaluation.benchmarks import BENCHMARKS, LETTER, OCR, SHORT, UNANSWERABLE, YES_OR_NO, Benchmark, Source
+from evaluation.benchmarks import BENCHMARKS, INSTRUCTIONS, OCR, YES_OR_NO, Benchmark, Source
 from evaluation.files import Cell, missing, outline, read_rows
 
 
 @dataclass
 class Sample:
+    """One question about one image."""
     id: str                                     # question_id; question_id#2 where a file repeats it
     prompt: str                                 # as asked; <image> is left out where it comes first
     image: Path | str | Cell | None = None      # a file, base64 text or a cell of a parquet file
@@ -26,11 +27,9 @@ class Sample:
 class Reading:
     """How to read a benchmark's files."""
     images: Path | None = None                  # the folder of the images
-    # file or folder of the labels; None: beside the questions
-    labels: Path | None = None
+    labels: Path | None = None                  # their file or folder; None: beside the questions
     split: str | None = None                    # None: that of the first files found
-    # ask as "llava" or "lmms" does; None: lmms for parquet, else llava
-    style: str | None = None
+    style: str | None = None                    # "llava"'s or "lmms"'s; None: by the kind of file
     ocr: bool | None = None                     # TextVQA's OCR line; None: as the style has it
     region: str = "bbox"                        # drawn for RefCOCO, or "seg"
 
@@ -41,16 +40,14 @@ class Loaded:
     samples: list[Sample]                       # in the file's order
     settings: dict                              # what of Reading changes the score
     files: list[str]
-    # What a reader should know → how often.
-    counts: dict[str, int] = field(default_factory=dict)
-    max_new: int = 64                           # tokens of an answer
+    counts: dict[str, int]                      # what a reader should know → how often
+    max_new: int                                # tokens of an answer
 
 
 @dataclass
 class Questions:
     """One set of questions to a checkpoint, and where its results go."""
-    # "pope"; of own questions the file's stem: "test", or "test, images shuffled"
-    name: str
+    name: str                   # "pope"; of own questions the file's stem; ", images shuffled"
     bench: str                  # key of BENCHMARKS
     benchmark: Benchmark
     loaded: Loaded
@@ -61,74 +58,75 @@ class Questions:
 
 def load_benchmark(name: str, data: Path, reading: Reading | None = None) -> Loaded:
     """Read a benchmark. data: its file, or the folder that holds it. Raises UserError."""
-    benchmark = BENCHMARKS[name]
-    reading = replace(reading or Reading())
+    benchmark, reading = BENCHMARKS[name], replace(reading or Reading())
     source, files = choose_source(name, data, reading.split)
     reading.split = reading.split or source.split
     if reading.style is None:
         reading.style = "lmms" if files[0].suffix == ".parquet" else "llava"
-    found = records(source, files)
+    found, names, counts = records(source, files), [str(p) for p in files], {}
     written = "text" in source.columns or ("prompt" in source.columns and name != "own")
     if reading.style == "lmms" and written:
         raise UserError(f"--style lmms: {files[0].name} holds questions as LLaVA asks them; "
                         "give raw ones")
-    loaded = Loaded([], {"split": reading.split, "style": reading.style}, [str(p) for p in files])
-    loaded.max_new = benchmark.max_new(reading.style) if callable(benchmark.max_new) else benchmark.max_new
     if source.labels is not None:
         labels = find_labels(source, reading, files[0], data)
-        loaded.files += [str(p) for p in labels]
-        loaded.counts["labels without a question"] = join_labels(found, source, files, labels,
-                                                                 reading.split)
+        names += [str(p) for p in labels]
+        left = join_labels(found, source, files, labels, reading.split)
+        counts["labels without a question"] = left
 
+    # Which rows are asked, and what a reader should know about them.
     of_split = [r for r in found if r.get("split") in (None, "", reading.split)]
     if not of_split:
         other = found[0]["split"]
         raise UserError(f"{files[0]} holds split {other}, not {reading.split}: --split {other}?")
     kept = [r for r in of_split if benchmark.keep(r)]
     several = [r for r in kept if isinstance(r.get("image"), list) and len(r["image"]) > 1]
-    loaded.counts["questions of another kind left out"] = len(found) - len(kept)
-    loaded.counts["samples of which only the first image is shown"] = len(several)
-    loaded.counts["reference answers that read nan or ?: taken for not public"] = sum(
-        r.get("answer") in ("nan", "?") for r in kept)
+    unclear = [r for r in kept if r.get("answer") in ("nan", "?")]
+    counts["questions of another kind left out"] = len(found) - len(kept)
+    counts["samples of which only the first image is shown"] = len(several)
+    counts["reference answers that read nan or ?: taken for not public"] = len(unclear)
 
+    # The questions, and what their numbers depend on.
     set_ocr(name, kept, reading, files[0])
-    loaded.samples = make_samples(benchmark, kept, reading, files[0])
+    samples = make_samples(benchmark, kept, reading, files[0])
+    settings = {"split": reading.split, "style": reading.style}
     if benchmark.summary == "circular":
-        loaded.counts["questions with fewer rotations than options"] = count_rotations(loaded.samples)
+        counts["questions with fewer rotations than options"] = count_rotations(samples)
     if name == "textvqa":
-        lines = sum(OCR in s.prompt for s in loaded.samples)
-        loaded.settings["ocr"] = f"on for {lines} of {len(kept)}"
+        lines = sum(OCR in s.prompt for s in samples)
+        settings["ocr"] = f"on for {lines} of {len(kept)}"
         if lines in (0, len(kept)):
-            loaded.settings["ocr"] = "on" if lines else "off"
+            settings["ocr"] = "on" if lines else "off"
     if name.startswith("refcoco"):
-        loaded.settings["region"] = reading.region
-    return loaded
+        settings["region"] = reading.region
+    longest = benchmark.max_new
+    if callable(longest):
+        longest = longest(reading.style)
+    return Loaded(samples, settings, names, counts, longest)
 
 
 # -------------------------------------------------------------------------------------- which files
 def patterns(source: Source, split: str | None) -> list[str]:
     """Return the file names of a source, as patterns, with the split filled in."""
     split = split or source.split
-    return [p.replace("{split}", split).replace("{SPLIT}", split.upper())
-            for p in source.files.split()]
+    return source.files.replace("{split}", split).replace("{SPLIT}", split.upper()).split()
 
 
 def find_files(source: Source, folder: Path, split: str | None) -> list[Path]:
     """Return the files in a folder that match the first pattern that any matches; or the path
-    itself, if it matches. Raises UserError if several match that are not shards of one file."""
+    itself, if it matches. Raises UserError for several files that are not shards of one."""
     for pattern in patterns(source, split):
         hits = [folder] if fnmatch(folder.name, pattern) else sorted(folder.glob(pattern))
         if len(hits) > 1 and not source.shards:
-            raise UserError(f"{folder} holds {', '.join(p.name for p in hits)}: choose one with "
-                            "--data FILE")
+            names = ", ".join(p.name for p in hits)
+            raise UserError(f"{folder} holds {names}: choose one with --data FILE")
         if hits:
             return hits
     return []
 
 
 def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, list[Path]]:
-    """Return the first source of a benchmark whose files are there, and the files. Raises
-    UserError."""
+    """Return the first source of a benchmark whose files are there, and these files."""
     if not data.exists():
         raise UserError(f"--data {data} does not exist")
     # A split that no source is named after may be part of a file's name: RefCOCO's testA.
@@ -144,31 +142,34 @@ def choose_source(name: str, data: Path, split: str | None) -> tuple[Source, lis
         for other, benchmark in BENCHMARKS.items():
             for s in benchmark.sources:
                 if name != "own" and ".parquet" not in s.files and find_files(s, data, None):
-                    raise UserError(f"{data} is by its name of {other}, split {s.split}, not of {asked}")
+                    theirs = f"{other}, split {s.split}"
+                    raise UserError(f"{data} is by its name of {theirs}, not of {asked}")
         for s in sources:
             if Path(s.files.split()[0]).suffix == data.suffix:
                 return s, [data]
     wanted = ", ".join(dict.fromkeys(p for s in sources for p in patterns(s, split)))
     there = sorted(p.name for p in data.iterdir())[:8] if data.is_dir() else [data.name]
-    raise UserError(f"{data} holds no file of {asked}: looked for {wanted}; there is {', '.join(there) or 'nothing'}")
+    there = ", ".join(there) or "nothing"
+    raise UserError(f"{data} holds no file of {asked}: looked for {wanted}; there is {there}")
 
 
 # ---------------------------------------------------------------------------------- rows and labels
 def records(source: Source, files: list[Path]) -> list[dict]:
-    """Read rows and give their columns our names. Raises UserError for a missing column, with the
-    columns there are."""
+    """Read rows and give their columns our names. Raises UserError for a missing column."""
     found = []
     for path in files:
         for n, row in enumerate(read_rows(path), 1):
-            # the number over all files: shards are one table
-            row["_n"], record = len(found), {}
+            row["_n"], record = len(found), {}              # over all files: shards are one table
             for name, column in source.columns.items():
                 try:
                     record[name] = value_of(row, column)
                 except (KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
-                    what = f"no column {e}" if isinstance(e, KeyError) else f"an invalid {name} ({e})"
+                    what = f"an invalid {name} ({e})"
+                    if isinstance(e, KeyError):
+                        what = f"no column {e}"
                     columns = ", ".join(k for k in row if not k.startswith("_"))
-                    raise UserError(f"{path}: row {n} has {what}; its columns are {columns}") from None
+                    where = f"{path}: row {n}"
+                    raise UserError(f"{where} has {what}; its columns are {columns}") from None
             for name in ("text", "prompt", "question"):
                 if not isinstance(record.get(name, ""), str):
                     raise UserError(f"{path}: row {n} has no text in {name}: {record[name]!r}")
@@ -179,8 +180,7 @@ def records(source: Source, files: list[Path]) -> list[dict]:
 
 
 def value_of(row: dict, column):
-    """Return a row's value: by a function, "?column" (None if absent), a format over columns, or a
-    column's name."""
+    """Return a row's value for one of a source's columns. See `Source`."""
     if callable(column):
         return column(row)
     if column.startswith("?"):
@@ -189,11 +189,9 @@ def value_of(row: dict, column):
 
 
 def bare(text: str) -> str:
-    """Return the question of a text that is written as LLaVA asks it: without OCR tokens and
-    instructions."""
-    lines = [line for line in without_ocr(text).split("\n") if "\n"
-             + line not in (SHORT, LETTER, UNANSWERABLE)]
-    return "\n".join(lines)
+    """Return the question of a text that LLaVA wrote: without OCR tokens and instructions."""
+    lines = without_ocr(text).split("\n")
+    return "\n".join(line for line in lines if "\n" + line not in INSTRUCTIONS)
 
 
 def without_ocr(text: str) -> str:
@@ -201,8 +199,7 @@ def without_ocr(text: str) -> str:
 
 
 def match_text(text) -> str:
-    """Return what texts are matched by: no case, single spaces, without the end of MME's
-    questions."""
+    """Return what texts are matched by: no case, single spaces, without MME's last sentence."""
     return " ".join(str(text).split()).lower().removesuffix(YES_OR_NO.lower()).strip()
 
 
@@ -211,18 +208,18 @@ def find_labels(source: Source, reading: Reading, file: Path, data: Path) -> lis
     place = reading.labels or (data if data.is_dir() else data.parent)
     labels = [place] if place.is_file() else find_files(source.labels, place, reading.split)
     if not labels:
-        raise UserError(f"{place} holds no labels for {file.name}: looked for "
-                        f"{', '.join(patterns(source.labels, reading.split))} (--labels says "
-                        "where they are)")
+        wanted = ", ".join(patterns(source.labels, reading.split))
+        raise UserError(f"{place} holds no labels for {file.name}: looked for {wanted} "
+                        "(--labels says where they are)")
     return labels
 
 
-def join_labels(questions: list[dict], source: Source, files: list[Path], labels: list[Path], split: str) -> int:
+def join_labels(questions: list[dict], source: Source, files: list[Path], labels: list[Path],
+                split: str) -> int:
     """Give questions what their labels say. Returns the number of labels left over.
 
     A question that is asked twice with two labels gets them in order. Raises UserError for a
-    question without a label, for two labels of one question, and, where labels are strict, for
-    labels left over."""
+    question without a label, for different labels of one question, and for strict labels left."""
     def key_of(record):
         return tuple(match_text(record[name]) for name in source.join)
 
@@ -234,8 +231,9 @@ def join_labels(questions: list[dict], source: Source, files: list[Path], labels
     keys = [key_of(q) for q in questions]
     lost = [key for key in keys if key not in by_key]
     if lost:
-        raise UserError(f"{len(lost)} of {len(keys)} questions of {names} have no label in {label_names}, the first "
-                        f"{' · '.join(lost[0])}: the two are of different releases or splits")
+        raise UserError(f"{len(lost)} of {len(keys)} questions of {names} have no label in "
+                        f"{label_names}, the first {' · '.join(lost[0])}: the two are of different "
+                        "releases or splits")
     times, used = Counter(keys), Counter()
     for question, key in zip(questions, keys):
         same = all(label == by_key[key][0] for label in by_key[key])
@@ -246,9 +244,8 @@ def join_labels(questions: list[dict], source: Source, files: list[Path], labels
         question.update({k: v for k, v in label.items() if k not in ("id", "question")})
     left = [key for key in by_key if key not in used]
     if left and source.labels.strict:
-        raise UserError(f"{len(left)} labels of {label_names} have no question in {names}, "
-                        "the first "
-                        f"{' · '.join(left[0])}: the two are of different releases")
+        raise UserError(f"{len(left)} labels of {label_names} have no question in {names}, the "
+                        f"first {' · '.join(left[0])}: the two are of different releases")
     return len(left)
 
 
@@ -269,9 +266,8 @@ def set_ocr(name: str, rows: list[dict], reading: Reading, file: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ samples
-def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file: Path) -> list[Sample]:
-    """Turn records into samples. Raises UserError for an id that is there twice, unless the
-    benchmark repeats ids."""
+def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file: Path) -> list:
+    """Turn records into samples. A repeated id becomes id#2; UserError if it must not repeat."""
     samples, times = [], Counter()
     for r in rows:
         number = str(r["id"])
@@ -283,23 +279,21 @@ def make_samples(benchmark: Benchmark, rows: list[dict], reading: Reading, file:
         image, category = r.get("image"), r.get("category")
         if isinstance(image, list):
             image = image[0] if image else None
+        category = None if missing(category) or category == "default" else str(category)
         samples.append(Sample(
             id=number, prompt=prompt_of(benchmark, r, reading.style),
             image=locate(image, reading.images, file), region=outline(r, reading.region),
-            answer=reference(r.get("answer")), category=None if missing(category)
-            or category == "default" else str(category),
+            answer=reference(r.get("answer")), category=category,
             options=[str(o) for o in r.get("options") or []], record=r))
     return samples
 
 
 def count_rotations(samples: list[Sample]) -> int:
-    """Note in each record of MMBench how many rotations its question has. Returns the number of
-    questions with fewer rotations than options (53 in release 20230712). Call it for the whole
-    file: --limit may cut a question in two."""
-    rotations = Counter(int(s.id) % 10 ** 6 for s in samples)
-    short = set()
-    for s in samples:
-        question = int(s.id) % 10 ** 6
+    """Note in each record of MMBench its question's rotations, of the whole file whatever --limit.
+    Returns how many questions have fewer rotations than options (53 in release 20230712)."""
+    questions = [int(s.id) % 10 ** 6 for s in samples]
+    rotations, short = Counter(questions), set()
+    for s, question in zip(samples, questions):
         s.record["rotations"] = rotations[question]
         if rotations[question] < len(s.options):
             short.add(question)
@@ -324,8 +318,8 @@ def locate(image, images: Path | None, file: Path) -> Path | str | Cell | None:
     if not isinstance(image, str):
         raise UserError(f"{file} has image {str(image)[:60]}: give the name of one file")
     if images is None:
-        raise UserError(f"{file} names images, such as {image}: say with --images in which "
-                        "folder they are")
+        raise UserError(f"{file} names images, such as {image}: "
+                        "say with --images in which folder they are")
     return images / image
 
 
@@ -347,12 +341,11 @@ def check_images_exist(samples: list[Sample]) -> None:
 
 
 def shuffle_images(samples: list[Sample]) -> list[Sample]:
-    """Give each question another one's image, by a fixed permutation: the score of a model that
-    ignores the image."""
-    images = [(s.image, s.region) for s in samples if s.image is not None]
-    images = iter(random.Random(0).sample(images, len(images)))
+    """Give each question another one's image, by a fixed permutation."""
+    with_image = [s for s in samples if s.image is not None]
+    others = iter(random.Random(0).sample(with_image, len(with_image)))
     shuffled = []
     for s in samples:
-        image, region = next(images) if s.image is not None else (None, None)
-        shuffled.append(replace(s, image=image, region=region))
+        other = s if s.image is None else next(others)
+        shuffled.append(replace(s, image=other.image, region=other.region))
     return shuffled

@@ -11,17 +11,13 @@ from evaluation.questions import Questions, Sample
 
 
 # --------------------------------------------------------------------------------------- one answer
-def as_list(answer) -> list[str]:
-    return answer if isinstance(answer, list) else [answer]
-
-
 def letters_of(s: Sample) -> str:
     return LETTERS[:len(s.options) or 4]
 
 
 def choice(s: Sample, p: str) -> tuple[str | None, float]:
     letter = metrics.pick_choice(p, letters_of(s), s.options)
-    return letter, float(letter in as_list(s.answer))
+    return letter, float(letter in metrics.listed(s.answer))
 
 
 def yes_no(parse) -> Callable:
@@ -31,6 +27,11 @@ def yes_no(parse) -> Callable:
     return score_one
 
 
+def letter_or_text(s: Sample, p: str):
+    letter = metrics.pick_choice(p, "ABCD") if s.answer in ("A", "B", "C", "D") else p
+    return letter, float(metrics.realworldqa(p, s.answer))
+
+
 def open_or_choice(s: Sample, p: str):
     if s.record["question_type"] == "multiple-choice":
         return choice(s, p)
@@ -38,22 +39,20 @@ def open_or_choice(s: Sample, p: str):
 
 
 SCORES = {   # (sample, prediction) → (what was understood, None if nothing; score from 0 to 1)
-    "vqa": lambda s, p: (metrics.vqa_norm(p), metrics.vqa_acc(p, as_list(s.answer))),
-    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False),
-                           metrics.vqa_acc(p, as_list(s.answer), m4c=False)),
-    "exact": lambda s, p: (p, float(any(metrics.exact(p, a) for a in as_list(s.answer)))),
-    "anls": lambda s, p: (p, metrics.anls(p, as_list(s.answer))),
+    "vqa": lambda s, p: (metrics.vqa_norm(p), metrics.vqa_acc(p, s.answer)),
+    "vqav2": lambda s, p: (metrics.vqa_norm(p, m4c=False), metrics.vqa_acc(p, s.answer, m4c=False)),
+    "exact": lambda s, p: (p, float(any(metrics.exact(p, a) for a in metrics.listed(s.answer)))),
+    "anls": lambda s, p: (p, metrics.anls(p, s.answer)),
     "contains": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, ""))),
     "ocrbench": lambda s, p: (p, float(metrics.ocrbench(p, s.answer, s.record["dataset"]))),
-    "realworldqa": lambda s, p: (metrics.pick_choice(p, "ABCD") if s.answer in ("A", "B", "C", "D")
-                                 else p,
-                                 float(metrics.realworldqa(p, s.answer))),
+    "realworldqa": letter_or_text,
     "choice": choice,
     "mmmu": open_or_choice,
     "pope": yes_no(metrics.pope_parse),
     "mme": yes_no(metrics.mme_parse),
     "none": lambda s, p: (p, None),
 }
+OWN_RULES = ("exact", "vqa", "choice", "anls", "contains", "none")              # for own questions
 
 
 # -------------------------------------------------------------------------------------- all answers
@@ -64,8 +63,7 @@ class Scored:
     predictions: list[str | None]
     scores: list[float]                         # summary_cider sets them
     headline: str
-    # --limit: leave incomplete groups out instead of raising ValueError
-    partial: bool
+    partial: bool                               # --limit: incomplete groups are left out, no error
 
 
 def mean(values) -> float:
@@ -87,8 +85,8 @@ def summary_mean(t: Scored) -> dict:
 def summary_own(t: Scored) -> dict:
     """accuracy is over questions, mean over categories."""
     category = by_category(t, lambda s: s.category or "all")
-    return {"accuracy": mean(t.scores), "mean": sum(category.values()) / len(category),
-            "category": category}
+    average = sum(category.values()) / len(category)
+    return {"accuracy": mean(t.scores), "mean": average, "category": category}
 
 
 def summary_sqa(t: Scored) -> dict:
@@ -102,8 +100,7 @@ def summary_pope(t: Scored) -> dict:
         m = metrics.pope([p for _, p in pairs], [s.answer for s, _ in pairs])
         return {k: v if k == "n" else 100 * v for k, v in m.items()}
 
-    # POPE's rule takes "" for a yes. A missing answer must be wrong, so it becomes the opposite of
-    # the reference.
+    # POPE's rule takes "" for a yes. A missing answer becomes the wrong one instead.
     pairs, groups = [], {}
     for s, p in zip(t.samples, t.predictions):
         if p is None:
@@ -116,16 +113,15 @@ def summary_pope(t: Scored) -> dict:
 
 
 def summary_mme(t: Scored) -> dict:
-    rows = [(s.category, s.record["group"], p or "", s.answer)
-            for s, p in zip(t.samples, t.predictions)]
+    asked = zip(t.samples, t.predictions)
+    rows = [(s.category, s.record["group"], p or "", s.answer) for s, p in asked]
     result = metrics.mme(rows, t.partial)
     sums = {k: result.pop(k) for k in ("perception", "cognition", "dropped") if k in result}
     return {**sums, "category": result}
 
 
 def summary_circular(t: Scored) -> dict:
-    """A question's rotations are in the category of its own row, the one with the smallest
-    index."""
+    """A question's rotations are in the category of its first row, the one of smallest index."""
     own = {}
     for s in sorted(t.samples, key=lambda s: int(s.id)):
         own.setdefault(int(s.id) % 10 ** 6, s)
@@ -148,22 +144,21 @@ def summary_mmstar(t: Scored) -> dict:
     for (area, _), value in detail.items():
         areas.setdefault(area, []).append(value / 100)
     return {"average": mean(v / 100 for v in detail.values()), "accuracy": mean(t.scores),
-            "category": {area: mean(v) for area, v in areas.items()},
-            "detail": {n: v for (_, n), v in detail.items()}}
+            "category": {area: mean(values) for area, values in areas.items()},
+            "detail": {name: value for (_, name), value in detail.items()}}
 
 
 def summary_ocrbench(t: Scored) -> dict:
     types = {}
     for s, score in zip(t.samples, t.scores):
         types[s.category] = types.get(s.category, 0) + int(score)
-    recognition = sum(n for name, n in types.items() if "Recogni" in name
-                      and "Expression" not in name)
-    return {"hits": sum(types.values()), "recognition": recognition, "category": types}
+    text = [n for name, n in types.items() if "Recogni" in name and "Expression" not in name]
+    return {"hits": sum(types.values()), "recognition": sum(text), "category": types}
 
 
 def summary_cider(t: Scored) -> dict:
-    value, t.scores = metrics.cider([p or "" for p in t.predictions],
-                                    [as_list(s.answer) for s in t.samples])
+    answers = [s.answer for s in t.samples]
+    value, t.scores = metrics.cider([p or "" for p in t.predictions], answers)
     return {"cider": 100 * value}
 
 
@@ -177,36 +172,23 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
           partial: bool = False) -> tuple[list[dict], dict]:
     """Score predictions by id. A sample without a prediction scores 0.
 
-    Returns (rows, results): of each sample id, image, prompt, prediction, parsed, answer, score;
-    metrics, headline and the counts n, n_scored, n_missing, n_unparsed, n_text_matched (letters
-    found by an option's text), n_no_option (references that are none of the options). partial: MME
-    and MMBench leave incomplete groups out."""
-    rows = []
-    for s in samples:
-        p, parsed, value = predictions.get(s.id), None, None
-        if s.answer is not None and p is None:
-            value = 0.0
-        elif s.answer is not None:
-            try:
-                parsed, value = SCORES[benchmark.score](s, p)
-            except (AttributeError, KeyError, TypeError, ValueError):
-                raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, "
-                                "which its benchmark's rule cannot compare an answer with") from None
-        rows.append({"id": s.id, "image": str(s.image) if isinstance(s.image, Path) else None,
-                     "prompt": s.prompt, "prediction": p, "parsed": parsed, "answer": s.answer,
-                     "score": value})
+    Returns (rows, results): a row a sample; metrics, headline and counts: n, n_scored, n_missing,
+    n_unparsed, n_text_matched (letters found by an option's text), n_no_option (references that are
+    none of the options). partial: MME and MMBench leave incomplete groups out."""
+    rows = [score_row(benchmark, s, predictions.get(s.id)) for s in samples]
     with_answer = [(s, r) for s, r in zip(samples, rows) if s.answer is not None]
+    answered = [(s, r) for s, r in with_answer if r["prediction"] is not None]
     results = {"n": len(samples), "n_scored": len(with_answer),
                "n_missing": sum(r["prediction"] is None for r in rows),
-               "n_unparsed": sum(r["parsed"] is None
-                                 and r["prediction"] is not None for _, r in with_answer),
+               "n_unparsed": sum(r["parsed"] is None for _, r in answered),
                "n_text_matched": 0, "n_no_option": 0}
     if benchmark.score in ("choice", "mmmu"):
         for s, r in with_answer:
             if s.record.get("question_type") == "open":
                 continue
             letters = letters_of(s)
-            results["n_no_option"] += not set(as_list(s.answer)) <= set(letters)
+            if not set(metrics.listed(s.answer)) <= set(letters):
+                results["n_no_option"] += 1
             if s.options and r["parsed"] and metrics.pick_choice(r["prediction"], letters) is None:
                 results["n_text_matched"] += 1
     if with_answer and (benchmark.score != "none" or benchmark.summary == "cider"):
@@ -222,17 +204,34 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
     return rows, results
 
 
+def score_row(benchmark: Benchmark, s: Sample, p: str | None) -> dict:
+    """Return the row of one question and its prediction, None if there is none."""
+    parsed, value = None, None                  # without a reference nothing is scored
+    if s.answer is not None and p is None:
+        value = 0.0
+    elif s.answer is not None:
+        try:
+            parsed, value = SCORES[benchmark.score](s, p)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise UserError(f"question {s.id} has the reference {str(s.answer)[:60]!r}, "
+                            "which its benchmark's rule cannot compare an answer with") from None
+    image = str(s.image) if isinstance(s.image, Path) else None
+    return {"id": s.id, "image": image, "prompt": s.prompt, "prediction": p, "parsed": parsed,
+            "answer": s.answer, "score": value}
+
+
 # ------------------------------------------------------------------------------------------- tables
 def table(results: dict[str, dict[str, float]]) -> str:
     """Rows of numbers by name, as aligned text."""
     columns = list(dict.fromkeys(c for r in results.values() for c in r))
     width = max(len(name) for name in results) + 2
-    lines = [" " * width + "".join(f"{c:>{max(len(c), 5) + 2}}" for c in columns)]
-    for name, r in results.items():
-        cells = [f"{r[c]:.1f}" if isinstance(r.get(c), float) else str(r.get(c, ""))
-                 for c in columns]
-        lines.append(f"{name:{width}}"
-                     + "".join(f"{cell:>{max(len(c), 5) + 2}}" for c, cell in zip(columns, cells)))
+    lines, header = [], {c: c for c in columns}
+    for name, r in {"": header, **results}.items():
+        line = f"{name:{width}}"
+        for c in columns:
+            cell = f"{r[c]:.1f}" if isinstance(r.get(c), float) else str(r.get(c, ""))
+            line += f"{cell:>{max(len(c), 5) + 2}}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -242,15 +241,14 @@ def own_row(report: dict) -> dict[str, float]:
 
 
 def summary(reports: list[dict]) -> str:
-    """Results as text. Own questions: one table, and counts if something is unusual. A benchmark:
-    all numbers, and the settings that they depend on."""
+    """Results as text: one table of own questions; all numbers and settings of a benchmark."""
     lines = []
     rows = {r["name"]: own_row(r) for r in reports if r["benchmark"] == "own" and "metrics" in r}
     if rows:
         lines.append(table(rows))
+    counted = ("n", "n_scored", "n_missing", "n_unparsed", "n_text_matched")
     for r in reports:
-        counts = [f"{k} {r[k]}" for k in ("n", "n_scored", "n_missing", "n_unparsed",
-                                          "n_text_matched")]
+        counts = [f"{k} {r[k]}" for k in counted]
         name = r["name"] + (f", PARTIAL: the first {r['n']} questions" if r["partial"] else "")
         if r["benchmark"] == "own":
             if r["partial"] or r["n_scored"] < r["n"] or r["n_missing"] or r["n_unparsed"]:
@@ -275,14 +273,12 @@ def metric_rows(m: dict) -> dict[str, dict]:
     if "pooled" in m:
         rows["pooled"] = m["pooled"]
     for k, v in {**m.get("category", {}), **m.get("detail", {})}.items():
-        # POPE's categories have several numbers
-        rows[k] = v if isinstance(v, dict) else {"by category": v}
+        rows[k] = v if isinstance(v, dict) else {"by category": v}      # POPE's are dicts
     return rows
 
 
 def compare(folders: list[str]) -> str:
-    """Headline numbers of the results.json files in folders, a row each, and a warning for settings
-    that differ."""
+    """Headline numbers of the results.json in folders, a row each; warnings of other settings."""
     rows, values = {}, {}
     for folder in map(Path, folders):
         reports = [read_json(p, dict) for p in sorted(folder.glob("**/results.json"))]
@@ -294,8 +290,8 @@ def compare(folders: list[str]) -> str:
             kinds = {"name": str, "settings": dict, "n": int, "headline": dict}
             whole = all(isinstance(r.get(k), kind) for k, kind in kinds.items())
             if not whole or not all(isinstance(v, int | float) for v in r["headline"].values()):
-                raise UserError(f"{folder} holds a results.json without a name, settings and "
-                                "numbers: evaluate again")
+                lacks = "without a name, settings and numbers"
+                raise UserError(f"{folder} holds a results.json {lacks}: evaluate again")
             name = r["name"] + (", partial" if r["partial"] else "")
             for metric, value in r["headline"].items():
                 rows.setdefault(str(folder), {})[f"{name} {metric}"] = value
@@ -308,17 +304,17 @@ def compare(folders: list[str]) -> str:
     lines = [table(rows)]
     for (name, k), found in values.items():
         if len(found) > 1:
-            lines.append(f"warning: {name}'s {k} differs: "
-                         + ", ".join(f"{v} in {f}" for v, f in found.items()))
+            where = ", ".join(f"{value} in {folder}" for value, folder in found.items())
+            lines.append(f"warning: {name}'s {k} differs: {where}")
     return "\n".join(lines)
 
 
 def notes(q: Questions, counts: dict[str, int], submission: str | None) -> list[str]:
     """Return what to know about these results. counts: what → how many."""
     found = [f"{count} {what}" for what, count in counts.items() if count]
-    if q.benchmark.sizes and len(q.loaded.samples) not in q.benchmark.sizes:
-        sizes = " or ".join(map(str, q.benchmark.sizes))
-        found.append(f"{len(q.loaded.samples)} questions; the released files have {sizes}")
+    n, sizes = len(q.loaded.samples), q.benchmark.sizes
+    if sizes and n not in sizes:
+        found.append(f"{n} questions; the released files have {' or '.join(map(str, sizes))}")
     if q.benchmark.submission and not submission:
         found.append("no spreadsheet for the benchmark's server: pip install openpyxl")
     return found

@@ -44,19 +44,17 @@ SUBMISSIONS = {
 
 
 def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
-    """Raise UserError if the spreadsheet is all that there will be, because no answer is public,
-    and openpyxl, which writes it, is missing. Call before answering."""
+    """Raise UserError if nothing would come of answering: no answer is public, and openpyxl, which
+    writes the server's spreadsheet, is missing."""
     private = all(s.answer is None for s in samples)
     if benchmark.submission == "mmbench" and private and not find_spec("openpyxl"):
-        raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: pip "
-                        "install openpyxl")
+        raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: "
+                        "pip install openpyxl")
 
 
 def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dict], data: Path,
                      out: Path) -> str | None:
-    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if there is none, or
-    openpyxl is missing.
-
+    """Write submission.json, .jsonl or .xlsx to `out`. Returns its path, None if none is written.
     rows: those of `score`; data: the folder of the questions."""
     if benchmark.submission is None:
         return None
@@ -77,14 +75,13 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
 
 
 def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
-    """VQAv2's server takes an answer to every question of test2015: add "" for those that were not
-    asked."""
+    """Add "" for questions of test2015 that were not asked: VQAv2's server takes them all."""
     by_id = {a["question_id"]: a["answer"] for a in answers}
     rows = []
     for path in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl"):
         for r in read_jsonl(path):
-            rows.append({"question_id": r["question_id"],
-                         "answer": by_id.get(r["question_id"], "")})
+            number = r["question_id"]
+            rows.append({"question_id": number, "answer": by_id.get(number, "")})
     return rows or answers
 
 

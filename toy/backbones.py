@@ -1,11 +1,11 @@
-"""Trains the two backbones that are shipped beside this file: a tiny CLIP (toy/clip) and a tiny LLaMA (toy/llm).
+"""Train the two backbones shipped beside this file: a tiny CLIP (toy/clip), a tiny LLaMA (toy/llm).
 
     python -m toy.backbones
 
 They are saved as released checkpoints are, so that the toy runs the code that real weights run:
 config.json, model.safetensors (fp16, Hugging Face names), preprocessor_config.json, tokenizer.json
-in Llama-2's style. Both see all 16 shape-colour pairs; the LLaMA sees no picture, but learns the
-words and to look things up in what it has read.
+in Llama-2's style. Both see all 16 shape-colour pairs. The LLaMA sees no picture: it learns the
+words, and to look things up in what it has read.
 
 About 1 minute for the CLIP and 13 for the LLaMA on one core. The CLIP reaches an in-batch top-1 of
 .85. What the LLaMA reads correctly is printed at the end: everything, in the shipped one (seed 0).
@@ -36,12 +36,11 @@ BOS, EOS = 1, 2
 
 # ---------------------------------------------------------------------------------------- tokenizer
 def make_tokenizer(rng, documents=3000):
-    """A BPE tokenizer as Llama-2's, in which every word of the toy world is one token and so is the
-    system prompt."""
+    """Train a BPE tokenizer as Llama-2's: a word of the toy is one token, as is the prompt."""
     texts = [SYSTEM, *world.REQUESTS, "USER: ASSISTANT:"] * documents
     for kind in (paraphrases, facts, chat):
-        texts += ["".join(text for text, _ in kind(rng)).removeprefix(SYSTEM)
-                  for _ in range(documents)]
+        for _ in range(documents):
+            texts.append("".join(text for text, _ in kind(rng)).removeprefix(SYSTEM))
     texts = [" " + text.replace("\n", " ").replace("</s>", " ") for text in texts]
     # What follows </s> or a newline has no space before it. Counted more often than with a space,
     # so that "USER" forms before "▁USER" does, and both are pieces.
@@ -56,8 +55,7 @@ def make_tokenizer(rng, documents=3000):
     pieces += sorted(learnt["vocab"], key=learnt["vocab"].get)
     merges = [tuple(m) for m in learnt["merges"]]
     parts = learner.encode(" " + SYSTEM).tokens
-    # last merges: the system prompt becomes one token
-    for i in range(1, len(parts)):
+    for i in range(1, len(parts)):              # last merges: the system prompt becomes one token
         merges.append(("".join(parts[:i]), parts[i]))
         pieces.append("".join(parts[:i + 1]))
 
@@ -76,58 +74,57 @@ def make_tokenizer(rng, documents=3000):
 
 # ------------------------------------------------------------------------------- text for the LLaMA
 def chat(rng, count=None, turns=8):
-    """A scene in words, then questions about it, in the template of stage 2: [(text, is it to be
-    learned?)]."""
+    """A scene in words, then questions, in the template of stage 2: [(text, True to learn it)]."""
     scene = world.draw_scene(rng, count)
     parts = [(f"{SYSTEM} USER: {world.long_caption(scene, rng)} \n", False)]
     for i in range(turns):
         question, answer = world.ask(scene, rng.choice(world.CATEGORIES), rng, avoid=())
-        parts += [("USER: " * (i > 0) + f"{question} ASSISTANT:", False), (f" {answer}</s>", True)]
+        user = "USER: " if i > 0 else ""
+        parts += [(f"{user}{question} ASSISTANT:", False), (f" {answer}</s>", True)]
     return parts
 
 
 def paraphrases(rng, count=None):
-    """A caption that says everything, then two more of the same scene, long or short, the objects
-    in another order."""
+    """A caption that says everything, then two more of the scene, long or short, reordered."""
     scene = world.draw_scene(rng, count)
-    return [(world.long_caption(scene, rng), False)] + [(f"\n{world.caption(scene, rng)}\n", True)
-                                                        for _ in range(2)]
+    parts = [(world.long_caption(scene, rng), False)]
+    return parts + [(f"\n{world.caption(scene, rng)}\n", True) for _ in range(2)]
 
 
 def facts(rng, count=None, number=12):
-    """A scene in words, then terse facts, the noun first: the look-ups that questions need, many to
-    the token."""
+    """A scene in words, then terse facts, noun first: many of the look-ups that questions need."""
     scene = world.draw_scene(rng, count)
     things = {shape: (row, column, colour) for row, column, colour, shape in scene}
     parts = [(world.long_caption(scene, rng), False)]
     for _ in range(number):
         shape, colour = rng.choice(world.SHAPES), rng.choice(list(world.COLOURS))
-        if shape in things and rng.random() < .3:
-            colour = rng.choice([colour, things[shape][2]])
-            parts += [(f" {colour} {shape}", False),
-                      (" Yes," if things[shape][2] == colour else " No,", True)]
-        else:
-            row, column, colour = things.get(shape, (None,) * 3)
-            parts += [(f" {shape}", False),
-                      (f" {colour} {row} {column}," if colour else " No,", True)]
+        ask, answer = f" {shape}", " No,"
+        if shape in things:
+            row, column, true_colour = things[shape]
+            if rng.random() < .3:               # " red circle" → " Yes,"
+                colour = rng.choice([colour, true_colour])
+                ask, answer = f" {colour} {shape}", " Yes," if colour == true_colour else " No,"
+            else:                               # " circle" → " red top left,"
+                answer = f" {true_colour} {row} {column},"
+        parts += [(ask, False), (answer, True)]
     return parts
 
 
 def text_batch(tokenizer, rng, size, count):
-    """ids (B,T) and weights (B,T): 1 for what follows from the scene, .1 for the rest, 0 for
-    padding."""
+    """Return ids and weights, (B,T): 1 for what follows from the scene, .1 else, 0 for padding."""
     documents = [rng.choice((paraphrases, chat, facts, facts))(rng, count) for _ in range(size)]
     encodings = tokenizer.encode_batch(["".join(text for text, _ in parts) for parts in documents])
     user, prefixed = tokenizer.token_to_id("USER"), tokenizer.token_to_id("▁USER")
     rows = []
     for parts, encoding in zip(documents, encodings):
-        weight = [w for text, learn in parts
-                  for w in [1. if learn else .1] * len(text)]  # of each character
+        weight = []                             # of each character
+        for text, learn in parts:
+            weight += [1. if learn else .1] * len(text)
+        weights = [weight[max(end, 1) - 1] for _, end in encoding.offsets]
         # as LLaVA's: no space after </s>
         ids = [user if token == prefixed and last == EOS else token
                for last, token in zip([0] + encoding.ids, encoding.ids)]
-        rows.append((torch.tensor(ids),
-                     torch.tensor([weight[max(end, 1) - 1] for _, end in encoding.offsets])))
+        rows.append((torch.tensor(ids), torch.tensor(weights)))
     return tuple(nn.utils.rnn.pad_sequence(column, batch_first=True) for column in zip(*rows))
 
 
@@ -137,7 +134,8 @@ class CausalAttention(ViTAttention):
     def forward(self, x):
         q, k, v = (p(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                      # (B,H,T,d)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
 class TextTower(nn.Module):
@@ -149,15 +147,16 @@ class TextTower(nn.Module):
             "position_embedding": nn.Embedding(c["max_position_embeddings"], c["hidden_size"])})
         layer = VisionConfig(c["hidden_size"], c["intermediate_size"], c["num_hidden_layers"],
                              c["num_attention_heads"])
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(ViTLayer(layer)
-                                                              for _ in range(layer.num_hidden_layers))})
-        for block in self.encoder["layers"]:
+        blocks = nn.ModuleList(ViTLayer(layer) for _ in range(layer.num_hidden_layers))
+        for block in blocks:
             block.self_attn = CausalAttention(layer)
+        self.encoder = nn.ModuleDict({"layers": blocks})
         self.final_layer_norm = nn.LayerNorm(c["hidden_size"])
         self.eos = c["eos_token_id"]
 
     def forward(self, ids):  # (B,T), padded with eos
-        x = self.embeddings["token_embedding"](ids) + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        places = self.embeddings["position_embedding"].weight[:ids.shape[1]]                # (T,D)
+        x = self.embeddings["token_embedding"](ids) + places
         for block in self.encoder["layers"]:
             x = block(x)
         first = (ids == self.eos).int().argmax(-1)
@@ -193,8 +192,7 @@ def pixels(images):
 
 
 def clip_ids(tokenizer, captions):
-    """Captions as the text tower reads them: toy/llm's tokenizer, then an end token of CLIP's own,
-    the highest id."""
+    """Encode captions for the text tower: toy/llm's ids, then an end token, the highest id."""
     end = tokenizer.get_vocab_size()
     rows = [torch.tensor(e.ids + [end]) for e in tokenizer.encode_batch(captions)]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=end)             # (B,T)
@@ -220,8 +218,8 @@ def clip_config(tokenizer):
 def train_clip(tokenizer, rng, steps=450, batch=128, lr=1.5e-3):
     config = clip_config(tokenizer)
     clip = CLIP(config)
-    nn.init.normal_(clip.vision_model.embeddings.position_embedding.weight,
-                    std=1.)  # .02: places starve
+    places = clip.vision_model.embeddings.position_embedding.weight
+    nn.init.normal_(places, std=1.)             # with .02 the model learns no places
     nn.init.normal_(clip.vision_model.embeddings.class_embedding, std=.1)
     nn.init.normal_(clip.text_model.embeddings["token_embedding"].weight, std=.5)
     nn.init.normal_(clip.text_model.embeddings["position_embedding"].weight, std=.3)
@@ -234,22 +232,20 @@ def train_clip(tokenizer, rng, steps=450, batch=128, lr=1.5e-3):
         target = torch.arange(batch)
         loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
         loss.backward()
-        bar.set_postfix(loss=f"{loss.item():.2f}",
-                        top1=f"{(logits.argmax(1) == target).float().mean():.2f}")
+        top1 = (logits.argmax(1) == target).float().mean()
+        bar.set_postfix(loss=f"{loss.item():.2f}", top1=f"{top1:.2f}")
     return clip, config
 
 
 def optimise(model, steps, lr, weight_decay):
-    """Yields step numbers; applies the gradients that were accumulated since. AdamW, 3 % warm-up,
-    cosine, clip 1."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95),
-                                  weight_decay=weight_decay)
+    """Yield step numbers; the caller runs backward. AdamW, clip 1, 3 % warm-up, cosine to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .95), weight_decay=weight_decay)
     for step in range(steps):
         yield step
         nn.utils.clip_grad_norm_(model.parameters(), 1.)
+        warm_up, cosine = (step + 1) / (.03 * steps), .5 + .5 * math.cos(math.pi * step / steps)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / (.03 * steps),
-                                   .5 + .5 * math.cos(math.pi * step / steps))
+            group["lr"] = lr * min(1, warm_up, cosine)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -263,18 +259,20 @@ def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
               "rope_theta": 10000.0, "rope_scaling": None, "attention_bias": False,
               "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": BOS,
               "eos_token_id": EOS, "use_cache": True, "torch_dtype": "float16"}
-    llama = Decoder(DecoderConfig(**{k: config[k]
-                                     for k in DecoderConfig.__dataclass_fields__ if k in config}))
+    fields = {k: config[k] for k in DecoderConfig.__dataclass_fields__ if k in config}
+    llama = Decoder(DecoderConfig(**fields))
     for name, p in llama.named_parameters():
-        if p.dim() == 2:
-            # .02 would drown the word after a layer
+        if p.dim() == 2:                        # words of .02 would drown after a layer
             nn.init.normal_(p, std=.5 if "embed_tokens" in name else .02)
-    # W_k = W_q: like attends to like, where looking up begins
-    for layer in llama.model["layers"]:
+    for layer in llama.model["layers"]:         # W_k = W_q: like finds like, as looking up needs
         nn.init.normal_(layer.self_attn.q_proj.weight, std=96 ** -.5)
         layer.self_attn.k_proj.weight.data.copy_(layer.self_attn.q_proj.weight)
     for step in (bar := tqdm(optimise(llama, steps, lr, weight_decay=.01), "LLaMA", steps)):
-        count = 1 if step < .1 * steps else rng.randint(1, 2) if step < .2 * steps else None      # easy scenes first
+        count = None                            # of objects: any. Easy scenes come first.
+        if step < .1 * steps:
+            count = 1
+        elif step < .2 * steps:
+            count = rng.randint(1, 2)
         ids, weights = text_batch(tokenizer, rng, batch, count)
         logits = llama.lm_head(llama(llama.model["embed_tokens"](ids[:, :-1])))  # (B,T,V)
         loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
@@ -286,7 +284,7 @@ def train_llama(tokenizer, rng, steps=4000, batch=32, lr=3e-3):
 
 @torch.no_grad()
 def reading(llama, tokenizer, number=200):
-    """Accuracy of answers about fresh scenes in words, {category: fraction}."""
+    """Measure the accuracy of answers about fresh scenes in words, {category: fraction}."""
     rng, right = random.Random(-1), {}
     for category in world.CATEGORIES:
         hits = 0

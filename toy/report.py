@@ -17,8 +17,7 @@ from look.runs import write_report
 
 
 def report(out: Path, stages: list[str], device: torch.device, dtype: torch.dtype) -> dict:
-    """Print MIR after each stage, accuracy and a few answers. Returns all of it, and writes it to
-    results.json."""
+    """Print MIR after each stage, accuracy and a few answers; write them to results.json too."""
     results = {"stages": {}, "mir": {}, "accuracy": {}, "shuffled": {}}
     for stage in stages:
         folder = checkpoints(out, stage)[-1]
@@ -33,29 +32,27 @@ def report(out: Path, stages: list[str], device: torch.device, dtype: torch.dtyp
     results["checkpoint"] = str(folder)
     write_json(out / "results.json", results)
     print(f"checkpoint {folder}; all numbers in {out / 'results.json'}")
-    # stage 1 learns captions: it cannot be asked
-    if "finetune" in stages:
-        write_report(out, *look_inside(out, folder, device, dtype))
-    else:
-        write_report(out)
+    answers, looks = [], []
+    if "finetune" in stages:        # stage 1 has learned captions, and cannot be asked
+        answers, looks = look_inside(out, folder, device, dtype)
+    write_report(out, answers, looks)
     return results
 
 
-def measure_stage(out: Path, stage: str, folder: Path, device: torch.device, dtype: torch.dtype) -> dict:
-    """MIR on validation questions, and the cross-entropy of the last tenth of the steps."""
+def measure_stage(out: Path, stage: str, folder: Path, device, dtype) -> dict:
+    """Return MIR on validation questions, and the cross-entropy of the last tenth of the steps."""
     model = load_model(folder, dtype=dtype, device=device)
     images = out / "data" / "images"
     pairs = read_pairs(out / "data" / "val.jsonl", images, 100)
     measured = mir.measure(model, pair_batches(folder, pairs, images))
-    losses = [row["ce"] for row in read_jsonl(out / "metrics.jsonl") if row["stage"] == stage
-              and "ce" in row]
+    rows = read_jsonl(out / "metrics.jsonl")
+    losses = [row["ce"] for row in rows if row["stage"] == stage and "ce" in row]
     last = losses[-max(1, len(losses) // 10):]
     return {**measured, "ce": sum(last) / len(last)}
 
 
-def ask_questions(out: Path, folder: Path, results: dict, device: torch.device, dtype: torch.dtype) -> None:
-    """Ask the test questions, with their own and with shuffled images. Puts accuracies into
-    `results`."""
+def ask_questions(out: Path, folder: Path, results: dict, device, dtype) -> None:
+    """Ask the test questions, also about shuffled images. Puts accuracies into `results`."""
     flags = evaluate.Config(ckpt=str(folder), overwrite=True, batch_size=256)
     reports = {r["name"]: r for r in evaluate.evaluate(flags, Ranks(0, 1, device, dtype))}
     for name in ("test", "composition"):
@@ -72,16 +69,15 @@ def ask_questions(out: Path, folder: Path, results: dict, device: torch.device, 
         print(f"{Path(r['image']).name}  {r['prompt']}  → {r['prediction']}  ({verdict})")
 
 
-def look_inside(out: Path, folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[list[dict], list[dict]]:
-    """Gather what happens inside at a question of every category. Returns it for six answers, and
-    for one more look."""
+def look_inside(out: Path, folder: Path, device, dtype) -> tuple[list[dict], list[dict]]:
+    """Gather what happens inside at a question of every category. Returns six answers, one look."""
     assistant = evaluate.Assistant.from_checkpoint(folder, device, dtype)
     rows, answers, looks = read_jsonl(out / "data" / "test.jsonl"), [], []
     for row in rows[::len(rows) // 6 + 1]:
         image = open_image(out / "data" / "images" / row["image"])
         look = gather(assistant, folder.name, image, row["text"], 16)
-        answers.append({**look, "wanted": row["answer"],
-                        "right": exact(look["answer"], row["answer"])})
+        right = exact(look["answer"], row["answer"])
+        answers.append({**look, "wanted": row["answer"], "right": right})
         if row["category"] == "colour":
             looks = [look]
     return answers, looks

@@ -8,8 +8,7 @@ composition.jsonl (pairs that training never shows). The same seed gives the sam
 
 A scene is a tuple of objects (row, column, colour, shape) in reading order. A shape occurs at most
 once, so that "the circle" names one object. Every phrase puts the noun last ("top left red
-circle"): a causal model then has all it needs at the word that names the object, in the text as in
-the question.
+circle"): at the word that names the object, a causal model has read all that it needs.
 """
 import argparse
 import hashlib
@@ -27,21 +26,18 @@ COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230),
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")          # no word in common with ROWS
 NUMBERS = ("one", "two", "three")              # objects in a scene
-# Shown in composition.jsonl alone.
-HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}
+HELD_OUT = {("red", "circle"), ("green", "square"), ("blue", "triangle")}     # never trained
 CATEGORIES = ("existence", "adversarial", "count", "colour", "row", "column")
-# How often stage 2 asks each: more of what is learned late.
-MIX = (1, 2, 1, 2, 6, 7)
+MIX = (1, 2, 1, 2, 6, 7)                       # how often stage 2 asks each: the hard ones more
 REQUESTS = ("Describe the picture.", "What is in the picture?", "Write a caption.",
             "What do you see?")
-# Pixels: the tiny CLIP's patch size, so one cell is one image token.
-CELL = 16
+CELL = 16                                      # pixels: the tiny CLIP's patch, so one image token
 SIZE = 3 * CELL
 
 
 # ------------------------------------------------------------------------------------------- scenes
 def draw_scene(rng, count=None):
-    """A random scene of `count` objects (1 to 3 if None)."""
+    """Draw a random scene of `count` objects (1 to 3 if None)."""
     count = count or rng.randint(1, 3)
     cells = sorted(rng.sample(range(9), count))
     shapes = rng.sample(SHAPES, count)
@@ -50,24 +46,24 @@ def draw_scene(rng, count=None):
 
 
 def split_of(scene):
-    """The split of a scene, whatever the seed: by its hash; "composition" if it shows a held-out
-    pair."""
+    """Return the split of a scene. It depends on the scene alone, so splits never overlap."""
     if any((colour, shape) in HELD_OUT for _, _, colour, shape in scene):
         return "composition"
-    part = hashlib.md5(repr(scene).encode()).digest()[0]
-    return "test" if part < 26 else "val" if part < 52 else "train"  # about 10, 10 and 80 %
+    part = hashlib.md5(repr(scene).encode()).digest()[0]       # 0 to 255: about 10, 10 and 80 %
+    if part < 26:
+        return "test"
+    return "val" if part < 52 else "train"
 
 
 def draw_from(split, rng, count=None):
-    """A random scene of one split."""
+    """Draw a random scene of one split."""
     while split_of(scene := draw_scene(rng, count)) != split:
         pass
     return scene
 
 
 def render(scene, rng):
-    """The picture, SIZE x SIZE RGB: drawn twice as large, then averaged down; size, place and
-    colour vary a little."""
+    """Draw the picture, SIZE x SIZE RGB, from one twice as large. Sizes, places, colours vary."""
     image = Image.new("RGB", (2 * SIZE, 2 * SIZE), tuple(rng.randint(25, 45) for _ in range(3)))
     pen = ImageDraw.Draw(image)
     for row, column, colour, shape in scene:
@@ -89,22 +85,22 @@ def render(scene, rng):
 
 # --------------------------------------------------------------------------------------------- text
 def short_caption(scene, rng):
-    return " and ".join(f"a {colour} {shape}"
-                        for _, _, colour, shape in rng.sample(scene, len(scene)))
+    things = rng.sample(scene, len(scene))
+    return " and ".join(f"a {colour} {shape}" for _, _, colour, shape in things)
 
 
 def long_caption(scene, rng):
-    """Everything there is to say, the objects in any order."""
+    """Return everything there is to say, the objects in any order."""
     return ", ".join(" ".join(thing) for thing in rng.sample(scene, len(scene)))
 
 
 def caption(scene, rng):
-    """A caption for stage 1: two in three are long."""
+    """Return a caption for stage 1: two in three are long."""
     return short_caption(scene, rng) if rng.random() < 1 / 3 else long_caption(scene, rng)
 
 
 def questions(scene, category, hard=True, avoid=HELD_OUT):
-    """Everything that can be asked about a scene in one category, {answer: [questions]}. A pair of
+    """Return all that can be asked about a scene in one category, {answer: [questions]}. A pair of
     `avoid` is named only if the scene shows it. Existence denies an absent shape; adversarial, as
     POPE, what is likely: a shape that is there, in another colour, and if `hard` (where the scene
     allows) in the colour of a neighbour."""
@@ -114,24 +110,28 @@ def questions(scene, category, hard=True, avoid=HELD_OUT):
               for row, column, colour, shape in scene}
     if category in ("existence", "adversarial"):
         shown = [(colour, shape) for _, _, colour, shape in scene]
-        absent = [(c, s) for c in COLOURS for s in SHAPES
-                  if (s in shapes) == (category == "adversarial") and (c, s) not in avoid
-                  and (c, s) not in shown]
-        swapped = [(c, s) for c, s in absent if c in [colour for colour, _ in shown]]
-        absent = swapped if hard and swapped and category == "adversarial" else absent
-        return {a: [f"Is there a {c} {s}?" for c, s in pairs]
-                for a, pairs in (("Yes", shown), ("No", absent))}
-    text = {"colour": "What colour is the", "row": "Which row has the", "column": "Which column has the"}[category]
+        taken = set(shown) | set(avoid)
+        others = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in taken]
+        absent = [(c, s) for c, s in others if s not in shapes]
+        if category == "adversarial":
+            absent = [(c, s) for c, s in others if s in shapes]
+            swapped = [(c, s) for c, s in absent if c in [colour for colour, _ in shown]]
+            if hard and swapped:
+                absent = swapped
+        return {"Yes": [f"Is there a {c} {s}?" for c, s in shown],
+                "No": [f"Is there a {c} {s}?" for c, s in absent]}
+    texts = {"colour": "What colour is the", "row": "Which row has the",
+             "column": "Which column has the"}
     answers = {}
     for shape, thing in shapes.items():
-        answers.setdefault(thing[category], []).append(f"{text} {shape}?")
+        answers.setdefault(thing[category], []).append(f"{texts[category]} {shape}?")
     return answers
 
 
 def ask(scene, category, rng, avoid=HELD_OUT):
-    """A random (question, answer) to learn from. Existence is affirmed more often in fuller scenes,
-    as comes naturally: with Yes and No equally likely in every picture, neither picture nor
-    question alone would tell anything, and learning stalls."""
+    """Draw a (question, answer) to learn from. Existence is affirmed more often in fuller scenes:
+    with Yes and No equally likely in every picture, neither picture nor question alone would tell
+    anything, and learning stalls."""
     options = questions(scene, category, hard=rng.random() < .5, avoid=avoid)
     answer = rng.choice(sorted(options))
     if category == "existence":
@@ -140,7 +140,7 @@ def ask(scene, category, rng, avoid=HELD_OUT):
 
 
 def conversation(scene, turns, rng):
-    """`turns` different (question, answer) pairs."""
+    """Draw `turns` different (question, answer) pairs."""
     asked = {}
     while len(asked) < turns:
         asked.update([ask(scene, rng.choices(CATEGORIES, MIX)[0], rng)])
@@ -153,8 +153,7 @@ def turn(speaker, text):
 
 
 def write_samples(path, samples):
-    """Write a JSON list, one sample a line. (json.dumps with an indent runs in pure Python: five
-    times as slow.)"""
+    """Write a JSON list, one sample a line: five times as fast as json.dumps with an indent."""
     path.write_text("[\n" + ",\n".join(json.dumps(s) for s in samples) + "\n]\n")
 
 
@@ -166,8 +165,9 @@ def make_training(out, rng, images, conversations):
         pretrain.append({"id": name, "image": f"{name}.png", "conversations": [
             turn("human", "<image>\n" + rng.choice(REQUESTS)), turn("gpt", caption(scene, rng))]})
         for j in range(conversations):
-            turns = [turn(*t) for q, a in conversation(scene, 4, rng)
-                     for t in (("human", q), ("gpt", a))]
+            turns = []
+            for question, answer in conversation(scene, 4, rng):
+                turns += [turn("human", question), turn("gpt", answer)]
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             finetune.append({"id": f"{name}_{j}", "image": f"{name}.png", "conversations": turns})
     write_samples(out / "pretrain.json", pretrain)
@@ -175,32 +175,38 @@ def make_training(out, rng, images, conversations):
 
 
 def make_questions(out, rng, split, scenes):
-    """Asks every scene one question of every category, always for the answer that was right least
-    often so far."""
+    """Ask every scene one question of every category, for the answer that was right least often."""
     lines, seen = [], {category: {} for category in CATEGORIES}
     for i in range(scenes):
         scene, name = draw_from(split, rng, count=i % 3 + 1), f"{split}_{i:06d}"
         render(scene, rng).save(out / "images" / f"{name}.png", compress_level=1)
         for category, counts in seen.items():
             options = questions(scene, category)
-            if split == "composition" and category != "count":       # ask about the unseen pair
-                new = tuple(f" {shape}?" for _, _, colour, shape in scene
-                            if (colour, shape) in HELD_OUT)
-                options = {a: about for a, texts in options.items()
-                           if (about := [t for t in texts if t.endswith(new)
-                                         or (a, category) == ("No", "existence")])}
+            if split == "composition" and category != "count":
+                options = about_unseen(scene, category, options)
             answer = min(sorted(options), key=lambda a: (counts.get(a, 0), rng.random()))
             counts[answer] = counts.get(answer, 0) + 1
-            lines.append({"question_id": f"{name}_{category}", "image": f"{name}.png",
-                          "text": rng.choice(options[answer]), "answer": answer,
-                          "category": category})
+            text = rng.choice(options[answer])
+            lines.append({"question_id": f"{name}_{category}", "image": f"{name}.png", "text": text,
+                          "answer": answer, "category": category})
     (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def about_unseen(scene, category, options):
+    """Keep the questions about the pair that training never shows, and existence's No."""
+    unseen = tuple(f" {shape}?" for _, _, colour, shape in scene if (colour, shape) in HELD_OUT)
+    kept = {}
+    for answer, texts in options.items():
+        if (answer, category) != ("No", "existence"):
+            texts = [text for text in texts if text.endswith(unseen)]
+        if texts:
+            kept[answer] = texts
+    return kept
+
+
 def make(out, seed=1, images=12000, conversations=4, scenes=300):
-    """Writes one data set to the folder `out`: `images` training pictures, each with a caption and
-    `conversations` conversations; `scenes` pictures for each question file, each asked one question
-    of every category."""
+    """Write one data set to the folder `out`: `images` training pictures, each with a caption and
+    `conversations` conversations; `scenes` pictures for each question file."""
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     print(f"making the toy: {images:,} pictures with captions and conversations", flush=True)
