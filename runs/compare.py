@@ -30,7 +30,8 @@ def numbers_of(results: dict) -> dict[str, float]:
         rows |= {"unseen pairs": unseen["mean"], "unseen colour": unseen["colour"],
                  "unseen adversarial": unseen["adversarial"],
                  "shuffled": results["shuffled"]["test"]["mean"]}
-    rows["caption CE, 1"] = results["stages"][ONE]["ce"]
+    if ONE in results["stages"]:
+        rows["caption CE, 1"] = results["stages"][ONE]["ce"]
     for n, stage in [(1, ONE), (2, TWO)]:
         if stage in results["stages"]:
             rows |= {f"{name}, {n}": results["stages"][stage][key] for name, key in SCALES.items()}
