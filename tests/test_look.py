@@ -464,6 +464,24 @@ def test_a_console_error_or_a_request_is_noticed(tmp_path):
 
 @pytest.mark.slow
 @needs_browser
+@pytest.mark.parametrize("width", [1400, 390])
+def test_the_page_of_training_data_opens_without_a_complaint_and_fits(small_world, tmp_path, width):
+    done = call("hub", "check", small_world / "finetune.json", "--images", small_world / "images", "--llm", "toy/llm",
+                "--vision", "toy/clip", "--show", "3", "--vdep", "--out", tmp_path / "page.html")
+    assert done.returncode == 0, done.stderr
+    browser = Browser(width, 900)
+    try:
+        browser.open(tmp_path / "page.html")
+        assert browser.run("document.querySelectorAll('img').length") == 6
+        assert browser.run("[...document.images].every(image => image.naturalWidth > 0)")
+        assert browser.run("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+        assert not browser.complaints, browser.complaints
+    finally:
+        browser.close()
+
+
+@pytest.mark.slow
+@needs_browser
 def test_the_page_reads_out_the_numbers_that_were_gathered(assistant, picture, seen, tmp_path):
     write_page(tmp_path / "page.html", "one",
                [gather(assistant, "random", picture, "What is this?", max_new=5)])
