@@ -1,7 +1,6 @@
 """BASIC: the outputs of the shallow layers at the image positions supervise the projector.
 
-Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025,
-arXiv 2508.06895.
+Boosting Visual Alignment with Intrinsic Refined Embeddings in MLLMs (BASIC), ICCV 2025, arXiv 2508.06895.
 
     V̂ = Σ_{i=1..k} w_i Ṽ_i,  w_i = i² / Σ_j j²                      k = L/2                           (4)
     a_i ∝ text → image attention, averaged over layers 1..k, heads and text rows;  Σ_i a_i = 1        (5)

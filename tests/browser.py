@@ -1,7 +1,7 @@
 """A headless Chromium spoken to over a pipe: opens a page, moves the pointer, takes screenshots, collects complaints.
 
-Chrome DevTools Protocol: JSON messages that end in a zero byte, on file descriptors 3 (to it) and 4
-(from it)."""
+Chrome DevTools Protocol: JSON messages that end in a zero
+byte, on file descriptors 3 (to it) and 4 (from it)."""
 import base64
 import json
 import os

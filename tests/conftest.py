@@ -20,8 +20,7 @@ def program_server():
     start_server()
 
 
-# Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization
-# reach.
+# Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization reach.
 LLAMA_PIECES = {
     "USER": 11889, "▁US": 3148, "ER": 1001, ":": 29901, "▁": 29871, "What": 5618, "▁is": 338,
     "▁this": 445, "?": 29973, "▁A": 319, "SS": 1799, "IST": 9047, "ANT": 13566, "▁cat": 6635,
@@ -34,8 +33,8 @@ LLAMA_PIECES = {
 
 @pytest.fixture(scope="session")
 def llama_tokenizer() -> Tokenizer:
-    """Llama-2's tokenizer, cut down to those pieces: each is built by merging its characters from
-    the left."""
+    """Llama-2's tokenizer, cut down to those pieces: each
+    is built by merging its characters from the left."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)},
              **LLAMA_PIECES}
     merges = []
@@ -86,8 +85,7 @@ def small_world(tmp_path_factory) -> Path:
 
 
 def command(small_world, out, stage="finetune", steps=STEPS, **options) -> list[str]:
-    """Return the command line of a run on the small world, with rates at which it learns
-    quickly."""
+    """Return the command line of a run on the small world, with rates at which it learns quickly."""
     defaults = {"stage": stage, "data": small_world / f"{stage}.json",
                 "images": small_world / "images", "out": out, "global-batch": 16,
                 "projector-scale": 8, "max-steps": steps, "workers": 0, "dtype": "float32"}
@@ -103,8 +101,8 @@ def command(small_world, out, stage="finetune", steps=STEPS, **options) -> list[
 
 @pytest.fixture(scope="session")
 def trained(small_world, tmp_path_factory) -> dict[str, Path]:
-    """A run of each stage, by one process with one micro-batch a step: what others must equal. Read
-    only."""
+    """A run of each stage, by one process with one
+    micro-batch a step: what others must equal. Read only."""
     outs = {}
     for stage in ("pretrain", "finetune"):
         outs[stage] = tmp_path_factory.mktemp("trained") / stage

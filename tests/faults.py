@@ -68,8 +68,8 @@ class Run:
         return self
 
     def children(self) -> list[int]:
-        """Return the process ids of the ranks under torchrun, or without it of the processes that
-        prepare batches."""
+        """Return the process ids of the ranks under torchrun,
+        or without it of the processes that prepare batches."""
         return [int(p) for p in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()]
 
     def end(self, within: float = LIMIT) -> tuple[int, str, float]:
@@ -84,8 +84,8 @@ class Run:
         return [json.loads(line)["loss"] for line in (self.out / "metrics.jsonl").open()]
 
     def finish(self, like: "Run", *flags) -> str:
-        """Resume, and check that every step and every weight equals those of `like`. Returns the
-        output."""
+        """Resume, and check that every step and every weight
+        equals those of `like`. Returns the output."""
         out, err = self.start("--resume", *flags).process.communicate(timeout=LIMIT)
         assert self.process.returncode == 0, err
         assert self.losses() == like.losses(), "a step differs from those of the undisturbed run"
@@ -102,8 +102,7 @@ def undisturbed(data: Path, out: Path, ranks: int) -> Run:
 
 
 # ----------------------------------------------------------------------------------------- the rows
-# Each takes (data, a new folder, the undisturbed runs by number of ranks), and returns what the
-# user saw.
+# Each takes (data, a new folder, the undisturbed runs by number of ranks) and returns what the user saw.
 def killed_rank(data, out, whole):
     """kill -9 of one of two ranks that share the model"""
     run = Run(data, out, 2).start().at(5)
@@ -305,8 +304,8 @@ def changed_data(data, out, whole):
 
 
 def full_disk_at_the_start(data, out, whole):
-    """the disk is full at the first write of `train.py --out OUT` (a tmpfs of 8 kB), then the same
-    command"""
+    """the disk is full at the first write of `train.py
+    --out OUT` (a tmpfs of 8 kB), then the same command"""
     out.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(out)], check=True)
     try:
@@ -335,8 +334,8 @@ def infinite_weights(data, out, whole):
 
 
 def refused_inputs(data, out, whole):
-    """spoiled files, impossible flags, places that cannot be written and a full disk, for every
-    command"""
+    """spoiled files, impossible flags, places that cannot
+    be written and a full disk, for every command"""
     done = subprocess.run([sys.executable, ROOT / "tests" / "refusals.py"], capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

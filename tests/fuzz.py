@@ -404,8 +404,7 @@ def build_models(base: Path) -> None:
     (base / "phi" / "vocab.json").write_text(json.dumps(model["vocab"]))
     (base / "phi" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
 
-    # A stage-2 checkpoint, a stage-1 run that stopped after its first step, and a finished
-    # evaluation.
+    # A stage-2 checkpoint, a stage-1 run that stopped after its first step, and a finished evaluation.
     for words in (FINETUNE, "mv new/finetune-1 ckpt", "mv new whole",
                   RESUME.replace(" --resume", ""), OWN.replace("--out new", "--out done")):
         code, said = 0, ""
@@ -421,8 +420,7 @@ def build_models(base: Path) -> None:
 
 # ------------------------------------------------------------------------------------------- a case
 def limit() -> float:
-    """Return the seconds that a case may take: more if other programs want this machine's cores
-    too."""
+    """Return the seconds that a case may take: more if other programs want this machine's cores too."""
     return SECONDS * max(1.0, os.getloadavg()[0] / os.cpu_count())
 
 
@@ -454,8 +452,8 @@ def start(command: str | list[str], log: Path, cwd: Path) -> tuple[int, float, P
 
 
 def wait(started: tuple, block: bool = True):
-    """Return (exit code, errors, seconds, peak memory in bytes); None while it runs, unless block.
-    Too late: killed."""
+    """Return (exit code, errors, seconds, peak memory in bytes);
+    None while it runs, unless block. Too late: killed."""
     pid, began, log = started
     done, status, usage = os.wait4(pid, os.WNOHANG)
     while not done:

@@ -258,8 +258,8 @@ def docvqa_test(root: Path) -> Case:
 
 
 def pope(root: Path) -> Case:
-    """Two questions a category about one image; adversarial in another order than its labels.
-    Right: 2, 1, 0."""
+    """Two questions a category about one image; adversarial
+    in another order than its labels. Right: 2, 1, 0."""
     words = {"adversarial": [("snowboard", "yes"), ("car", "no")],
              "random": [("dog", "yes"), ("cat", "no")], "popular": [("cup", "yes"), ("tie", "no")]}
     rows, first = [], {"adversarial": 0, "random": 10 ** 7, "popular": 2 * 10 ** 7}
@@ -273,8 +273,7 @@ def pope(root: Path) -> Case:
                          "category": name, "text": line["text"] + SHORT})
     jsonl(root / "llava_pope_test.jsonl", rows)
     picture(root / "images/COCO_val2014_000000310196.jpg")
-    # adversarial: car no, snowboard yes: F1 1. random: yes yes: P 1/2, R 1, F1 2/3. popular: no
-    # yes: 0.
+    # adversarial: car no, snowboard yes: F1 1. random: yes yes: P 1/2, R 1, F1 2/3. popular: no yes: 0.
     return Case("pope", [r["text"] for r in rows],
                 ["No, there is not", "Yes", "Yes.", "Nope", "no", "NO"],
                 {"f1": 100 * (1 + 2 / 3) / 3,
@@ -295,8 +294,8 @@ def pope_raw(root: Path) -> Case:
 
 
 def mme(root: Path) -> Case:
-    """Both layouts of a category, and a question with two spaces before "Please". Right of each
-    two: 2, 1, 0."""
+    """Both layouts of a category, and a question with two
+    spaces before "Please". Right of each two: 2, 1, 0."""
     release = root / "MME_Benchmark_release_version"
     (release / "code_reasoning").mkdir(parents=True)
     (release / "code_reasoning/0020.txt").write_text("Is it Hello?  Please answer yes or no.\tYes\n"
@@ -413,16 +412,15 @@ STAR = [f"Which {n}?\nOptions: A: a cat, B: a dog, C: no, nothing, D: all" + LET
 
 
 def mmstar(root: Path) -> Case:
-    """geometry 1 of 2, statistical 1 of 1, code 0 of 1: average of three 50, of areas 75 and 0, of
-    questions 50."""
+    """geometry 1 of 2, statistical 1 of 1, code 0 of 1:
+    average of three 50, of areas 75 and 0, of questions 50."""
     tsv(root / "MMStar.tsv", star_rows(lambda n: b64(n)))
     return Case("mmstar", STAR, ["A", "A", "no, nothing", "none"],
                 {"average": 50.0, "accuracy": 50.0, "category": {"math": 75.0, "logical reasoning": 0.0}}, [0, 1, 2, 3])
 
 
 def mmmu(root: Path) -> Case:
-    """TinyLLaVA's file: prompts are ready to be asked; a question with several images has no
-    image."""
+    """TinyLLaVA's file: prompts are ready to be asked; a question with several images has no image."""
     rows = [("validation_Art_1", "multiple-choice", "Who?\nA. Klee\nB. Miro\n\nAnswer",
              {"A": "Klee", "B": "Miro"}),
             ("validation_Math_2", "open", "How much?\n\nAnswer", None),
@@ -689,8 +687,8 @@ def mmvet_lmms(root: Path) -> Case:
 
 
 def refcoco(root: Path, flags: tuple = ()) -> Case:
-    """Two regions of one picture. Each answer equals its reference of four words: 10 of 10 for n =
-    1 to 4."""
+    """Two regions of one picture. Each answer equals its
+    reference of four words: 10 of 10 for n = 1 to 4."""
     parquet(root / "data/val-00000-of-00001.parquet", [
         {"question_id": str(n), "image": cell(), "question": "Please carefully observe",
          "answer": [said], "segmentation": [2.0, 2.0, 9.0, 2.0 + n, 9.0, 9.0],

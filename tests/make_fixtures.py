@@ -66,8 +66,8 @@ KEPT = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:
-    """Draw the weights from the seed and the sorted names, not from the order in which transformers
-    builds modules."""
+    """Draw the weights from the seed and the sorted names, not
+    from the order in which transformers builds modules."""
     with torch.no_grad():
         for i, (name, p) in enumerate(sorted(model.named_parameters())):
             generator = torch.Generator().manual_seed(1000 * seed + i)

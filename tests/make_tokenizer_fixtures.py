@@ -1,5 +1,5 @@
-"""Write tests/fixtures/tokenizers. Run by hand: python tests/make_tokenizer_fixtures.py (needs
-sentencepiece).
+"""Write tests/fixtures/tokenizers. Run by hand: python
+tests/make_tokenizer_fixtures.py (needs sentencepiece).
 
 Two small SentencePiece models, trained on generated text, and the ids that sentencepiece gives to
 generated strings:
@@ -70,8 +70,8 @@ def lines(number: int = 4000):
 
 
 def fuzz_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
-    """Return strings of words, overlapping parts of the model's `pieces`, odd characters and long
-    runs."""
+    """Return strings of words, overlapping parts of the
+    model's `pieces`, odd characters and long runs."""
     chance, vocabulary = Chance(seed), words()
     pieces = [p.replace("▁", " ") for p in pieces]
     out = []
@@ -108,8 +108,8 @@ def special_strings(number: int, seed: int, pieces: list[str]) -> list[str]:
 
 
 def load(name: str):
-    """Return the stored arrays: "crc", "ids", "ids_lengths", "decodes"; for llama also the ids
-    under each rule."""
+    """Return the stored arrays: "crc", "ids", "ids_lengths",
+    "decodes"; for llama also the ids under each rule."""
     with np.load(FOLDER / f"{name}.npz") as f:
         return {k: f[k] for k in f.files}
 
@@ -156,8 +156,8 @@ def train(name: str) -> bytes:
 
 
 def old_4_31(sp, segments: list[str]) -> list[int]:
-    """Encode as transformers 4.31.0 with legacy=False: its _tokenize on the text between special
-    tokens."""
+    """Encode as transformers 4.31.0 with legacy=False:
+    its _tokenize on the text between special tokens."""
     ids = []
     for n, text in enumerate(segments):
         if n:

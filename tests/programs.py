@@ -40,8 +40,7 @@ SERVER.set_forkserver_preload(["programs", "train", "toy.report", "hub.check", "
 
 
 def start_server() -> None:
-    """Start the server that programs are forked from, with the environment that they are to
-    have."""
+    """Start the server that programs are forked from, with the environment that they are to have."""
     before = dict(os.environ)
     os.environ.update(QUIET)
     forkserver.ensure_running()
@@ -157,8 +156,7 @@ def launch(*words, ranks: int = 1, **options) -> subprocess.CompletedProcess:
 
 
 def shell(*words, ranks: int = 1, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    """Run a program in a new Python, or as ranks of torchrun itself: for tests of what a shell
-    sees."""
+    """Run a program in a new Python, or as ranks of torchrun itself: for tests of what a shell sees."""
     python = [sys.executable]
     if ranks > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]

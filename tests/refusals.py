@@ -2,8 +2,8 @@
 
     python tests/refusals.py          every row with its command and its line, about half a minute
 
-Each row runs in a forked process, within 60 s and 1 GiB (fuzz.py). `python tests/faults.py` runs
-them too.
+Each row runs in a forked process, within 60 s and 1
+GiB (fuzz.py). `python tests/faults.py` runs them too.
 """
 import base64
 import io

@@ -111,8 +111,7 @@ def test_the_divergence_is_zero_at_equality_and_positive_elsewhere():
 
 @pytest.mark.parametrize("std", [0.02, 0.06, 0.1])
 def test_near_the_target_autocast_costs_no_accuracy(std):
-    """v 2 % away from v̂, word embeddings of this std: rounded logits of the two would hardly
-    differ."""
+    """v 2 % away from v̂, word embeddings of this std: rounded logits of the two would hardly differ."""
     g = torch.Generator().manual_seed(0)
     v_hat = torch.randn(2, 32, 256, generator=g)
     v = (v_hat + 0.02 * torch.randn(v_hat.shape, generator=g)).requires_grad_()

@@ -592,8 +592,7 @@ ASK = "Is there a circle?", "What colour is the circle?", "How many objects are 
 
 @pytest.fixture
 def world(tmp_path):
-    """Questions of different lengths about three images or none, those about one image not in a
-    row."""
+    """Questions of different lengths about three images or none, those about one image not in a row."""
     rows = []
     for n in range(14):
         image = {} if n % 5 == 4 else {"image": f"{n % 3}.png"}

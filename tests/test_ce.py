@@ -56,8 +56,7 @@ def test_the_first_label_has_nothing_to_be_predicted_from():
 
 
 def test_without_a_target_the_loss_is_zero_and_still_reaches_every_parameter():
-    """Else a rank whose micro-batch has no answer would leave the others waiting for its
-    gradient."""
+    """Else a rank whose micro-batch has no answer would leave the others waiting for its gradient."""
     h, labels, weight, bias = example(ignored=2.0)
     total, count = next_token_loss(h, labels, weight, bias)
     assert total == 0 and count == 0

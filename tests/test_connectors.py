@@ -44,8 +44,8 @@ def llava(name, **decoder) -> Llava:
 
 
 def batch_for(model) -> Batch:
-    """Three samples with an image, one of text, and one in VDEP mode, for the model's number of
-    image tokens."""
+    """Three samples with an image, one of text, and one in
+    VDEP mode, for the model's number of image tokens."""
     g, n = torch.Generator().manual_seed(1), model.image_tokens
     ids = torch.randint(3, 50, (5, 14), generator=g)
     image = torch.zeros(5, 14, dtype=torch.bool)
@@ -141,8 +141,7 @@ def test_the_q_former_is_its_equations():
 def test_the_q_former_has_the_size_of_bert_base():
     with torch.device("meta"):
         q = QFormer(1408, 768)
-    # 12 layers of BERT-base, 6 cross-attentions to 1408 dimensions, 32 queries, a norm, the last
-    # map
+    # 12 layers of BERT-base, 6 cross-attentions to 1408 dimensions, 32 queries, a norm, the last map
     layer = 4 * (768 * 768 + 768) + 2 * 768 * 3072 + 768 + 3072 + 4 * 768
     cross = 2 * (768 * 768 + 768) + 2 * (1408 * 768 + 768) + 2 * 768
     wanted = 12 * layer + 6 * cross + 32 * 768 + 2 * 768 + 768 * 768 + 768

@@ -162,8 +162,8 @@ def key():
 
 @pytest.fixture(scope="module")
 def earned(key):
-    """Texts of vista.py, run one after another, and names of items → for each the items whose
-    points it gets."""
+    """Texts of vista.py, run one after another, and names
+    of items → for each the items whose points it gets."""
     def run(texts: list[str], names: list[str]) -> list[list[str]]:
         chosen = [(item, want) for item, want in zip(key.items, key.want) if item.__name__ in names]
         with pytest.MonkeyPatch.context() as patch:

@@ -118,8 +118,7 @@ def test_long_conversations_are_cut_in_their_text(llama_tokenizer):
 
 
 def test_an_image_is_kept_whole_or_left_out(llama_tokenizer):
-    """An image that does not fit is left out with all that follows it. The text before it
-    remains."""
+    """An image that does not fit is left out with all that follows it. The text before it remains."""
     turns = [human("Why?"), gpt("a cat on a mat " * 100), human("<image>\nWhat is this?"),
              gpt("A cat.")]
     at = ids_of(turns, llama_tokenizer, image_tokens=576)[0].index(IMG)

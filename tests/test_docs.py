@@ -52,8 +52,8 @@ def small_toy() -> None:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A copy of the repository as a user has it, with a small world and the folders that the pages'
-    commands name."""
+    """A copy of the repository as a user has it, with a small
+    world and the folders that the pages' commands name."""
     clone = tmp_path_factory.mktemp("clone") / "nanoalign"
     shutil.copytree(ROOT, clone,
                     ignore=shutil.ignore_patterns(".*", "out", "__pycache__", "fixtures"))
@@ -80,8 +80,8 @@ def clone(tmp_path_factory) -> Path:
 
 
 def play(line: str, clone: Path) -> None:
-    """Run a command as printed, except: two steps instead of all, two processes instead of eight, a
-    small toy."""
+    """Run a command as printed, except: two steps instead
+    of all, two processes instead of eight, a small toy."""
     words, ranks = shlex.split(line), 1
     if words[0] in ("pip", "pytest"):
         assert line in (ROOT / ".ci" / "run").read_text().replace("--quiet ", ""), f".ci/run does not run `{line}`"

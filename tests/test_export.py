@@ -81,8 +81,7 @@ def exported(run, tmp_path_factory):
 
 
 def made(folder: Path, tower: dict, text: dict, template: str, layer: int = -2) -> Path:
-    """Make a checkpoint of random weights, with the toy's tokenizer and the tower's
-    preprocessing."""
+    """Make a checkpoint of random weights, with the toy's tokenizer and the tower's preprocessing."""
     torch.manual_seed(0)
     vit, llm = ViT(VisionConfig(**tower)), Decoder(DecoderConfig(**text))
     model = Llava(vit, Projector(tower["hidden_size"], text["hidden_size"]), llm, layer)

@@ -1,7 +1,7 @@
 """Every family of models: the values of transformers, each flag of each family, each layout of released checkpoints.
 
-The fixtures are tiny models with golden values, written by tests/make_fixtures.py. transformers is
-not needed here.
+The fixtures are tiny models with golden values, written by
+tests/make_fixtures.py. transformers is not needed here.
 """
 import dataclasses
 import functools
@@ -292,8 +292,7 @@ def store(folder, config, tensors, layout="safetensors"):
 
 
 def renamed(tensors, *rules):
-    """Rename each tensor by the first rule whose pattern its name begins with; None drops the
-    tensor."""
+    """Rename each tensor by the first rule whose pattern its name begins with; None drops the tensor."""
     out = {}
     for name, t in tensors.items():
         for pattern, new in rules:
@@ -390,8 +389,8 @@ def defaults():
 
 
 def terse(c):
-    """Return the config without the fields that are the class's defaults, as transformers writes a
-    nested config."""
+    """Return the config without the fields that are the class's
+    defaults, as transformers writes a nested config."""
     c = {k: terse(v) if isinstance(v, dict) and k.endswith("_config") else v for k, v in c.items()}
     known = defaults().get(c.get("model_type"), {})
     c = {k: v for k, v in c.items() if k not in known or v != known[k]}

@@ -21,8 +21,8 @@ KINDS = {
 
 
 def questions():
-    """(ids, masks, image_index, pixels): groups of different sizes with prefixes of different
-    lengths, shuffled."""
+    """(ids, masks, image_index, pixels): groups of different
+    sizes with prefixes of different lengths, shuffled."""
     g = torch.Generator().manual_seed(1)
 
     def words(n):
@@ -49,8 +49,8 @@ def questions():
 
 
 def alone(model, ids, masks, index, pixels):
-    """Answer each prompt alone, by a full forward pass for every token. Returns answers and logits
-    (B,new,V)."""
+    """Answer each prompt alone, by a full forward pass for
+    every token. Returns answers and logits (B,new,V)."""
     answers, logits = zip(*[without_cache(model, i, m, pixels[n], NEW)
                             for i, m, n in zip(ids, masks, index)])
     return list(answers), torch.stack(logits)

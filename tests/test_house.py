@@ -5,8 +5,8 @@
     {model, data, methods} ← losses  {hub, evaluation} ← evaluate      all of them ← train
     {model, data} ← hub              common ← course
 
-A room is a folder, or one of the six files on top. A file may import what lies below its room, at
-any depth.
+A room is a folder, or one of the six files on top. A
+file may import what lies below its room, at any depth.
 """
 import ast
 from pathlib import Path
@@ -39,8 +39,8 @@ def room_of(module: str) -> str:
 
 
 def imports_of(path: Path) -> list[tuple[str, int]]:
-    """Return (module, line) of everything that a file imports from this repository, also inside
-    functions."""
+    """Return (module, line) of everything that a file
+    imports from this repository, also inside functions."""
     ours = {p.name if p.is_dir() else p.stem for p in ROOT.iterdir() if p.is_dir()
             or p.suffix == ".py"}
     found = []
@@ -66,8 +66,8 @@ def all_below(room: str) -> set[str]:
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Return the nodes of one circle, its first node again at the end; an empty list if there is no
-    circle."""
+    """Return the nodes of one circle, its first node again
+    at the end; an empty list if there is no circle."""
     done = set()
 
     def visit(node: str, path: list[str]) -> list[str]:

@@ -78,8 +78,8 @@ def seen(assistant, picture) -> dict:
 
 
 def by_hand(a: Assistant, ids: torch.Tensor, image: torch.Tensor, picture: Image.Image):
-    """States (L+1 of (T,D)) and attention (L of (H,T,T)), one layer after the other with full
-    attention matrices."""
+    """States (L+1 of (T,D)) and attention (L of (H,T,T)), one
+    layer after the other with full attention matrices."""
     lm, T, c = a.model.language_model, len(ids), a.model.language_model.config
     x = lm.model["embed_tokens"].weight[ids].clone()
     x[image] = a.model.embed_images(a.processor(picture, True)[None])[0]
@@ -288,8 +288,8 @@ def test_a_released_folder_shows_the_numbers_of_the_checkpoint_it_was_made_from(
 
 
 def test_the_second_answer_sees_words_in_the_images_place(assistant, seen, reference, monkeypatch):
-    """Greedy, one token at a time, with the embeddings of the nearest words where the patches were,
-    without MoCa."""
+    """Greedy, one token at a time, with the embeddings of the
+    nearest words where the patches were, without MoCa."""
     inside, states, _ = reference
     lm, n = assistant.model.language_model, assistant.tokenizer.get_vocab_size()
     E = lm.model["embed_tokens"].weight.detach()
@@ -391,8 +391,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: a
 
 @pytest.fixture(scope="module")
 def large() -> Assistant:
-    """LLaVA-7B's shape as a page sees it: 576 patches, 32 layers and the projector, 32 heads,
-    32,000 words."""
+    """LLaVA-7B's shape as a page sees it: 576 patches, 32
+    layers and the projector, 32 heads, 32,000 words."""
     llama = load_tokenizer(ROOT / "tests/fixtures/tokenizers/llama")
     return random_assistant(24, moca=False, tokenizer=llama, hidden_size=64, intermediate_size=64,
                             num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32)

@@ -166,8 +166,7 @@ def test_vista_leaves_out_supervised_text_before_the_image():
 
 
 def test_in_vdeps_joint_mode_a_sample_adds_to_both_terms_the_same_number_as_in_either():
-    """Attention is causal: the caption, after the image, changes no state that predicts the
-    image."""
+    """Attention is causal: the caption, after the image, changes no state that predicts the image."""
     batch, model = rows(example(), [0]), tiny()
     batch.reconstruct[:] = True
     terms = {t.name: t.total for t in Objective(model, cfg("vdep"))(batch)}
@@ -234,8 +233,7 @@ def test_basic_scales_words_where_the_family_scales_them():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_basics_gradient_stops_at_the_projectors_input_where_the_vision_tower_is_trained(stage):
-    """The paper: the two losses "only influence the gradients of the vision projector
-    parameters"."""
+    """The paper: the two losses "only influence the gradients of the vision projector parameters"."""
     batch, gradients = example(), []
     for unlocked in (False, True):
         model = frozen(stage, moca=True)
@@ -330,11 +328,11 @@ class Waits(TorchDispatchMode):
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_micro_batch_never_waits_for_the_device(loss, stage):
-    """Which positions are selected is found before the batch is moved. Each such operation would
-    stop a GPU's queue."""
+    """Which positions are selected is found before the batch
+    is moved. Each such operation would stop a GPU's queue."""
     model = tiny(moca=True)
     with Waits() as waits:
-        example().places
+        assert example().places is not None
     assert waits.count > 3, "this test sees nothing"
     batch = example().to("cpu")
     with Waits() as waits:

@@ -435,8 +435,8 @@ def test_R10_tokens_are_those_of_the_Java_tokeniser(text, tokens):
 def test_R10_cider_by_hand():
     refs = [["Red cat."], ["blue dog"], ["cat", "owl"], ["big fox"], ["the"]]
     mean, scores = cider(["red cat", "dog", "cat cat", "", "the"], refs)
-    # Words and word pairs are weighted by ln 5 less ln of the number of cases that have them; "cat"
-    # is in two.
+    # Words and word pairs are weighted by ln 5 less ln of
+    # the number of cases that have them; "cat" is in two.
     w, cat = math.log(5), math.log(5) - math.log(2)
     assert scores[0] == pytest.approx(10 * (1 + 1 + 0 + 0) / 4), "no three words: cosines of n = 3 and 4 are 0"
     one = w * w / (w * math.hypot(w, w)) / 4
@@ -455,9 +455,9 @@ def test_R10_words_of_every_case_weigh_nothing_and_a_case_alone_has_no_rare_word
 
 @pytest.mark.parametrize("extra", [0, 1, 2, 6])
 def test_R10_the_length_of_a_sentence_is_its_number_of_bigrams_repeats_included(extra):
-    """Ten repeats of one unknown word change nothing but the hypothesis's norm and length: here the
-    unigram's cosine is w·w / (w·sqrt(w² + (extra·w)²)), and every word after the first adds one
-    bigram."""
+    """Ten repeats of one unknown word change nothing but the hypothesis's
+    norm and length: here the unigram's cosine is w·w / (w·sqrt(w² +
+    (extra·w)²)), and every word after the first adds one bigram."""
     _, (score, _) = cider(["cat" + " u" * extra, "q"], [["cat"], ["dog"]])
     assert score == pytest.approx(10 / math.hypot(1, extra) / 4 * math.exp(-extra ** 2 / 72))
 

@@ -142,8 +142,8 @@ def test_it_is_what_scipy_and_60_digits_give_whatever_the_rank_and_precision(cas
 
 
 def test_directions_that_hold_only_rounding_add_nothing():
-    """40 tokens in 300 dimensions: the eigenvalues that are rounding, 1e-16 each, would count with
-    their root, 1e-8."""
+    """40 tokens in 300 dimensions: the eigenvalues that are
+    rounding, 1e-16 each, would count with their root, 1e-8."""
     x, y = tokens(40, 300, 0), tokens(40, 300, 1)
     a, b = ((t - t.mean(0)) / 39 ** 0.5 for t in (x, y))
     root = torch.linalg.svdvals(torch.linalg.qr(a).R @ torch.linalg.qr(b).R.T).sum()
@@ -152,8 +152,7 @@ def test_directions_that_hold_only_rounding_add_nothing():
 
 
 def test_small_directions_count_beside_a_massive_one():
-    """As in language models, whose hidden states are thousands of times larger in a few
-    dimensions."""
+    """As in language models, whose hidden states are thousands of times larger in a few dimensions."""
     scale = torch.ones(20, dtype=torch.float64)
     scale[0] = 1e5
     x = tokens(200, 20, 0)
@@ -230,8 +229,7 @@ def by_factors_of_tokens(x, y):
 
 
 def test_where_squaring_would_lose_digits_singular_values_are_computed_as_such():
-    """Two subspaces at angles whose cosines span 1 to 1e-9: a spectrum that pivoting does not
-    order."""
+    """Two subspaces at angles whose cosines span 1 to 1e-9: a spectrum that pivoting does not order."""
     turn, (left, right) = torch.linalg.qr(tokens(80, 80, 0)).Q, (torch.linalg.qr(tokens(40, 40, s)).Q for s in (1, 2))
     cosine = torch.logspace(0, -9, 40, dtype=torch.float64)
     zeros = torch.zeros(40, 40, dtype=torch.float64)
@@ -290,8 +288,8 @@ def test_released_is_the_published_arithmetic_which_is_no_distance():
 
 
 def test_released_is_literal_also_where_it_drifts_from_its_fixed_point():
-    """A covariance of condition 1e3 and thus A of 1e6: without rounding the rounds would end at Tr
-    Σ_v Σ_t."""
+    """A covariance of condition 1e3 and thus A of 1e6:
+    without rounding the rounds would end at Tr Σ_v Σ_t."""
     scales = torch.logspace(0, -1.5, 40, dtype=torch.float64)
     turn = torch.linalg.qr(tokens(40, 40, 0)).Q
     covariance = turn * scales ** 2 @ turn.T

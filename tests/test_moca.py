@@ -73,8 +73,7 @@ def test_every_layer_has_a_map_of_its_own(layer):
 
 
 def kept_bytes(model, batch) -> int:
-    """Bytes that a forward keeps for its backward, each storage counted once; weights are not
-    counted."""
+    """Bytes that a forward keeps for its backward, each storage counted once; weights are not counted."""
     weights_kept = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
@@ -115,8 +114,7 @@ def test_it_acts_on_the_prompt_and_not_on_generated_tokens():
 
 
 def test_released_moca_checkpoints_load_with_their_maps(tower, whole, tmp_path):  # noqa: F811
-    """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in
-    config.json."""
+    """Their names: model.layers.N.modality_layernorm.{scale,shift}, with use_moca in config.json."""
     maps = {f"model.layers.{n}.modality_layernorm.{p}": torch.randn(16) for n in range(2)
             for p in ("scale", "shift")}
     tensors = {**renamed(tensors_of("llava"), *L, (r"vision_tower\.", None)), **maps}

@@ -229,8 +229,8 @@ def test_an_index_removes_what_killed_ones_left_but_not_one_being_written(tmp_pa
 # ------------------------------------------------------------------------------------ the same data
 @pytest.fixture
 def stopped(small_world, tmp_path):
-    """A run that was killed after its second checkpoint, on data and models of its own: (folder,
-    command to resume)."""
+    """A run that was killed after its second checkpoint, on
+    data and models of its own: (folder, command to resume)."""
     data = shutil.copytree(small_world, tmp_path / "data")
     for name in ("llm", "clip"):
         shutil.copytree(ROOT / "toy" / name, tmp_path / name)

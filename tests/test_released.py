@@ -111,8 +111,8 @@ def tinyllava(ckpt: Path, folder: Path, **fields) -> Path:
 
 
 def transformers_5(ckpt: Path, folder: Path) -> Path:
-    """The export as transformers 5.23 saves it again: image settings in processor_config.json,
-    rope_parameters."""
+    """The export as transformers 5.23 saves it again: image
+    settings in processor_config.json, rope_parameters."""
     assert call("hub", "export", ckpt, folder).returncode == 0
     processor = json.loads((folder / "processor_config.json").read_text())
     images = json.loads((folder / "preprocessor_config.json").read_text())
@@ -260,8 +260,8 @@ def test_mir_look_inspect_and_export_take_it_as_they_take_the_checkpoint(pair, s
 
 
 def test_stage_2_starts_from_all_of_it(pair, small_world, tmp_path, monkeypatch):
-    """At a rate of nothing the trained checkpoint is what it started from, image settings and MoCa
-    too."""
+    """At a rate of nothing the trained checkpoint is
+    what it started from, image settings and MoCa too."""
     ckpt, folder, flags = pair
     done = call("train.py", "--stage", "finetune", "--projector", folder, *parts(flags), "--data",
                 small_world / "finetune.json", "--images", small_world / "images", "--out",

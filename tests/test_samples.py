@@ -117,8 +117,8 @@ def test_a_jsonl_file_may_have_blank_lines_and_any_line_ends(tmp_path):
 
 
 def test_half_a_character_is_refused(tmp_path):
-    """No tokenizer takes it. Without this check, the run would end in the step that reaches this
-    sample."""
+    """No tokenizer takes it. Without this check, the run
+    would end in the step that reaches this sample."""
     path = tmp_path / "data.json"
     path.write_text(json.dumps([sample(0, "😀"), sample(1, "a \ud83d b")]))
     with pytest.raises(UserError, match=r"sample 1 \(id s1\) has half a character"):
@@ -217,8 +217,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, says):
 
 
 def test_an_open_file_takes_few_bytes_a_sample(tmp_path):
-    """A dict takes about 2,000. Few bytes let 8 ranks open 2 million samples (bench/data.py
-    measures it)."""
+    """A dict takes about 2,000. Few bytes let 8 ranks
+    open 2 million samples (bench/data.py measures it)."""
     path, n = tmp_path / "data.json", 20_000
     path.write_text(json.dumps([sample(i) for i in range(n)]))
     read_samples(path)

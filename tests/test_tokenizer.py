@@ -1,7 +1,7 @@
 """Tokenizers: the ids of sentencepiece, spaces after special tokens, offsets, which file is read, what is refused.
 
-make_tokenizer_fixtures.py made the models and the expected ids in fixtures/tokenizers with
-sentencepiece itself."""
+make_tokenizer_fixtures.py made the models and the expected
+ids in fixtures/tokenizers with sentencepiece itself."""
 import json
 import shutil
 import struct

@@ -211,8 +211,7 @@ def test_clip_matches_pictures_to_captions(tokenizer):
 
 
 def test_the_llama_reads_a_scene_in_words_better_than_by_guessing(tokenizer):
-    """It counts, and mostly knows what is there. Which thing is where is left to stage 2 to
-    learn."""
+    """It counts, and mostly knows what is there. Which thing is where is left to stage 2 to learn."""
     llama = Decoder(config_of(DecoderConfig,
                               json.loads((TOY / "llm" / "config.json").read_text()))).eval()
     llama.load_state_dict(load_file(TOY / "llm" / "model.safetensors"))

@@ -153,8 +153,7 @@ def steps_logged(out) -> int:
 
 
 def test_a_run_killed_at_any_moment_resumes_exactly(small_world, trained, tmp_path):
-    """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had
-    happened."""
+    """kill -9 between two checkpoints, twice, then to the end: every line as if nothing had happened."""
     out = tmp_path / "run"
     words = command(small_world, out, **{"save-every": 3})
     for resume, enough in [([], 4), (["--resume"], 8)]:

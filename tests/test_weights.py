@@ -41,8 +41,8 @@ def llm(tmp_path):
 
 @pytest.fixture
 def clip(tmp_path):
-    """Laid out as openai's repository: the tower nested in config.json, a text tower beside it in
-    the file."""
+    """Laid out as openai's repository: the tower nested
+    in config.json, a text tower beside it in the file."""
     folder = tmp_path / "clip"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": CLIP,
