@@ -1,4 +1,5 @@
 """LoRA, and the parts that --unlock-llm and --unlock-vision train."""
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -124,3 +125,10 @@ def test_stage_2_continues_with_everything_that_stage_1_trained(small_world, tmp
     assert done.returncode == 0, done.stderr
     a, b = tensors_of(path), tensors_of(tmp_path / "2" / "finetune-2")
     assert all(torch.equal(a[n], b[n]) for n in a if n.startswith("vision_tower"))
+
+    # A projector that reads another layer: a trained layer behind it would get no gradient.
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "vision_layer": -3}))
+    done = call(*command(small_world, tmp_path / "3", steps=2, projector=tmp_path / "1", vision=path, llm=path),
+                "--unlock-vision", "all")
+    assert done.returncode == 2 and "reads layer -3" in done.stderr, done.stderr

@@ -190,6 +190,10 @@ def load_start(cfg: TrainConfig, ckpt: Path | None, llm: nn.Module, vision_size:
         load_moca(source, llm, torch.float32, ranks.device)
     known = (source / "config.json").is_file()            # not beside mm_projector.bin alone
     layer = read_usage(source, cfg.vision).layer if known else -2
+    read = layer % (tower_config(cfg).num_hidden_layers + 1)          # how many layers of the tower
+    if cfg.unlock_vision != "none" and read != tower_config(cfg).num_hidden_layers - 1:
+        raise UserError(f"--unlock-vision trains towers that are read before their last layer, but {source} reads "
+                        f"layer {layer}: leave it out")
     width = llm.config.hidden_size
     projector = load_projector(source, vision_size, width, torch.float32, ranks.device)
     if cfg.connector and read_connector(cfg.connector) != read_connector(name_of(projector)):
