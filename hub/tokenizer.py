@@ -111,9 +111,13 @@ def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
 
 
 def read_gpt2(vocab: Path, merges: Path) -> Tokenizer:
-    """Return the byte-level BPE of GPT-2's two files (Phi-2). Raises UserError."""
+    """Return the byte-level BPE of GPT-2's two files (Phi-2), with or without BOM. Raises UserError."""
+    lines = merges.read_text(encoding="utf-8-sig").split("\n")
+    pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     try:
-        tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer = Tokenizer(models.BPE(read_json(vocab, dict), pairs))
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"{vocab} with merges.txt is not a tokenizer ({e}): download it again") from None
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

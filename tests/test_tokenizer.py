@@ -239,6 +239,9 @@ def test_gpt2_files(tmp_path):
             assert [tokenizer.id_to_token(i) for i in ids] == tokens
             assert {c for start, end in offsets for c in range(start, end)} == set(range(len(text)))
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    for name in ("vocab.json", "merges.txt"):               # a byte order mark changes nothing
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_tokenizer(tmp_path).to_str() == tokenizer.to_str()
     (tmp_path / "merges.txt").write_text("#version: 0.2\nq z\n")
     with pytest.raises(UserError, match="vocab.json with merges.txt is not a tokenizer "
                                         ".*download it again"):
