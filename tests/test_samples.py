@@ -2,13 +2,16 @@
 import base64
 import copy
 import io
+import itertools
 import json
 import os
 import pickle
 import re
+import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +21,8 @@ from programs import ROOT, call
 
 from common.flags import UserError
 from data import Format, ImageProcessor, Order, Samples, loader
-from hub.check import image_problems
+from hub import check
+from hub.check import image_problem, image_problems
 from hub.configs import load_processor
 from hub.samples import SampleFile, elements, image_key, read_samples
 
@@ -294,6 +298,20 @@ def test_each_image_is_checked_once_and_named(tmp_path):
     assert list(found) == ["empty.png", "absent.png", "folder", "bomb.png", "a\0b.png"]
     assert found["absent.png"] == "missing" and found["empty.png"] == "empty file" and "null" in found["a\0b.png"]
     assert "decompression bomb" in found["bomb.png"] and found["folder"] == "not a file"
+
+
+def test_images_on_a_slow_disk_are_checked_by_several_threads(tmp_path, monkeypatch):
+    path, threads, clock = tmp_path / "data.json", set(), itertools.count(0, 10)
+    path.write_text(json.dumps([sample(i, "<image>", image=f"{i}.png") for i in range(5000)]))
+
+    def look(file):
+        threads.add(threading.get_ident())
+        return image_problem(file)
+    monkeypatch.setattr(check, "image_problem", look)
+    monkeypatch.setattr(check, "time", SimpleNamespace(perf_counter=lambda: next(clock)))       # 10 s for each part
+    found = image_problems(SampleFile(path), tmp_path)
+    assert list(found) == [f"{i}.png" for i in range(5000)] and set(found.values()) == {"missing"}
+    assert len(threads) > 1, "the second part waits for one file at a time"
 
 
 def test_a_page_shows_samples_as_training_gets_them(small_world, tmp_path):
