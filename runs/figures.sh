@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The papers' figures on the toy: CE, VDEP, VISTA and BASIC, three seeds each, then the same 200 pictures for every run.
 # Needs: nothing. Makes: out/figures/{figures.json,attention.png,similarity.png,inside.html,runs.html} and the runs.
-# Expected: the table of docs/figures.md, after 45 to 90 minutes on 2 cores. STEPS=400 makes shorter runs; SEEDS=1 one.
+# Expected: the table of docs/figures.md, after about 40 minutes on 2 cores. STEPS=400 makes shorter runs; SEEDS=1 one.
 # What is done already is kept: run it again after an interruption.
 #
 # figure                what is computed                                                        where it shows
