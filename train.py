@@ -65,9 +65,9 @@ def train(cfg: TrainConfig, ckpt: Path | None, model: Llava, data: Samples, out:
         print(describe(cfg, ranks, steps, accumulation, trained, once), flush=True)
         log = folder.Log(out / "metrics.jsonl", cfg.stage, step)
 
-    # Workers decode images while the model computes.
+    # Workers decode images while a GPU computes. On a CPU they would only take its cores from it.
     on_gpu = ranks.device.type == "cuda"
-    usual = 4 if on_gpu else 1
+    usual = 4 if on_gpu else 0
     workers = usual if cfg.workers is None else cfg.workers
     save_after = 60 * (cfg.save_minutes or math.inf)     # seconds since the last checkpoint
     hidden = None if ranks.first else True               # the bar; None: show it in a terminal only

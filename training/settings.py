@@ -81,7 +81,7 @@ class TrainConfig:
     plain_specials: bool = option(
         False, "read <s>, </s> and their like in the data as text; LLaVA-1.5: as control tokens")
     max_length: int = option(2048, "positions a sample may have; longer text is cut")
-    workers: int | None = option(None, "processes for batches; unset: 4 a GPU, else 1", most=256)
+    workers: int | None = option(None, "processes for batches; unset: 4 a GPU, 0 on a CPU", most=256)
 
     global_batch: int | None = option(
         None, "samples a step on all ranks; unset: 256, in stage 2 128", "optimisation", most=2**20)
