@@ -50,10 +50,9 @@ def gram(x: Tensor, centre: Tensor | float = 0.0, products: torch.dtype = torch.
     """Σ_i (x_i − c)(x_i − c)ᵀ (D,D) of x (n,D), in float64. products: the dtype that tokens are centred and multiplied
     in, 2048 at a time; float32 takes half the time and leaves about 7 digits on the diagonal."""
     out = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
-    if isinstance(centre, Tensor):
-        centre = centre.to(products)
+    centre = torch.as_tensor(centre, dtype=products, device=x.device)
     for part in x.split(2048):
-        part = part.to(products) - centre
+        part = (part - centre).to(products)     # a centre (D,) of that dtype promotes it: one pass
         if part.device.type == "cpu":
             # numpy knows a matrix times its own transpose (BLAS syrk): half the work. torch has no such product.
             part = part.numpy()
