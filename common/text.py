@@ -84,7 +84,8 @@ def encode_text(tokenizer: Tokenizer, text: str, after_special: str = "4.31") ->
     A real space stays in all three. Tokenizers that put no space in front are left alone. Control
     tokens are found wherever they stand, unless `hide_specials` has hidden them."""
     assert after_special in RULES
-    if tokenizer.encode_special_tokens:
+    plain = tokenizer.encode_special_tokens     # --plain-specials: those of a turn are hidden
+    if plain:
         ids, offsets, words = encode_plain(tokenizer, text)
         text = show_specials(tokenizer, text)
     else:
