@@ -1,6 +1,6 @@
 """Stop runs in many ways, resume them with `--resume`, and compare bit for bit with a run that was not disturbed.
 
-    python tests/faults.py               all rows, about 5 minutes on 2 cores; as root, for the rows of the full disk
+    python tests/faults.py               all rows, about 3 minutes on 2 cores; as root, for the rows of the full disk
     python tests/faults.py killed_rank   one of them
     pytest tests/test_faults.py          the quick ones; -m slow: three more
 
