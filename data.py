@@ -83,7 +83,7 @@ def pieces(conversations: list[dict], template: str, image_first: bool = True) -
 
 
 def eos_id(tokenizer: Tokenizer, template: str) -> int:
-    """Return the id that ends an answer (plain: the newline). Raises UserError if there is none."""
+    """Return the id that ends an answer (plain: the newline). Raises UserError if it has no id."""
     eos = TEMPLATES[template].eos
     if eos == "\n":
         return encode_text(tokenizer, eos)[0][-1]

@@ -139,7 +139,7 @@ def modality_integration_rate(layers: list[tuple[Tensor, Tensor]], mode: Mode = 
             check_tokens(f"layer {k}: {name}", t)
         vision, text = vision.double(), text.double()                           # eq. (1)
         alpha = 1 / text.norm(dim=1).mean() if normalise else 1.0               # eq. (2)
-        # Outliers are found among scaled tokens; their share is the same, so α and ω commute.
+        # α scales all norms alike, so the same tokens are outliers before and after.
         v, t = (moments(replace_outliers(alpha * x, outliers)) for x in (vision, text))
         distances.append(distance(v, t, mode)[0])
     return log_sum(distances), distances                                        # eq. (3)

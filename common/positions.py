@@ -53,8 +53,9 @@ def attention_to_image(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor, aver
     (B,M,N) float32. average=False: of every head, (B,H,M,N).
 
     q (B,H,T,d) and k (B,K,T,d) after rotation. rows (B,M): positions of the queries, columns (B,N):
-    of the image tokens; -1 is none and gives 0. The softmax is over all keys that a query sees.
-    Fused attention returns none. They are computed here `chunk` rows at a time: no (B,H,T,T)."""
+    of the image tokens; -1 marks no position and gives 0. The softmax is over all keys that a query
+    sees. Fused attention returns no probabilities, so they are computed here, `chunk` rows at a
+    time: (B,H,T,T) never exists."""
     B, H, T, d = q.shape
     k = k.repeat_interleave(H // k.shape[1], dim=1)
     keys = torch.arange(T, device=q.device)

@@ -55,7 +55,7 @@ def gram(x: Tensor, centre: Tensor | float = 0.0, products: torch.dtype = torch.
         part = (part - centre).to(products)     # a centre (D,) of that dtype promotes it: one pass
         if part.device.type == "cpu":
             # numpy knows a matrix times its own transpose (BLAS syrk): half the work. torch has no such product.
-            part = part.numpy()
+            part = part.detach().numpy()
             out += torch.from_numpy(part.T @ part)
         else:
             out += part.T @ part

@@ -205,7 +205,7 @@ def score(benchmark: Benchmark, samples: list[Sample], predictions: dict[str, st
 
 
 def score_row(benchmark: Benchmark, s: Sample, p: str | None) -> dict:
-    """Return the row of one question and its prediction, None if there is none."""
+    """Return the row of one question. p: its prediction; None: it was not answered."""
     parsed, value = None, None                  # without a reference nothing is scored
     if s.answer is not None and p is None:
         value = 0.0

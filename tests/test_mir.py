@@ -78,6 +78,11 @@ def test_inputs_in_any_precision_are_left_as_they_were():
         assert torch.equal(x, kept[0]) and torch.equal(y, kept[1])
 
 
+def test_tokens_that_want_a_gradient_are_measured_as_others():
+    x, y = tokens(50, 8, 0), tokens(40, 8, 1)
+    assert frechet_distance(x.clone().requires_grad_(), y) == frechet_distance(x, y)
+
+
 def test_outliers_become_the_median_or_are_dropped():
     x = tokens(100, 8, 0)
     x[7] *= 50

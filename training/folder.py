@@ -99,8 +99,8 @@ def make_folder(cfg: TrainConfig, out: Path, bad: list[str], ranks: Ranks, files
 
 
 def newest(out: Path, stage: str, ranks: Ranks) -> Path | None:
-    """Return the newest intact checkpoint of a stage, or None if there is none. Damaged ones become
-    *.broken. Raises UserError if all of them are damaged: the user must decide to restart."""
+    """Return the newest intact checkpoint of a stage, or None. Damaged ones are renamed *.broken.
+    Raises UserError if all of them are damaged: the user must decide to restart."""
     found, damaged = None, []
     if ranks.first:
         for path in reversed(checkpoints(out, stage)):
