@@ -71,25 +71,30 @@ class Assistant:
                    template or use.template, after_special or use.after_special,
                    use.pad if pad is None else pad)
 
+    def encode(self, s: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Encode a prompt: ids and image mask, (T,) each. Raises UserError if the model has no room for it."""
+        # <image> stays where the prompt has it, else it comes first.
+        text = s.prompt
+        if s.image is None:
+            text = text.replace(IMAGE, "").strip()
+        elif text.count(IMAGE) != 1:
+            text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
+        turns = [{"from": "human", "value": text}]
+        ids, _, mask = encode(turns, self.tokenizer, self.template, self.model.image_tokens,
+                              after_special=self.after_special, image_first=False)
+        most = self.model.language_model.config.max_position_embeddings
+        if len(ids) > most:
+            raise UserError(f"prompt {s.id} {s.prompt[:40]!r} has {len(ids)} tokens, the model room for {most}: "
+                            "shorten it")
+        return ids, mask
+
     def prepare(self, samples: list[Sample]) -> tuple[list, list, torch.Tensor, list[int]]:
         """Encode prompts and images. Returns ids and image masks, (T,) each; pixels (I,3,H,W) of
         the distinct images; which of them each prompt is about. Raises UserError for bad images."""
-        size, tokens = self.processor.crop_size, self.model.image_tokens
-        ids, masks, pixels, which = [], [], [], []
-        number = {}             # image → its place in pixels
+        size, encoded = self.processor.crop_size, [self.encode(s) for s in samples]
+        ids, masks = [e[0] for e in encoded], [e[1] for e in encoded]
+        pixels, which, number = [], [], {}      # number: image → its place in pixels
         for s in samples:
-            # <image> stays where the prompt has it, else it comes first.
-            text = s.prompt
-            if s.image is None:
-                text = text.replace(IMAGE, "").strip()
-            elif text.count(IMAGE) != 1:
-                text = IMAGE + "\n" + text.replace(IMAGE, "").strip()
-            turns = [{"from": "human", "value": text}]
-            prompt, _, mask = encode(turns, self.tokenizer, self.template, tokens,
-                                     after_special=self.after_special, image_first=False)
-            ids.append(prompt)
-            masks.append(mask)
-
             # Each distinct image is decoded once. Text alone has a zero image, which nothing reads.
             key = s.image, s.region
             if key not in number:
@@ -98,7 +103,7 @@ class Assistant:
                     pixels.append(torch.zeros(3, size, size) if s.image is None else
                                   self.processor(picture(s.image, s.region), self.pad))
                 except ValueError as e:     # only a file has a name to show
-                    where = s.image if isinstance(s.image, Path) else repr(text[:60])
+                    where = s.image if isinstance(s.image, Path) else repr(s.prompt[:60])
                     raise UserError(f"{where}: {e}") from None
             which.append(number[key])
         return ids, masks, torch.stack(pixels), which
@@ -146,8 +151,7 @@ def load_questions(cfg: "Config", folder: Path | None, out: Path, source: dict) 
         # Shuffled images are the control: the score of a model that ignores the image.
         versions = [(stem, place, loaded.samples)]
         if cfg.shuffle_images or cfg.data is None:
-            shuffled = shuffle_images(loaded.samples)
-            versions.append((f"{stem}, images shuffled", f"{place}-shuffled", shuffled))
+            versions.append((f"{stem}, images shuffled", f"{place}-shuffled", shuffle_images(loaded.samples)))
         for name, place, samples in versions:
             # What the numbers depend on: answers made with other settings are not mixed in.
             settings = {**loaded.settings, "questions": questions_digest(samples), **source}
@@ -244,8 +248,8 @@ class Config:
     ckpt: str = option("out/toy", "folder of a checkpoint, a run (its newest one), or a released LLaVA", "run")
     out: str | None = option(None, "folder for the results (unset: eval/<checkpoint> beside it; released: out/eval)")
     overwrite: bool = option(False, "replace the answers and results in --out")
-    batch_size: int = option(64, "questions at a time; with bfloat16 use 1 for numbers to publish")
-    limit: int | None = option(None, "ask only the first N questions (unset: all)")
+    batch_size: int = option(64, "questions at a time; with bfloat16 use 1 for numbers to publish", least=1)
+    limit: int | None = option(None, "ask only the first N questions (unset: all)", least=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "auto: bfloat16 where the GPU has it")
     prompt: str | None = option(None, "the question; the answer is printed", "one question")
@@ -260,7 +264,7 @@ class Config:
     after_special: Literal[RULES] | None = option(None, "spaces after </s>, in later turns (unset: the model's)")
     plain_specials: bool | None = option(None, "read </s> in a question as text (unset: as in training)")
     pad: bool | None = option(None, "pad images to a square, or crop them (unset: as the model was trained)")
-    max_new_tokens: int | None = option(None, "longest answer (unset: the benchmark's; 64 for yours)", most=2**16)
+    max_new_tokens: int | None = option(None, "longest answer (unset: as the benchmark; 64)", least=1, most=2**16)
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")
@@ -273,17 +277,12 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Raise UserError for flags that do not go together."""
-    for name in ("batch_size", "max_new_tokens", "limit"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more, not {getattr(cfg, name)}")
     own, one = cfg.bench in (None, "own"), cfg.prompt is not None
-    for name in ("labels", "split", "style"):
-        if own and getattr(cfg, name):
-            raise UserError(f"--{name} needs --bench, the benchmark's name")
     for wrong, text in [
             ((one or cfg.image) and (cfg.data or cfg.bench),
              "--prompt and --image ask about one image, --data and --bench the questions of a file"),
             (cfg.image and not Path(cfg.image).is_file(), f"--image {cfg.image} does not exist"),
+            (own and (cfg.labels or cfg.split or cfg.style), "--labels, --split and --style need --bench"),
             (cfg.metric and not own, f"--metric is for your own questions; {cfg.bench} has its own rule"),
             (not own and not cfg.data, f"--bench {cfg.bench} needs --data: its file, or the folder that holds it"),
             (cfg.score_only and not cfg.data, "--score-only needs --data, the questions that were answered"),

@@ -258,12 +258,12 @@ class MIRConfig:
     ckpt: str = option("out/toy", "a checkpoint's folder, or a run's (its newest one), or a released LLaVA", "run")
     out: str | None = option(None, "a JSON file for all the numbers; unset: they are only printed")
     overwrite: bool = option(False, "replace the file in --out")
-    batch_size: int = option(20, "pairs at a time, on a rank")
+    batch_size: int = option(20, "pairs at a time, on a rank", least=1)
 
     data: str | None = option(None, "pairs: questions or LLaVA samples; unset: the toy's validation questions", "pairs")
     images: str | None = option(None, "the folder of their images; with --texts: what to pair, a folder or a JSON")
     texts: str | None = option(None, "texts for --images, paired at random: a folder (.story, .txt), .txt, JSON, JSONL")
-    n: int = option(100, "how many image-text pairs")
+    n: int = option(100, "how many image-text pairs: a covariance needs 2", least=2)
     seed: int | None = option(None, "draws the pairs; unset: the first ones of --data, and seed 0 for --texts")
     template: Literal[tuple(TEMPLATES)] | None = option(None, "how a pair is written; plain: the image and the text "
                                                         "alone; unset: as the model was trained, v1 after stage 1")
@@ -298,10 +298,6 @@ def show(result: dict) -> str:
 
 def check(cfg: MIRConfig) -> None:
     """Raise UserError for settings that cannot be, before any long work."""
-    if cfg.n < 2:
-        raise UserError(f"--n must be 2 or more, not {cfg.n}: a covariance needs 2 samples")
-    if cfg.batch_size < 1:
-        raise UserError(f"--batch-size must be 1 or more, not {cfg.batch_size}")
     if cfg.out and not Path(cfg.out).parent.is_dir():
         raise UserError(f"--out {cfg.out}: there is no folder {Path(cfg.out).parent}")
     refuse_existing(None if cfg.overwrite else cfg.out)

@@ -20,12 +20,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def option(default, help: str, group: str | None = None, most: float | None = None):
+def option(default, help: str, group: str | None = None, least: float = 0, most: float | None = None):
     """A dataclass field with a help text: `batch: int = option(8, "samples a step", "run")`.
 
-    group: the heading in --help of this flag and those after it. most: the largest number allowed.
+    group: the heading in --help of this flag and those after it. least, most: the numbers allowed.
     If the default is None, the text says what unset means."""
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "most": most})
+    metadata = {"help": help, "group": group, "least": least, "most": most}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def add_flag(parser, field: dataclasses.Field, kind) -> None:
@@ -81,14 +82,17 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
 
 
 def check_ranges(config) -> None:
-    """Raise UserError for a number that is negative, or more than its option allows."""
+    """Raise UserError for a number below or above what its option allows."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if type(value) in (int, float):
             largest = 2**31 - 1 if type(value) is int else sys.float_info.max
-            most = field.metadata.get("most") or largest
-            if not 0 <= value <= most:
-                raise UserError(f"{flag(field.name)} must be from 0 to {most}, not {value}")
+            least, most = field.metadata.get("least", 0), field.metadata.get("most")
+            allowed = f"from {least} to {most or largest}"
+            if most is None and value < least:
+                allowed = f"{least} or more"
+            if not least <= value <= (most or largest):
+                raise UserError(f"{flag(field.name)} must be {allowed}, not {value}")
 
 
 def explain(e: BaseException) -> str | None:

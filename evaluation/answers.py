@@ -35,6 +35,11 @@ def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ra
         image = q.samples[group[0]].image
         share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
+    # A prompt that the model has no room for is refused now, not hours later.
+    for s in share:
+        if len(s.prompt) > 500:
+            assistant.encode(s)
+
     path = q.out / f"pred.rank{ranks.rank}of{ranks.count}.jsonl"
     if path.exists():                                           # cut the half line of a stopped run
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)

@@ -17,8 +17,9 @@ from torch import Tensor
 import mir
 from common.flags import UserError
 from common.text import is_word, show_token
-from data import IMAGE, encode, eos_id
+from data import IMAGE, eos_id
 from evaluate import Assistant
+from evaluation.questions import Sample
 from methods.basic import supervision_degree
 
 HEAD_NUMBERS = 600_000      # of single heads: 32 layers, 32 heads, 576 patches: 590,000 a token
@@ -41,9 +42,7 @@ def answer(a: Assistant, image: Image.Image, prompt: str, max_new: int) -> Insid
     lm, eos = a.model.language_model, eos_id(a.tokenizer, a.template)
     device = next(a.model.parameters()).device
     pixels = a.processor(image, a.pad)[None].to(device)                         # (1,3,H,W)
-    text = prompt if IMAGE in prompt else f"{IMAGE}\n{prompt}"
-    asked, _, mask = encode([{"from": "human", "value": text}], a.tokenizer, a.template,
-                            a.model.image_tokens, None, a.after_special, image_first=False)
+    asked, mask = a.encode(Sample(id="", prompt=prompt, image=image))
     said = a.model.generate(asked.to(device), pixels, mask.to(device), max_new, eos)
     if len(said) < max_new:
         said = [*said, eos]

@@ -540,7 +540,7 @@ def test_a_limit_is_marked_and_drops_incomplete_groups(tmp_path):
      ["--data absent does not exist"]),
     (["--bench", "poppe"], ["--bench", "'poppe'"]),
     (["--bench", "pope", "--metric", "vqa"], ["--metric is for your own questions"]),
-    (["--split", "val"], ["--split needs --bench"]),
+    (["--split", "val"], ["--split", "need --bench"]),
     (["--compare", "tests"], ["tests holds no results.json"])])
 def test_a_wrong_benchmark_command_line_is_one_line(flags, says):
     refuses(call("evaluate.py", *flags), *says)

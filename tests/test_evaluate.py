@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from conftest import call
+from test_errors import refuses
 
 from common.flags import UserError
 from evaluate import Assistant
@@ -37,6 +38,18 @@ def test_answers_do_not_depend_on_the_batch(run, samples):
     answers = [[a for _, batch in assistant.answer_batches(samples, size, 8) for a in batch]
                for size in (1, 7, 64)]
     assert answers[0] == answers[1] == answers[2] and len(answers[0]) == len(samples)
+
+
+def test_a_prompt_that_the_model_has_no_room_for_is_refused_before_any_is_asked(small_world, run, tmp_path):
+    # Its attention mask would be as long squared: 9,999 tokens are 1 GiB and more.
+    questions = [{"question_id": "a", "image": "test_000000.png", "text": "Why?"},
+                 {"question_id": "b", "image": "test_000000.png", "text": "Why? " * 2000}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    done = call("evaluate.py", "--ckpt", run, "--data", tmp_path / "q.jsonl", "--images", small_world / "images",
+                "--batch-size", 1, "--out", tmp_path / "out")
+    refuses(done, "prompt b 'Why? Why?", "the model room for 256: shorten it")
+    answers = list((tmp_path / "out").rglob("pred*"))
+    assert not any("prediction" in path.read_text() for path in answers), "the first question was asked all the same"
 
 
 def test_shuffling_gives_every_question_another_image_once(samples):

@@ -556,13 +556,12 @@ def test_no_number_flag_takes_what_no_number_can_be(cls, value):
                 parse(cls, [f"--{f.name.replace('_', '-')}={value}"])
 
 
-@pytest.mark.parametrize("words",
-                         [["train.py", "--workers", "100000"],
-                          ["train.py", "--global-batch", str(2**30)],
+@pytest.mark.parametrize("words", [["train.py", "--workers", "100000"],
+                                   ["train.py", "--global-batch", str(2**30)],
                                    ["evaluate.py", "--max-new-tokens", str(2**30), "--prompt", "x"],
                                    ["hub", "check", "x.json", "--image-tokens", str(2**30)]])
 def test_a_flag_that_would_take_all_memory_is_refused(words):
-    refuses(call(*words), "must be from 0 to")
+    refuses(call(*words), "must be from", f"not {2**30}" if str(2**30) in words else "not 100000")
 
 
 # ----------------------------------------------------------------------------- the end of a command

@@ -34,7 +34,7 @@ def test_the_micro_batch_is_the_largest_that_divides_a_ranks_share():
     (dict(save_every=-1), 1, "--save-every must be more than 0"),
     (dict(loss="vdep", vdep_ratio=1.5), 1, "--vdep-ratio must be from 0 to 1"),
     (dict(adam_beta2=1.0), 1, "--adam-beta2 must be from 0 to 0.9999"),
-    (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be from 0"),
+    (dict(loss="basic", basic_das=-1.0), 1, "--basic-das must be 0 or more"),
     (dict(loss="vista", vdep_alpha=0.1), 1, "--vdep-alpha is a setting of --loss vdep; this is "
                                             "--loss vista")])
 def test_impossible_settings_are_refused(given, ranks, says):
