@@ -20,12 +20,12 @@ from methods.ce import next_token_loss
 @dataclass
 class Shape:
     """Compare cross-entropy at supervised positions with cross-entropy over the full logits."""
-    batch: int = option(8, "samples")
-    length: int = option(640, "positions a sample")
-    vocabulary: int = option(32000, "words")
-    width: int = option(1024, "width of the hidden states")
+    batch: int = option(8, "samples", least=1)
+    length: int = option(640, "positions a sample", least=1)
+    vocabulary: int = option(32000, "words", least=1)
+    width: int = option(1024, "width of the hidden states", least=1)
     supervised: float = option(0.05, "share of the positions that are targets")
-    rounds: int = option(5, "forward and backward passes; the median is printed")
+    rounds: int = option(5, "forward and backward passes; the median is printed", least=1)
 
 
 def full_logits(h: Tensor, labels: Tensor, weight: Tensor) -> Tensor:

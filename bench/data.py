@@ -38,7 +38,7 @@ WORDS = 'a the cat on mat, [in] {blue} "quoted" C:\\dir naïve 猫 is of and red
 @dataclass
 class Bench:
     """Measure how a large file of samples is opened, read and sampled."""
-    samples: int = option(2_000_000, "samples in the file")
+    samples: int = option(2_000_000, "samples in the file", least=1)
     folder: str | None = option(None, "where to write it; unset: the system's temporary folder")
     decode: bool = option(False, "measure images alone")
 

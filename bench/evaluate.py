@@ -44,9 +44,9 @@ QUESTIONS = 18                                              # an image
 class Config:
     """Measure questions a second, of this repository and of transformers."""
     ckpt: str | None = option(None, "a checkpoint trained on the toy (unset: a random model)")
-    images: int = option(4, "images, of 18 questions each")
-    batch_size: int = option(36, "questions at a time, where there is a batch")
-    threads: int | None = option(None, "threads of PyTorch (unset: its own choice)")
+    images: int = option(4, "images, of 18 questions each", least=1)
+    batch_size: int = option(36, "questions at a time, where there is a batch", least=1)
+    threads: int | None = option(None, "threads of PyTorch (unset: its own choice)", least=1)
 
 
 @dataclass

@@ -26,10 +26,10 @@ SHARDS = 4
 @dataclass
 class Shape:
     """Compare our reader of checkpoints with torch.load and load_state_dict."""
-    width: int = option(2048, "of the language model")
-    inner: int = option(5504, "width of its MLP")
-    layers: int = option(12, "of the language model")
-    vocabulary: int = option(32000, "words")
+    width: int = option(2048, "of the language model", least=1)
+    inner: int = option(5504, "width of its MLP", least=1)
+    layers: int = option(12, "of the language model", least=1)
+    vocabulary: int = option(32000, "words", least=1)
 
 
 def write(folder: Path, config: dict) -> int:

@@ -47,9 +47,9 @@ CASES = [Case(loss, moca) for moca in (False, True) for loss in NAMES] + [NAIVE]
 class Bench:
     """Compare a training step of every objective with one of cross-entropy."""
     gpu: bool = option(False, "7B shapes in bfloat16 on a GPU, stage 1 alone")
-    text: int | None = option(None, "words a sample; unset: 192, with --gpu 64")
-    batch: int = option(8, "samples")
-    rounds: int = option(5, "steps that are timed, after one that is not")
+    text: int | None = option(None, "words a sample; unset: 192, with --gpu 64", least=1)
+    batch: int = option(8, "samples", least=1)
+    rounds: int = option(5, "steps that are timed, after one that is not", least=1)
 
     @property
     def shapes(self) -> tuple[VisionConfig, DecoderConfig]:

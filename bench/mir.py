@@ -14,9 +14,9 @@ float64, `released` five rounds of two inversions in float32 (`five_rounds`, hen
 least of --runs; sides take turns. Errors are relative, against singular values from QR factors of
 the tokens in float64. scipy is optional. Memory is the peak of a process beyond model and inputs.
 """
-import argparse
 import os
 import time
+from dataclasses import dataclass
 
 # One thread a side. Libraries read this when they are imported.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
@@ -24,6 +24,7 @@ import torch
 
 import mir
 from bench.common import in_own_process, memory, reset_peak
+from common.flags import option, parse, run
 from common.roots import five_rounds
 from data import Batch
 from hub.checkpoint import checkpoint_folder, load_model
@@ -194,23 +195,27 @@ def compare_memory() -> None:
         print(f"{side.__name__:18}" + "".join(f"{c:>28}" for c in cells))
 
 
+@dataclass
+class Bench:
+    """Compare the Fréchet distance with scipy's and the released code's, and the memory of measuring a model."""
+    sizes: list[int] = option((1024, 2048), "dimensions D")
+    spectra: list[str] = option(("mild", "1e-2", "1e-5", "rank"), "of the tokens")
+    tokens: int = option(20000, "in each set", least=2)
+    runs: int = option(3, "of each side; the least time counts", least=1)
+    ckpt: str | None = option(None, "a run of the toy, or a checkpoint of it (unset: none)")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[1024, 2048], help="dimensions D")
-    parser.add_argument("--spectra", nargs="*", default=["mild", "1e-2", "1e-5", "rank"])
-    parser.add_argument("--tokens", type=int, default=20000, help="in each set")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--ckpt", help="a run of the toy, or a checkpoint of it")
-    args = parser.parse_args()
+    b = parse(Bench)
     torch.set_num_threads(1)
-    for size in args.sizes:
-        for spectrum in args.spectra:
-            x, y = (tokens(args.tokens, size, seed, spectrum) for seed in (0, 1))
-            compare(f"D = {size}, {spectrum}", x, y, args.runs)
-    if args.ckpt:
-        compare_checkpoint(args.ckpt, args.runs)
+    for size in b.sizes:
+        for spectrum in b.spectra:
+            x, y = (tokens(b.tokens, size, seed, spectrum) for seed in (0, 1))
+            compare(f"D = {size}, {spectrum}", x, y, b.runs)
+    if b.ckpt:
+        compare_checkpoint(b.ckpt, b.runs)
     compare_memory()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 class Bench:
     """Measure tokens a second of training by number of ranks."""
     ranks: str = option("1,2", "numbers of ranks, separated by commas")
-    micro_batch: int = option(16, "samples of a rank at a time")
-    steps: int = option(12, "steps, of which the first 4 are not counted")
+    micro_batch: int = option(16, "samples of a rank at a time", least=1)
+    steps: int = option(12, "steps, of which the first 4 are not counted", least=1)
     flags: str = option("", "for train.py, in addition to --stage; unset: a small toy data set")
 
 

@@ -30,17 +30,17 @@ from training.settings import TrainConfig
 @dataclass
 class Shape:
     """Compare a training step with one of transformers, in stage 1 and in stage 2."""
-    batch: int = option(8, "samples")
-    text: int = option(48, "text tokens a sample")
-    vision_layers: int = option(6, "of the vision encoder")
-    vision_width: int = option(256, "of the vision encoder")
-    image_size: int = option(112, "pixels; patches of 14")
-    layers: int = option(8, "of the language model")
-    width: int = option(512, "of the language model")
-    inner: int = option(1376, "width of the language model's MLP")
-    vocabulary: int = option(32000, "tokens")
-    threads: int = option(2, "of each side")
-    rounds: int = option(5, "turns of each side, of one step each after one that is not counted")
+    batch: int = option(8, "samples", least=1)
+    text: int = option(48, "text tokens a sample", least=1)
+    vision_layers: int = option(6, "of the vision encoder", least=1)
+    vision_width: int = option(256, "of the vision encoder", least=1)
+    image_size: int = option(112, "pixels; patches of 14", least=1)
+    layers: int = option(8, "of the language model", least=1)
+    width: int = option(512, "of the language model", least=1)
+    inner: int = option(1376, "width of the language model's MLP", least=1)
+    vocabulary: int = option(32000, "tokens", least=1)
+    threads: int = option(2, "of each side", least=1)
+    rounds: int = option(5, "turns of each side, of one step each after one that is not counted", least=1)
 
 
 def make_weights(s: Shape, folder: Path) -> None:

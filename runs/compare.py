@@ -73,8 +73,21 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
                             "runs of the toy")
         for path in paths:
             method = path.parent.name.rsplit("-", 1)[0]
-            runs.setdefault(method, []).append(read_json(path))
+            runs.setdefault(method, []).append(read_results(path))
     return runs
+
+
+def read_results(path: Path) -> dict:
+    """Return a results.json. Raises UserError if it is none of the toy's: an evaluation writes one too."""
+    results = read_json(path, dict)
+    try:
+        complete = {"accuracy", "shuffled", "mir"} <= set(results)
+        numbers = numbers_of(results).values()
+    except (KeyError, TypeError):
+        complete, numbers = False, []
+    if not complete or not all(isinstance(n, int | float) for n in numbers):
+        raise UserError(f"{path} is not of a run of the toy: give the --out folders of such runs")
+    return results
 
 
 def compare(runs: dict[str, list[dict]]) -> str:
@@ -117,6 +130,9 @@ def by_category(runs: dict[str, list[dict]]) -> str:
 
 def main() -> None:
     words = sys.argv[1:]
+    unknown = [w for w in words if w.startswith("-") and w != "--by-category"]
+    if unknown:
+        raise UserError(f"{unknown[0]} is no flag: give folders, and --by-category for another table")
     table = by_category if "--by-category" in words else compare
     folders = [Path(w) for w in words if w != "--by-category"]
     print(table(read_runs(folders or [Path("out/compare")])))

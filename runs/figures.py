@@ -30,7 +30,7 @@ class FigureConfig:
     """Ask finished toy runs about the same pictures."""
     run: list[str] = option(None, "--out folders of train.py")
     out: str = option("out/figures", "folder for figures.json and the pictures")
-    scenes: int = option(200, "pictures")
+    scenes: int = option(200, "pictures", least=1)
 
 
 def draw_scenes(n: int) -> list[tuple]:

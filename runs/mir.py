@@ -5,17 +5,19 @@
 Prints tables and writes every number to out/mir-study.json. With three runs or more it ends with
 rank correlations of MIR, |V| and the loss after stage 1 with accuracy.
 """
-import json
 import random
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from common.files import read_jsonl
+from common.files import read_jsonl, write_json
+from common.flags import UserError
+from common.flags import run as end_of_command
 from hub.checkpoint import checkpoints, load_model
 from hub.pairs import pair_batches, read_pairs, sample
 from mir import measure
+from runs.compare import read_results
 from toy import world
 
 STAGES = ("pretrain", "finetune")
@@ -122,6 +124,9 @@ def correlate(table: list[list[float]]) -> None:
 
 def main() -> None:
     runs, results, table = [Path(a) for a in sys.argv[1:]], {}, []
+    if not runs:
+        raise UserError("give the --out folders of runs of the toy: python -m runs.mir out/toy-seed1 …")
+    finished = {run: read_results(run / "results.json") for run in runs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         unseen = {split: new_pictures(split, 100, folder) for split in ("val", "composition")}
@@ -129,7 +134,7 @@ def main() -> None:
             found = {stage: study_stage(run, stage, unseen, folder) for stage in STAGES}
             log = read_jsonl(run / "metrics.jsonl")
             found["curve"] = [line for line in log if line.get("kind") == "mir"]
-            found["accuracy"] = json.loads((run / "results.json").read_text())["accuracy"]
+            found["accuracy"] = finished[run]["accuracy"]
             results[str(run)] = found
             show(run, found)
     print("\nrun: MIR, |V|, CE on questions after stage 1; the same after stage 2; accuracy on "
@@ -144,8 +149,8 @@ def main() -> None:
     if len(runs) > 2:
         correlate(table)
     Path("out").mkdir(exist_ok=True)
-    Path("out/mir-study.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(Path("out/mir-study.json"), results)
 
 
 if __name__ == "__main__":
-    main()
+    end_of_command(main)

@@ -29,7 +29,7 @@ class Config:
     """Draw README's pictures from a toy run."""
     ckpt: str = option("out/toy", "the run's folder, or a checkpoint in it")
     out: str = option("docs", "folder for data-path.png and toy.png")
-    layer: int = option(4, "the decoder layer whose attention is shown")
+    layer: int = option(4, "the decoder layer whose attention is shown", least=1)
 
 
 # ------------------------------------------------------------------------------------------ drawing

@@ -4,11 +4,13 @@
 """
 import math
 import random
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from common.flags import UserError, run
 from data import IGNORE, Batch, Format, Samples, collate
 from hub.configs import load_processor
 from hub.released import load_llm, load_vision
@@ -151,6 +153,12 @@ The vision encoder has none: it is frozen. Word embeddings get theirs from two s
 """
 
 
-if __name__ == "__main__":
+def main() -> None:
+    if sys.argv[1:]:
+        raise UserError(f"python -m runs.walk takes no {sys.argv[1]}: it writes docs/walk.md")
     (ROOT / "docs/walk.md").write_text(walk())
     print("docs/walk.md")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -11,9 +11,11 @@ from runs import compare
 from training.settings import TrainConfig
 
 RECIPES = sorted((ROOT / "runs").glob("*.sh"))
-BENCHES = sorted(path.stem
-                 for path in (ROOT / "bench").glob("*.py")
-                 if path.stem not in ("__init__", "common"))
+PROGRAMS = []                   # every file of bench/, runs/ and toy/ that can be started, as python -m names it
+for folder in ("bench", "runs", "toy"):
+    for path in sorted((ROOT / folder).glob("*.py")):
+        if 'if __name__ == "__main__":' in path.read_text():
+            PROGRAMS.append(f"{folder}.{path.stem}")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
@@ -28,10 +30,27 @@ def test_every_flag_of_a_recipe_exists_and_it_says_what_it_needs_makes_and_expec
     assert subprocess.run(["bash", "-n", path]).returncode == 0
 
 
-@pytest.mark.parametrize("name", BENCHES)
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name.startswith("bench")])
 def test_every_bench_starts(name):
-    done = launch("-m", f"bench.{name}", "--help")
+    done = launch("-m", name, "--help")
     assert done.returncode == 0 and "--help" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_refuses_an_unknown_flag_in_one_line(name):
+    done = launch("-m", name, "--nonsense")
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]             # before it, Python may warn of what the tests have imported
+    assert last.startswith("error: ") and "--nonsense" in last, done.stderr
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"stages": 3}', '{"accuracy": 5, "results": []}'])
+def test_results_that_are_not_the_toys_are_refused_in_one_line(content, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    for name in ("runs.compare", "runs.mir"):
+        done = launch("-m", name, tmp_path)
+        assert done.returncode == 2 and str(tmp_path / "results.json") in done.stderr, done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
 
 
 def results(mean: float) -> dict:

@@ -12,11 +12,12 @@ About 1 minute for the CLIP and 13 for the LLaMA on one core. The CLIP reaches a
 Stopped at 1500 steps it binds nothing (row, column and colour at 70 %, "adversarial" at chance),
 and stage 2 with it comes no further than a mean of 80 %.
 """
-import argparse
 import json
 import math
 import random
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from torch import nn
 from tqdm import tqdm
 
+from common.flags import option, parse, run
 from model import Decoder, DecoderConfig, VisionConfig, ViT, ViTAttention, ViTLayer
 from toy import world
 
@@ -308,31 +310,36 @@ def save(folder, module, config, **files):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
+@dataclass
+class BackboneFlags:
+    """Train the toy's two backbones and write them as released checkpoints are."""
+    out: str | None = option(None, "folder for clip/ and llm/ (unset: this repository's toy/)")
+    seed: int = option(0, "of the weights and the texts")
+    only: Literal["clip", "llm"] | None = option(None, "make this one alone (unset: both)")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("clip", "llm"))
-    args = parser.parse_args()
-    rng = random.Random(args.seed)
+    flags = parse(BackboneFlags)
+    out = Path(flags.out or Path(__file__).parent)
+    rng = random.Random(flags.seed)
     tokenizer = make_tokenizer(rng)
-    torch.manual_seed(args.seed)
-    if args.only != "llm":
+    torch.manual_seed(flags.seed)
+    if flags.only != "llm":
         clip, config = train_clip(tokenizer, rng)
         size = {"height": world.SIZE, "width": world.SIZE}
-        save(args.out / "clip", clip, config, preprocessor_config={
+        save(out / "clip", clip, config, preprocessor_config={
             "image_processor_type": "CLIPImageProcessor",
             "feature_extractor_type": "CLIPFeatureExtractor", "do_convert_rgb": True,
             "do_resize": True, "size": {"shortest_edge": world.SIZE}, "resample": 3,
             "do_center_crop": True, "crop_size": size, "do_rescale": True,
             "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN, "image_std": STD})
-    rng = random.Random(args.seed)
-    torch.manual_seed(args.seed)
-    if args.only != "clip":
+    rng = random.Random(flags.seed)
+    torch.manual_seed(flags.seed)
+    if flags.only != "clip":
         llama, config = train_llama(tokenizer, rng)
         print("reads correctly:", reading(llama, tokenizer))
         special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        save(args.out / "llm", llama, config,
+        save(out / "llm", llama, config,
              generation_config={"_from_model_config": True, "bos_token_id": BOS,
                                 "eos_token_id": EOS},
              tokenizer_config={"tokenizer_class": "LlamaTokenizer", "legacy": False,
@@ -340,8 +347,8 @@ def main():
                                "clean_up_tokenization_spaces": False, "model_max_length": 256,
                                "padding_side": "right", **special},
              special_tokens_map=special)
-        tokenizer.save(str(args.out / "llm" / "tokenizer.json"))
+        tokenizer.save(str(out / "llm" / "tokenizer.json"))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,6 +1,6 @@
 """The toy world: coloured shapes on a 3x3 grid, written in the formats of LLaVA.
 
-    python toy/world.py --out data/toy --seed 1
+    python -m toy.world --out data/toy --seed 1
 
 writes images/*.png, pretrain.json (captions, stage 1), finetune.json (four-turn conversations,
 stage 2) and the question files val.jsonl (to choose by), test.jsonl (to report) and
@@ -10,15 +10,16 @@ A scene is a tuple of objects (row, column, colour, shape) in reading order. A s
 once, so that "the circle" names one object. Every phrase puts the noun last ("top left red
 circle"): at the word that names the object, a causal model has read all that it needs.
 """
-import argparse
 import hashlib
 import json
 import random
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from common.files import new_folder
+from common.files import new_folder, refuse_existing
+from common.flags import UserError, option, parse, run
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {"red": (220, 50, 47), "green": (60, 180, 75), "blue": (50, 100, 230),
@@ -215,13 +216,21 @@ def make(out, seed=1, images=12000, conversations=4, scenes=300):
         make_questions(out, random.Random(f"{split} {seed}"), split, scenes)
 
 
+@dataclass
+class ToyFlags:
+    """Write the toy's data: pictures, samples of both stages, questions."""
+    out: str | None = option(None, "a new folder")
+    seed: int = option(1, "draws the scenes")
+
+
+def main():
+    flags = parse(ToyFlags)
+    if flags.out is None:
+        raise UserError("--out is missing: give the name of a new folder")
+    refuse_existing(flags.out)
+    with new_folder(Path(flags.out)) as folder:
+        make(folder, flags.seed)
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", required=True)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    if Path(args.out).exists():
-        parser.error(f"--out {args.out} exists already and is not written over: give another "
-                     "name, or move it away")
-    with new_folder(Path(args.out)) as folder:
-        make(folder, args.seed)
+    run(main)
