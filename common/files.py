@@ -133,7 +133,7 @@ def read_log(path: Path) -> list[dict]:
     if not path.is_file():
         raise UserError(f"{path.parent} has no {path.name}: give the --out folder of a run")
     rows = []
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(keepends=True), 1):
+    for number, line in enumerate(path.read_text("utf-8", "replace").splitlines(keepends=True), 1):
         try:
             if line.endswith("\n"):
                 rows.append(parse_log_line(line))
@@ -194,7 +194,7 @@ def locked(folder: Path, first: bool = True) -> Iterator[None]:
         return
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:
+    with open(folder / LOCK, "ab") as file:
         if not lock(file):
             raise UserError(f"{folder} is in use: another process writes to it. Wait until it ends,"
                             " or give another --out")

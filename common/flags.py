@@ -1,8 +1,10 @@
 """Dataclass fields → command-line flags, and errors that are for people."""
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import signal
 import sys
@@ -68,8 +70,13 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
         add_flag(group, field, kind)
         flags.append(flag(field.name))
 
+    words = sys.argv[1:] if argv is None else argv
+    for word in words:
+        if word.encode(errors="replace").decode() != word:      # other bytes come as half characters
+            raise UserError(f"{word!r} is not UTF-8 text, which every flag must be")
+
     def fail(message: str):
-        for word in sys.argv[1:] if argv is None else argv:
+        for word in words:
             given = word.split("=")[0]
             near = difflib.get_close_matches(given, flags, 1)
             if given.startswith("--") and near and near[0] != given:
@@ -124,6 +131,10 @@ def run(main) -> None:
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):                  # of a closed pipe
+                stream.reconfigure(errors="replace")            # a terminal without × or █ shows ?
     code, line = 0, None
     try:
         main()

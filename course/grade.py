@@ -64,7 +64,7 @@ def agree(got: list[list[Tensor]], want: list[list[Tensor]], item) -> bool:
 
 def solution(name: str, *patch: str) -> dict[str, str]:
     """The reference and what is handed out with it. patch: texts and what replaces them, in turns."""
-    texts = {m: (ROOT / MODULES[m]["file"]).read_text() for m in find(name)["write"]}
+    texts = {m: (ROOT / MODULES[m]["file"]).read_text("utf-8") for m in find(name)["write"]}
     for old, new in zip(patch[::2], patch[1::2]):
         if sum(text.count(old) for text in texts.values()) != 1:
             raise UserError(f"course/mutants/{name}.py: not once in the solution, mend it: {old!r}")

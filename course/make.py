@@ -74,7 +74,7 @@ def stub(source: str, functions: list[str]) -> str:
 
 def module(name: str, source: str | None = None) -> str:
     """The text of a module with its solution. source: another text of the project's file."""
-    return cut(source or (ROOT / MODULES[name]["file"]).read_text(), MODULES[name]["keep"])
+    return cut(source or (ROOT / MODULES[name]["file"]).read_text("utf-8"), MODULES[name]["keep"])
 
 
 def handed_out(name: str) -> str:
@@ -86,21 +86,21 @@ def make(name: str, out: Path) -> None:
     """Write one assignment to a new folder."""
     a, files = find(name), {}
     files["test_public.py"] = "\n\n".join(
-        cut((ROOT / "tests" / path).read_text(), names) for path, names in a["tests"].items())
+        cut((ROOT / "tests" / path).read_text("utf-8"), names) for path, names in a["tests"].items())
     imports = re.findall(r"^from adapters import (.*)$", files["test_public.py"], re.M)
     if imports:
         adapters = re.findall(r"\w+", " ".join(imports))
-        files["adapters.py"] = cut((ROOT / "tests/adapters.py").read_text(), adapters)
+        files["adapters.py"] = cut((ROOT / "tests/adapters.py").read_text("utf-8"), adapters)
     files |= {f"{m}.py": handed_out(m) for m in a["write"] + a["given"]}
-    files |= {Path(path).name: (ROOT / path).read_text() for path in a["files"]}
-    readme, handout = ((ROOT / f"course/handouts/{n}.md").read_text() for n in ("README", name))
+    files |= {Path(path).name: (ROOT / path).read_text("utf-8") for path in a["files"]}
+    readme, handout = ((ROOT / f"course/handouts/{n}.md").read_text("utf-8") for n in ("README", name))
     readme = readme.replace("FILES", " ".join(f"{m}.py" for m in a["write"]))
     files["README.md"] = readme.replace("TITLE", a["title"])
     points = [f"| {item.__name__.replace('_', ' ')} | {item.points} |" for item in rubric(name)]
     files["handout.md"] = handout.replace("POINTS", "\n".join(points))
     with new_folder(out) as folder:
         for file, text in files.items():
-            (folder / file).write_text(text)
+            (folder / file).write_text(text, "utf-8")
 
 
 def make_all(out: Path) -> None:
@@ -110,7 +110,7 @@ def make_all(out: Path) -> None:
             make(name, semester / f"{number}-{name}")
         capstone = semester / f"{len(ASSIGNMENTS) + 1}-capstone"
         capstone.mkdir()
-        (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text())
+        (capstone / "handout.md").write_text((ROOT / "course/handouts/capstone.md").read_text("utf-8"), "utf-8")
 
 
 def gradescope(name: str, out: Path, seed: int) -> None:
@@ -121,4 +121,4 @@ def gradescope(name: str, out: Path, seed: int) -> None:
         for path in sorted(path for path in set(paths) if path.suffix != ".pyc"):
             z.write(path, path.relative_to(ROOT))
         for path in sorted((ROOT / "course/gradescope").iterdir()):
-            z.writestr(path.name, path.read_text().replace("NAME", name).replace("SEED", str(seed)))
+            z.writestr(path.name, path.read_text("utf-8").replace("NAME", name).replace("SEED", str(seed)))

@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 import torch
 from safetensors.torch import save
 
-ALLOWED = json.loads(Path(__file__).with_name("allowed.json").read_text())
+ALLOWED = json.loads(Path(__file__).with_name("allowed.json").read_text("utf-8"))
 
 
 def lock() -> None:
@@ -75,7 +75,7 @@ def child(out: int, seconds: int, sources: dict[str, str], item, seed: int) -> N
     for fd, target in ((null, 0), (null, 1), (null, 2), (out, 3)):
         os.dup2(fd, target)
     os.closerange(4, 4096)
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
     most = pages * resource.getpagesize() + (item.memory << 20)
     for limit, value in ((resource.RLIMIT_AS, most), (resource.RLIMIT_CPU, seconds),
                          (resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_CORE, 0)):

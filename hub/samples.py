@@ -201,7 +201,7 @@ def write_index(path: Path, place: Path, index: bytes) -> None:
     with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f"{place.name}.", suffix=".tmp", delete=False) as out:
         lock(out)
         for other in left:
-            with contextlib.suppress(OSError), open(other, "a") as file:
+            with contextlib.suppress(OSError), open(other, "ab") as file:
                 if lock(file):                                  # else its process still writes
                     other.unlink()
         try:

@@ -156,7 +156,7 @@ The vision encoder has none: it is frozen. Word embeddings get theirs from two s
 def main() -> None:
     if sys.argv[1:]:
         raise UserError(f"python -m runs.walk takes no {sys.argv[1]}: it writes docs/walk.md")
-    (ROOT / "docs/walk.md").write_text(walk())
+    (ROOT / "docs/walk.md").write_text(walk(), "utf-8")
     print("docs/walk.md")
 
 

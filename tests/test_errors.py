@@ -249,6 +249,16 @@ def test_a_file_that_is_no_program_says_where_to_go(script):
     assert "python " in said[0], f"python {script} names no command to run instead: {said[0]}"
 
 
+def test_a_terminal_that_cannot_show_a_character_does_not_end_a_command(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = shell("train.py", "--plan")                  # prints micro-batch 24 × up to 73 positions
+    assert done.returncode == 0 and "24 ? up to" in done.stdout, done.stderr
+
+
+def test_a_flag_that_is_not_utf8_is_refused_in_one_line():
+    refuses(call("evaluate.py", "--prompt", "what \udcff"), "'what \\udcff' is not UTF-8 text")
+
+
 def test_started_from_a_shell_it_is_the_same_line_and_exit_code():
     refuses(shell("train.py", "--loss", "vosta"), "'vosta'")
 

@@ -161,6 +161,20 @@ def test_a_function_fits_on_a_screen():
     assert not wrong, f"over {FUNCTION_LINES} lines: {'; '.join(wrong)}. Give a part of each a name of its own"
 
 
+def test_every_text_file_is_read_and_written_as_utf8():
+    """Without an encoding Python takes the machine's: é in a sample would be lost on some."""
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            words = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            text = name in ("read_text", "write_text") and isinstance(node.func, ast.Attribute)
+            text |= name == "open" and isinstance(node.func, ast.Name) and not any("b" in w for w in words)
+            named = "utf-8" in words or any(k.arg == "encoding" for k in node.keywords)
+            assert named or not text, f"{path.relative_to(ROOT)}:{node.lineno}: say encoding=\"utf-8\""
+
+
 def test_lines_are_rarely_wider_than_100_characters_and_never_than_120():
     total, wide, too_wide, by_file = 0, 0, [], {}
     everything = [path for place in ("*.py", "*/*.py", "course/*/*.py") for path in ROOT.glob(place)]

@@ -307,7 +307,7 @@ def save(folder, module, config, **files):
     tensors = {name: p.detach().half().contiguous() for name, p in module.state_dict().items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     for name, content in {"config": config, **files}.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
 
 @dataclass

@@ -155,7 +155,7 @@ def turn(speaker, text):
 
 def write_samples(path, samples):
     """Write a JSON list, one sample a line: five times as fast as json.dumps with an indent."""
-    path.write_text("[\n" + ",\n".join(json.dumps(s) for s in samples) + "\n]\n")
+    path.write_text("[\n" + ",\n".join(json.dumps(s) for s in samples) + "\n]\n", "utf-8")
 
 
 def make_training(out, rng, images, conversations):
@@ -190,7 +190,7 @@ def make_questions(out, rng, split, scenes):
             text = rng.choice(options[answer])
             lines.append({"question_id": f"{name}_{category}", "image": f"{name}.png", "text": text,
                           "answer": answer, "category": category})
-    (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (out / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 
 
 def about_unseen(scene, category, options):

@@ -127,7 +127,7 @@ class Log:
         refuse_device(path)
         if path.exists():
             kept, lost = [], 0
-            for line in path.read_text(errors="replace").splitlines(keepends=True):
+            for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
                 try:
                     row = parse_log_line(line)
                     if row["stage"] != stage or row["step"] <= step:
@@ -137,7 +137,7 @@ class Log:
             if lost:
                 print(f"{path}: {lost} unreadable lines are left out", flush=True)
             write_text(path, "".join(kept))
-        self.file = open(path, "a")
+        self.file = open(path, "a", encoding="utf-8")
 
     def write(self, **values) -> None:
         self.file.write(json.dumps(values) + "\n")
@@ -150,7 +150,7 @@ def note_bad_images(micro: list[Batch], cfg: TrainConfig, out: Path) -> None:
     if bad and not cfg.skip_bad_images:
         raise UserError(f"{bad[0]}: repair it, or leave such samples out with --skip-bad-images")
     if bad:
-        with open(out / "bad_images.txt", "a") as f:
+        with open(out / "bad_images.txt", "a", encoding="utf-8") as f:
             f.writelines(line + "\n" for line in bad)
 
 
