@@ -125,16 +125,25 @@ def explain(e: BaseException) -> str | None:
     return None
 
 
+def open_streams() -> None:
+    """Let a command print everywhere: ? for × on a terminal that has none, nothing where a shell
+    closed the stream (>&-)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            with contextlib.suppress(OSError):                  # a pipe that is closed already
+                stream.reconfigure(errors="replace")
+
+
 def run(main) -> None:
     """Call main() and end the command. What a user can mend ends it with one line and exit code 2,
     without a traceback; a closed pipe (`| head`) silently, with the code of its signal."""
     rank = ""
     if os.environ.get("WORLD_SIZE", "1") != "1":
         rank = f"[rank {os.environ['RANK']}] "
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError):                  # of a closed pipe
-                stream.reconfigure(errors="replace")            # a terminal without × or █ shows ?
+    open_streams()
     code, line = 0, None
     try:
         main()

@@ -1,6 +1,8 @@
 """Bad input, as typed by a user: one clear line, exit code 2, no traceback, nothing written over."""
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, call, launch, shell
@@ -253,6 +255,13 @@ def test_a_terminal_that_cannot_show_a_character_does_not_end_a_command(monkeypa
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = shell("train.py", "--plan")                  # prints micro-batch 24 × up to 73 positions
     assert done.returncode == 0 and "24 ? up to" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-"])
+def test_a_stream_that_the_shell_closed_does_not_end_a_command(closed):
+    done = subprocess.run(["bash", "-c", f"{sys.executable} -m hub inspect toy/llm {closed}"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 def test_a_flag_that_is_not_utf8_is_refused_in_one_line():
