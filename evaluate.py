@@ -188,9 +188,7 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
     if cfg.score_only:
         folder, answers = None, Path(cfg.score_only)
         cfg = replace(cfg, images=cfg.images or ".")        # no image is opened
-        source, out = {"answers": cfg.score_only}, answers.with_suffix(".scored")
-        if answers.is_file():                               # if not, read_answers says so
-            source["answers_crc"] = file_crc(answers)
+        source, out = {"answers": cfg.score_only, "answers_crc": file_crc(answers)}, answers.with_suffix(".scored")
     else:
         folder = model_folder(cfg.ckpt)
         source, out = checkpoint_settings(cfg, folder, ranks), results_folder(folder)
@@ -286,6 +284,7 @@ def check(cfg: Config) -> None:
             (cfg.metric and not own, f"--metric is for your own questions; {cfg.bench} has its own rule"),
             (not own and not cfg.data, f"--bench {cfg.bench} needs --data: its file, or the folder that holds it"),
             (cfg.score_only and not cfg.data, "--score-only needs --data, the questions that were answered"),
+            (cfg.score_only and not Path(cfg.score_only).is_file(), f"--score-only {cfg.score_only} is not a file"),
             (cfg.score_only and cfg.shuffle_images, "--shuffle-images asks a model; --score-only loads none")]:
         if wrong:
             raise UserError(text)

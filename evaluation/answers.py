@@ -93,8 +93,6 @@ def read_answers(path: Path, samples: list[Sample], repeats: bool, counts: dict)
 
     repeats: ids repeat (MME, TextVQA), so the prompt says which question is meant. Adds unknown and
     repeated answers to `counts`. Raises UserError, also if two answers to a question differ."""
-    if not path.is_file():
-        raise UserError(f"--score-only {path} does not exist")
     by_id = {}
     for s in samples:
         for key in {s.id, str(s.record["id"])}:

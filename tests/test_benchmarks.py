@@ -536,8 +536,9 @@ def test_a_limit_is_marked_and_drops_incomplete_groups(tmp_path):
 
 @pytest.mark.parametrize("flags, says", [
     (["--bench", "pope"], ["--bench pope needs --data"]),
-    (["--bench", "pope", "--data", "absent", "--score-only", "x"],
+    (["--bench", "pope", "--data", "absent", "--score-only", "README.md"],
      ["--data absent does not exist"]),
+    (["--bench", "pope", "--data", "tests", "--score-only", "."], ["--score-only . is not a file"]),
     (["--bench", "poppe"], ["--bench", "'poppe'"]),
     (["--bench", "pope", "--metric", "vqa"], ["--metric is for your own questions"]),
     (["--split", "val"], ["--split", "need --bench"]),
