@@ -84,14 +84,16 @@ def parse(cls, argv: list[str] | None = None, program: str | None = None):
         raise UserError(message + "; --help lists the flags")
     parser.error = fail
     config = cls(**vars(parser.parse_args(argv)))
-    check_ranges(config)
+    check_values(config)
     return config
 
 
-def check_ranges(config) -> None:
-    """Raise UserError for a number below or above what its option allows."""
+def check_values(config) -> None:
+    """Raise UserError for a number below or above what its option allows, and for an empty text."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value == "" or isinstance(value, list) and "" in value:
+            raise UserError(f"{flag(field.name)} is empty: give it a value (is a shell variable unset?)")
         if type(value) in (int, float):
             largest = 2**31 - 1 if type(value) is int else sys.float_info.max
             least, most = field.metadata.get("least", 0), field.metadata.get("most")

@@ -40,6 +40,8 @@ def refuses(done, *says):
     ("evaluate.py", "--ckpt absent", ["absent does not exist"]),
     ("evaluate.py", "--ckpt toy/llm", ["toy/llm is not a checkpoint of a run"]),
     ("evaluate.py", "--image absent.png --prompt x", ["absent.png does not exist"]),
+    ("train.py", "--llm=", ["--llm is empty"]),
+    ("mir.py", "--ckpt=", ["--ckpt is empty"]),
     ("evaluate.py", "--batch-size 0", ["--batch-size must be 1 or more"]),
     ("mir.py", "--ckpt absent", ["absent does not exist"]),
     ("mir.py", "--cpkt x", ["did you mean --ckpt?"]),

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
-from common.flags import UserError, check_ranges, flag, option
+from common.flags import UserError, check_values, flag, option
 from common.text import RULES
 from data import TEMPLATES
 from hub.checkpoint import is_released
@@ -228,7 +228,7 @@ def check_numbers(cfg: TrainConfig) -> None:
         value = getattr(cfg, name)
         if value is not None and not value > 0:
             raise UserError(f"{flag(name)} must be more than 0, not {value}")
-    check_ranges(cfg)
+    check_values(cfg)
     for f in fields(cfg):
         loss = f.name.split("_")[0]
         if loss in LOSSES and loss != cfg.loss and getattr(cfg, f.name) != f.default:
