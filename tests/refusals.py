@@ -130,6 +130,8 @@ ROWS = [
     ("a question about image 7", put("q.jsonl", '{"text": "a", "image": 7}\n'), OWN, "has image 7"),
     ("the same, for MIR", put("q.jsonl", '{"text": "a", "image": 7}\n'), MIR.format("q.jsonl"),
      "has image 7"),
+    ("a question longer than what the model reads", put("q.jsonl", json.dumps({"text": "[" * 9999}) + "\n"), OWN,
+     "the model room for 256"),
     ("<image> in an answer", put("data.json", samples(image="a.png", conversations=MARKED)),
      FINETUNE, "in an answer"),
     ("the same, looked at", put("data.json", samples(image="a.png", conversations=MARKED)),
