@@ -40,7 +40,7 @@ from evaluation.files import picture, write_jsonl
 from evaluation.generate import generate
 from evaluation.questions import Questions, Reading, Sample, check_images_exist, load_benchmark, shuffle_images
 from evaluation.scores import OWN_RULES, compare, notes, score, summary
-from evaluation.submit import check_packages, write_submission
+from evaluation.submit import check_submission, write_submission
 from hub.checkpoint import CODE_VERSION, load_model
 from hub.configs import load_processor
 from hub.samples import question_file
@@ -196,7 +196,7 @@ def evaluate(cfg: "Config", ranks: Ranks) -> list[dict]:
 
     # Everything that can go wrong does so before the first question is asked.
     for q in sets:
-        check_packages(q.benchmark, q.samples)
+        check_submission(q.benchmark, q.samples, Path(q.loaded.files[0]).parent)
         if not cfg.score_only:
             check_images_exist(q.samples)
     with contextlib.ExitStack() as stack:

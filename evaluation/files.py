@@ -35,8 +35,13 @@ class Cell:
 @lru_cache(maxsize=1)
 def row_group(path: str, group: int, column: str):
     """Read one column of a row group. The last one is kept: neighbouring images share it."""
+    from pyarrow.lib import ArrowException
     from pyarrow.parquet import ParquetFile
-    return ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    try:
+        return ParquetFile(path).read_row_group(group, columns=[column]).column(0)
+    except (ArrowException, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: an image cannot be read ({reason}): download it again") from None
 
 
 def image_bytes(cell: Cell) -> bytes | None:
@@ -189,16 +194,19 @@ def read_tsv(path: Path) -> list[dict]:
 def read_parquet(path: Path) -> list[dict]:
     """Read rows without the bytes of images. An image becomes a Cell, which says where it is."""
     try:
+        from pyarrow.lib import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
         raise UserError(f"{path.name} is parquet, which needs pyarrow: pip install pyarrow, or "
                         "give the benchmark's JSONL, JSON or TSV files") from None
     try:
-        file = ParquetFile(path)
-    except Exception as e:                      # pyarrow's errors have no other common class
+        return rows_of_parquet(path, ParquetFile(path))
+    except (ArrowException, OSError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path} is not parquet ({reason}): download it again") from None
 
+
+def rows_of_parquet(path: Path, file) -> list[dict]:
     # An image is {bytes, path}: all but its bytes is read.
     leaves = [file.schema.column(i).path for i in range(len(file.schema))]
     columns = [leaf for leaf in leaves if not leaf.endswith(".bytes")]

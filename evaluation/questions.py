@@ -10,6 +10,12 @@ from evaluation.benchmarks import BENCHMARKS, INSTRUCTIONS, OCR, YES_OR_NO, Benc
 from evaluation.files import Cell, missing, outline, read_rows
 
 
+# Name of a column → its kind, and the kind of a list's elements.
+KINDS = {"id": (str | int | float, None), "text": (str, None), "prompt": (str, None), "question": (str, None),
+         "hint": (str, None), "options": (list, object), "ocr": (list, str), "bbox": (list, int | float),
+         "seg": (list, int | float | list)}
+
+
 @dataclass
 class Sample:
     """One question about one image."""
@@ -163,6 +169,7 @@ def records(source: Source, files: list[Path]) -> list[dict]:
             for name, column in source.columns.items():
                 try:
                     record[name] = value_of(row, column)
+                    check_kind(name, record[name], column)
                 except (KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
                     what = f"an invalid {name} ({e})"
                     if isinstance(e, KeyError):
@@ -170,13 +177,25 @@ def records(source: Source, files: list[Path]) -> list[dict]:
                     columns = ", ".join(k for k in row if not k.startswith("_"))
                     where = f"{path}: row {n}"
                     raise UserError(f"{where} has {what}; its columns are {columns}") from None
-            for name in ("text", "prompt", "question"):
-                if not isinstance(record.get(name, ""), str):
-                    raise UserError(f"{path}: row {n} has no text in {name}: {record[name]!r}")
             if "text" in record:
                 record["question"] = bare(record["text"])
             found.append(record)
     return found
+
+
+def check_kind(name: str, value, column) -> None:
+    """Raise TypeError if a value is of another kind than prompts and scores need under this name."""
+    kind, of = KINDS.get(name, (object, object))
+    if value is None and (name == "hint" or str(column).startswith("?")):
+        return
+    if not isinstance(value, kind):
+        raise TypeError(f"{repr(value)[:60]} is no {'list' if kind is list else 'text'}")
+    if kind is list and not all(isinstance(v, of) for v in value):
+        raise TypeError(f"{repr(value)[:60]} holds values of another kind")
+    if name == "answer" and isinstance(value, list):
+        # VQA's: each of ten people has one.
+        if any(isinstance(v, dict) and "answer" not in v for v in value):
+            raise TypeError("one of several has no answer")
 
 
 def value_of(row: dict, column):

@@ -273,7 +273,7 @@ def metric_rows(m: dict) -> dict[str, dict]:
     if "pooled" in m:
         rows["pooled"] = m["pooled"]
     for k, v in {**m.get("category", {}), **m.get("detail", {})}.items():
-        rows[k] = v if isinstance(v, dict) else {"by category": v}      # POPE's are dicts
+        rows[str(k)] = v if isinstance(v, dict) else {"by category": v}     # POPE's are dicts
     return rows
 
 

@@ -2,12 +2,12 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from common.files import read_jsonl, write_json
+from common.files import write_json
 from common.flags import UserError
 from evaluation import metrics
-from evaluation.benchmarks import Benchmark
+from evaluation.benchmarks import Benchmark, Source
 from evaluation.files import write_jsonl
-from evaluation.questions import Sample
+from evaluation.questions import Sample, records
 
 
 def vqa_row(s: Sample, p: str, parsed) -> dict:
@@ -43,9 +43,11 @@ SUBMISSIONS = {
 }
 
 
-def check_packages(benchmark: Benchmark, samples: list[Sample]) -> None:
+def check_submission(benchmark: Benchmark, samples: list[Sample], data: Path) -> None:
     """Raise UserError if nothing would come of answering: no answer is public, and openpyxl, which
-    writes the server's spreadsheet, is missing."""
+    writes the server's spreadsheet, is missing; or VQAv2's list of questions cannot be read."""
+    if benchmark.submission == "vqav2":
+        test2015(data)
     private = all(s.answer is None for s in samples)
     if benchmark.submission == "mmbench" and private and not find_spec("openpyxl"):
         raise UserError("the benchmark's server takes a spreadsheet, which needs openpyxl: "
@@ -77,12 +79,14 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
 def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
     """Add "" for questions of test2015 that were not asked: VQAv2's server takes them all."""
     by_id = {a["question_id"]: a["answer"] for a in answers}
-    rows = []
-    for path in folder.glob("**/llava_vqav2_mscoco_test2015.jsonl"):
-        for r in read_jsonl(path):
-            number = r["question_id"]
-            rows.append({"question_id": number, "answer": by_id.get(number, "")})
+    rows = [{"question_id": number, "answer": by_id.get(number, "")} for number in test2015(folder)]
     return rows or answers
+
+
+def test2015(folder: Path) -> list:
+    """Return the ids of all questions of test2015, of which test-dev2015 asks a part."""
+    files = sorted(folder.glob("**/llava_vqav2_mscoco_test2015.jsonl"))
+    return [r["id"] for r in records(Source("", {"id": "question_id"}, "test"), files)]
 
 
 def write_xlsx(path: Path, rows: list[dict]) -> None:

@@ -136,6 +136,11 @@ def shape_problem(c: VisionConfig | DecoderConfig) -> str | None:
     rotated = int(c.head_dim * c.partial_rotary_factor)
     if rotated % 2 or not 0 < rotated <= c.head_dim:
         return f"{rotated} of the {c.head_dim} dimensions of a head are rotated; an even number of them must be"
+    if c.rope_scaling is not None:
+        numbers = [c.rope_scaling.get(name) for name in LLAMA3]
+        positive = all(type(n) in (int, float) and 0 < n < 1e15 for n in numbers)
+        if not positive or numbers[1] >= numbers[2]:
+            return f"rope_scaling is {str(c.rope_scaling)[:80]}; it needs {', '.join(LLAMA3)}, low below high"
     return None
 
 

@@ -26,6 +26,7 @@ import traceback
 import warnings
 import zipfile
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +34,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "",
                "OMP_NUM_THREADS": "1"}
 
+import make_benchmarks  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load, load_file, save, save_file  # noqa: E402
@@ -418,6 +420,57 @@ def build_models(base: Path) -> None:
     (base / "run" / "pretrain-1" / "config.json").write_text(json.dumps({**config, "step": 1}))
 
 
+def spoil_parquet(rng: random.Random, data: bytes) -> bytes:
+    """Spoil a cell, a column or the bytes of a parquet file."""
+    import pyarrow
+    from pyarrow.parquet import read_table, write_table
+    rows, out = read_table(io.BytesIO(data)).to_pylist(), io.BytesIO()
+    column, action = rng.choice(list(rows[0])), rng.random()
+    if action < 0.3:
+        return spoil_bytes(rng, data)
+    if action < 0.6:
+        rows[0][column] = spoil_tree(rng, rows[0][column])
+    else:
+        odd = odd_value(rng)
+        for row in rows:
+            row.pop(column) if action < 0.7 else row.update({column: odd})
+    try:
+        write_table(pyarrow.Table.from_pylist(rows), out)
+    except (pyarrow.lib.ArrowException, OverflowError, TypeError, UnicodeError):
+        return spoil_bytes(rng, data)                           # no column can hold this
+    return out.getvalue()
+
+
+def build_benchmarks(base: Path) -> list[tuple]:
+    """Write every benchmark as make_benchmarks.py does. Returns rows like those of TARGETS."""
+    targets, made = [], make_benchmarks.LLAVA + (make_benchmarks.LMMS if find_spec("pyarrow") else [])
+    for make in made:
+        root = base / "benches" / make.__name__
+        root.mkdir(parents=True)
+        try:
+            case = make(root)
+        except ImportError:                                     # realworldqa: parquet alone
+            shutil.rmtree(root)
+            continue
+        ids = case.ids or range(1, len(case.prompts) + 1)
+        make_benchmarks.jsonl(root / "answers.jsonl", [
+            {"question_id": i, "prompt": p, "text": a} for i, p, a in zip(ids, case.prompts, case.answers)])
+        place = str(root.relative_to(base))
+        command = ["evaluate", "--bench", case.bench, "--data", place, "--out", "new", *map(str, case.flags)]
+        if (root / "images").is_dir():
+            command += ["--images", f"{place}/images"]
+        commands = [[*command, "--score-only", f"{place}/answers.jsonl"]] * 2
+        commands.append([*command, "--ckpt", "ckpt", "--max-new-tokens", "2", "--device", "cpu"])
+        for path in sorted(root.rglob("*")):
+            ways = {".json": TEXT, ".jsonl": DATA, ".tsv": [spoil_table] * 4 + [spoil_text],
+                    ".parquet": [spoil_parquet], ".txt": [spoil_text, spoil_bytes]}.get(path.suffix)
+            if path.suffix == ".json" and len(path.read_text().splitlines()) > 1:
+                ways = DATA                                     # POPE's are JSON lines
+            if path.is_file() and ways:
+                targets.append((str(path.relative_to(base)), ways, commands))
+    return targets
+
+
 # ------------------------------------------------------------------------------------------- a case
 def limit() -> float:
     """Return the seconds that a case may take: more if other programs want this machine's cores too."""
@@ -484,11 +537,16 @@ def problem(code: int, said: str, seconds: float) -> str | None:
     return None
 
 
-def prepare(base: Path, case: Path, seed: int, i: int):
+def prepare(base: Path, benchmarks: list[tuple], case: Path, seed: int, i: int):
     """Copy the files of a case and spoil one. Returns (what is spoiled, the command)."""
     rng = random.Random(f"{seed} {i}")
-    name, ways, commands = rng.choice(TARGETS)
-    shutil.copytree(base, case, copy_function=os.link)
+    name, ways, commands = rng.choice(benchmarks if rng.random() < 0.25 else TARGETS)
+    parts = Path(name).parts
+
+    def others(folder: str, names: list[str]) -> list[str]:
+        """The benchmarks that this case does not read: they are not copied."""
+        return [n for n in names if Path(folder).name == "benches" and n not in parts]
+    shutil.copytree(base, case, copy_function=os.link, ignore=others)
     path, way = case / name, rng.choice(ways)
     good = path.read_bytes()
     path.unlink()
@@ -515,12 +573,13 @@ def main() -> None:
     ctypes.CDLL(None).mallopt(-8, 2)
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     build(folder / "base")
+    benchmarks = build_benchmarks(folder / "base")
     todo = list(range(args.n) if args.only is None else [args.only])[::-1]
     running, codes, failed, slow, peak, began = [], collections.Counter(), [], (0.0, None), (0, None), time.time()
     while todo or running:
         if todo and len(running) < args.jobs:
             i = todo.pop()
-            spoiled, command = prepare(folder / "base", folder / str(i), args.seed, i)
+            spoiled, command = prepare(folder / "base", benchmarks, folder / str(i), args.seed, i)
             running.append((i, spoiled, command,
                             start(command, folder / f"{i}.err", folder / str(i))))
             continue

@@ -547,6 +547,38 @@ def test_a_wrong_benchmark_command_line_is_one_line(flags, says):
     refuses(call("evaluate.py", *flags), *says)
 
 
+@pytest.mark.parametrize("make, column, value, says", [
+    (make_benchmarks.ai2d, "options", True, "invalid options (True is no list)"),
+    (make_benchmarks.sqa_lmms, "choices", None, "invalid options (None is no list)"),
+    (make_benchmarks.refcoco, "bbox", ["a"], "holds values of another kind"),
+    (make_benchmarks.vizwiz_lmms, "answers", [{"a": 1}], "one of several has no answer"),
+    (make_benchmarks.mmbench_lmms, "hint", 3, "invalid hint (3 is no text)")])
+def test_a_column_of_another_kind_is_named(make, column, value, says, tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import read_table
+    case = make(tmp_path)
+    path = sorted(tmp_path.rglob("*.parquet"))[0]
+    make_benchmarks.parquet(path, [{**row, column: value} for row in read_table(path).to_pylist()])
+    refuses(run(case, tmp_path, "--score-only", answer(case, tmp_path)), str(path), says)
+
+
+def test_a_parquet_file_that_is_broken_inside_is_named(tmp_path):
+    pytest.importorskip("pyarrow")
+    case = make_benchmarks.ai2d(tmp_path)
+    path = sorted(tmp_path.rglob("*.parquet"))[0]
+    good = path.read_bytes()
+    path.write_bytes(b"PAR1" + bytes(len(good) // 2) + good[4 + len(good) // 2:])
+    refuses(run(case, tmp_path, "--score-only", answer(case, tmp_path)), str(path), "download it again")
+
+
+def test_a_list_of_vqav2s_questions_that_cannot_be_read_is_refused_before_any_is_asked(tmp_path):
+    case = make_benchmarks.vqav2_test(tmp_path)
+    path, = tmp_path.rglob("llava_vqav2_mscoco_test2015.jsonl")
+    path.write_text('{"id": 1}\n')
+    refuses(run(case, tmp_path, "--score-only", answer(case, tmp_path)), "test2015.jsonl: row 1 has no column")
+    assert not list(tmp_path.rglob("results.json"))
+
+
 def test_ocr_and_style_must_be_possible(tmp_path):
     case = make_benchmarks.textvqa_json(tmp_path)
     path = answer(case, tmp_path)
@@ -780,7 +812,7 @@ def test_own_questions_are_scored_by_the_metric(tmp_path, metric, by_hand):
 def test_what_is_not_a_table_of_questions_is_named(tmp_path):
     for name, text, says in [("mine.jsonl", '{"question_id": 1}\n',
                               "row 1 has no column 'text'; its columns are question_id"),
-                             ("mine.jsonl", '{"text": 5}\n', "row 1 has no text in prompt: 5"),
+                             ("mine.jsonl", '{"text": 5}\n', "row 1 has an invalid prompt (5 is no text)"),
                              ("mine.jsonl", "", "is empty"),
                              ("mine.jsonl", "[1]\n", "row 1 is not a set of named values")]:
         (tmp_path / name).write_text(text)

@@ -106,6 +106,10 @@ def test_what_is_not_a_regular_file_is_refused_and_does_not_hang(read, make, tmp
 
 
 # -------------------------------------------------------------------------------------- config.json
+SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 24}
+
+
 @pytest.mark.parametrize("values, says", [
     (dict(num_hidden_layers=10**9), "num_hidden_layers is '1000000000', which no model has"),
     (dict(hidden_size="96"), "hidden_size is '96'"), (dict(hidden_size=[96]), "hidden_size"),
@@ -118,6 +122,8 @@ def test_what_is_not_a_regular_file_is_refused_and_does_not_hang(read, make, tmp
     (dict(tie_word_embeddings="no"), "tie_word_embeddings is 'no'"),
     (dict(head_dim=7), "7 of the 7 dimensions"),
     (dict(rope_scaling=[1]), "rope_scaling is '[1]', not a JSON object"),
+    (dict(rope_scaling={**SCALED, "factor": "8"}), "rope_scaling is {'factor': '8'"),
+    (dict(rope_scaling={**SCALED, "high_freq_factor": 1.0}), "low below high"),
     (dict(model_type=["llama"]), "model_type"),
     (dict(hidden_act={"a": 1}), "hidden_act"), (dict(vocab_size=True), "vocab_size is 'True'")])
 def test_a_language_model_that_cannot_be_is_refused_before_a_layer_is_built(values, says, tmp_path):
