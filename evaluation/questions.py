@@ -9,7 +9,6 @@ from common.flags import UserError
 from evaluation.benchmarks import BENCHMARKS, INSTRUCTIONS, OCR, YES_OR_NO, Benchmark, Source
 from evaluation.files import Cell, missing, outline, read_rows
 
-
 # Name of a column → its kind, and the kind of a list's elements.
 KINDS = {"id": (str | int | float, None), "text": (str, None), "prompt": (str, None), "question": (str, None),
          "hint": (str, None), "options": (list, object), "ocr": (list, str), "bbox": (list, int | float),
