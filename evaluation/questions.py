@@ -169,7 +169,7 @@ def records(source: Source, files: list[Path]) -> list[dict]:
                 try:
                     record[name] = value_of(row, column)
                     check_kind(name, record[name], column)
-                except (KeyError, ValueError, IndexError, TypeError, AttributeError) as e:
+                except (KeyError, ValueError, IndexError, TypeError, AttributeError, ArithmeticError) as e:
                     what = f"an invalid {name} ({e})"
                     if isinstance(e, KeyError):
                         what = f"no column {e}"

@@ -10,8 +10,13 @@ from evaluation.files import write_jsonl
 from evaluation.questions import Sample, records
 
 
+def number(id: str) -> int | str:
+    """Servers take ids as the files have them: 7 as a number."""
+    return int(id) if id.isdecimal() else id
+
+
 def vqa_row(s: Sample, p: str, parsed) -> dict:
-    return {"question_id": int(s.id) if s.id.isdigit() else s.id, "answer": metrics.vqa_norm(p)}
+    return {"question_id": number(s.id), "answer": metrics.vqa_norm(p)}
 
 
 def vizwiz_row(s: Sample, p: str, parsed) -> dict:
@@ -34,7 +39,7 @@ SUBMISSIONS = {
     "textvqa": ("json", vqa_row),
     "vizwiz": ("json", vizwiz_row),
     "gqa": ("json", lambda s, p, parsed: {"questionId": s.id, "prediction": p.rstrip(".").lower()}),
-    "docvqa": ("json", lambda s, p, parsed: {"questionId": int(s.id), "answer": p}),
+    "docvqa": ("json", lambda s, p, parsed: {"questionId": number(s.id), "answer": p}),
     "mmmu": ("object", lambda s, p, parsed: (s.id, parsed or p)),
     "mmt": ("object", lambda s, p, parsed: (s.id, parsed or p)),
     "mmvet": ("object", lambda s, p, parsed: ("v1_" + s.id.removeprefix("v1_"), p)),
@@ -96,9 +101,9 @@ def write_xlsx(path: Path, rows: list[dict]) -> None:
     book = Workbook()
     for n, values in enumerate([list(rows[0]), *(row.values() for row in rows)], 1):
         for column, value in enumerate(values, 1):
-            if isinstance(value, str):
-                cell = book.active.cell(n, column, ILLEGAL_CHARACTERS_RE.sub("", value))
-                cell.data_type = "s"
-            else:
+            if isinstance(value, int):
                 book.active.cell(n, column, value)
+            else:
+                cell = book.active.cell(n, column, ILLEGAL_CHARACTERS_RE.sub("", str(value)))
+                cell.data_type = "s"
     book.save(path)

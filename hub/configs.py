@@ -38,9 +38,11 @@ OURS, LLAVA_HF, LLAVA_L, TINY = "nanoalign", "llava", "llava_llama", "tinyllava"
 RELEASED = (LLAVA_HF, LLAVA_L, TINY)
 # Fields of config.json whose type is checked wherever they stand; null means unset.
 FIELDS = {str: ("model_type", "hidden_act", "hidden_activation", "stage", "template",
-                "after_special", "vision", "llm", "connector"),
+                "after_special", "vision", "llm", "connector", "connector_type", "mm_projector_type",
+                "projector_hidden_act", "vision_feature_select_strategy", "mm_vision_select_feature"),
           dict: ("rope_scaling", "rope_parameters", "vision_config", "text_config", "settings"),
-          int: ("step", "steps", "max_length", "vision_layer"), bool: ("pad", "plain_specials")}
+          int: ("step", "steps", "max_length", "vision_layer", "max_window_layers", "num_hidden_layers",
+                "tokenizer_model_max_length", "num_queries"), bool: ("pad", "plain_specials")}
 MOST = {"num_hidden_layers": 1000, "image_size": 16384, "crop_size": 16384, "size": 16384}
 MOST_ANYWHERE = 1 << 24             # of a model's other sizes: tables, widths, heads, positions
 HUB_ID = re.compile(r"(?!(out|toy|data|weights)/)\w[\w.-]*/\w[\w.-]*")      # not our own folders

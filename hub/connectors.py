@@ -13,7 +13,8 @@ from common.flags import UserError
 from methods.qformer import QFormer
 from model import Projector, VisionConfig
 
-NAME = re.compile(r"linear|mlp([1-9]\d*)x(?:_gelu)?|qformer(?:-([1-9]\d*))?(?:-([1-9]\d*)x([1-9]\d*))?")
+NUMBER = r"([1-9]\d{0,4})"
+NAME = re.compile(rf"linear|mlp{NUMBER}x(?:_gelu)?|qformer(?:-{NUMBER})?(?:-{NUMBER}x{NUMBER})?")
 
 
 class Connector(NamedTuple):
@@ -27,10 +28,12 @@ def read_connector(name: str) -> Connector:
     """Return what a name means. Raises UserError for one that is not known."""
     found = NAME.fullmatch(name)
     if not found:
-        raise UserError(f"connector {name!r} is not known: say linear, mlp2x (or another number "
+        raise UserError(f"connector {name[:60]!r} is not known: say linear, mlp2x (or another number "
                         "of maps), qformer, qformer-64 (queries) or qformer-64-768x12 (queries, "
                         "width, layers)")
     maps, queries, width, layers = [int(n or 0) for n in found.groups()]
+    if maps > 100 or queries > 1 << 14 or width > 1 << 14 or layers > 1000:
+        raise UserError(f"connector {name!r} is larger than any model's")
     if name.startswith("qformer"):
         return Connector(0, queries or 32, width or 768, layers or 12)
     return Connector(maps or 1)

@@ -101,7 +101,11 @@ def family_template(folder: str | Path) -> str:
 
 def check_patterns(tokenizer: Tokenizer, path: Path) -> None:
     """Raise UserError if a text is split by a regular expression that repeats a group, such as
-    (a+)+: the time that one takes can double with every character."""
+    (a+)+: the time that one takes can double with every character. And if words get marks, as
+    CLIP's and BERT's do: tokens would have wrong places in the text."""
+    for mark in ("end_of_word_suffix", "continuing_subword_prefix"):
+        if getattr(tokenizer.model, mark, None):
+            raise UserError(f"{path} marks words by {mark}, which no supported family does")
     for part in (tokenizer.normalizer, tokenizer.pre_tokenizer):
         state = part.__getstate__().decode() if part else ""
         for regex in re.findall(r'"Regex":"((?:[^"\\]|\\.)*)"', state):

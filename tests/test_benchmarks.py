@@ -234,9 +234,9 @@ def test_the_mmbench_server_gets_a_spreadsheet_with_llavas_columns(tmp_path):
 def test_a_spreadsheet_keeps_texts_as_texts(tmp_path):
     openpyxl = pytest.importorskip("openpyxl")
     write_xlsx(tmp_path / "t.xlsx",
-               [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 ", "B": "=1+1"}])
+               [{"index": 1, "question": "a < b &\nc\x07", "A": " 是 ", "B": "=1+1", "C": ["odd"]}])
     sheet = openpyxl.load_workbook(tmp_path / "t.xlsx").active
-    assert list(sheet.values) == [("index", "question", "A", "B"), (1, "a < b &\nc", " 是 ", "=1+1")]
+    assert list(sheet.values) == [("index", "question", "A", "B", "C"), (1, "a < b &\nc", " 是 ", "=1+1", "['odd']")]
     assert sheet["D2"].data_type == "s", "no formula"
 
 
@@ -552,6 +552,7 @@ def test_a_wrong_benchmark_command_line_is_one_line(flags, says):
     (make_benchmarks.sqa_lmms, "choices", None, "invalid options (None is no list)"),
     (make_benchmarks.refcoco, "bbox", ["a"], "holds values of another kind"),
     (make_benchmarks.vizwiz_lmms, "answers", [{"a": 1}], "one of several has no answer"),
+    (make_benchmarks.mmbench_lmms, "index", 1e400, "invalid id (cannot convert float infinity"),
     (make_benchmarks.mmbench_lmms, "hint", 3, "invalid hint (3 is no text)")])
 def test_a_column_of_another_kind_is_named(make, column, value, says, tmp_path):
     pytest.importorskip("pyarrow")

@@ -124,7 +124,8 @@ SCALED = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
     (dict(rope_scaling=[1]), "rope_scaling is '[1]', not a JSON object"),
     (dict(rope_scaling={**SCALED, "factor": "8"}), "rope_scaling is {'factor': '8'"),
     (dict(rope_scaling={**SCALED, "high_freq_factor": 1.0}), "low below high"),
-    (dict(model_type=["llama"]), "model_type"),
+    (dict(model_type=["llama"]), "model_type"), (dict(connector_type={"a": 1}), "connector_type"),
+    (dict(max_window_layers="9"), "max_window_layers is '9', not a whole number"),
     (dict(hidden_act={"a": 1}), "hidden_act"), (dict(vocab_size=True), "vocab_size is 'True'")])
 def test_a_language_model_that_cannot_be_is_refused_before_a_layer_is_built(values, says, tmp_path):
     with pytest.raises(UserError, match=re.escape(says)):
@@ -327,6 +328,14 @@ def test_added_tokens_of_another_kind_are_named(name, content, tmp_path):
     shutil.copy(ROOT / "tests/fixtures/tokenizers/llama/tokenizer.model", tmp_path)
     write(tmp_path / name, content)
     with pytest.raises(UserError, match="does not list tokens"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_that_marks_words_is_refused_since_its_places_in_the_text_would_be_wrong(tmp_path):
+    tokenizer = json.loads((LLM / "tokenizer.json").read_text())
+    tokenizer["model"]["end_of_word_suffix"] = "</w>"
+    write(tmp_path / "tokenizer.json", tokenizer)
+    with pytest.raises(UserError, match="marks words by end_of_word_suffix"):
         load_tokenizer(tmp_path)
 
 
