@@ -90,12 +90,15 @@ def group_by_image(samples: list) -> list[list[int]]:
 
 
 def outline(record: dict, kind: str) -> tuple | None:
-    """Return the region that `picture` draws for a record, None if it has none."""
+    """Return the region that `picture` draws for a record, None if its benchmark has none. Raises
+    UserError for a record without numbers."""
     if kind not in record:
         return None
     xy = record[kind]
-    if xy and isinstance(xy[0], list):          # several polygons
+    if isinstance(xy, list) and xy and isinstance(xy[0], list):     # several polygons
         xy = xy[0]
+    if not isinstance(xy, list) or not all(isinstance(v, int | float) for v in xy):
+        raise UserError(f"question {record['id']} has no region in {kind}: {str(xy)[:60]}")
     return kind, tuple(xy)
 
 

@@ -11,8 +11,7 @@ from evaluation.files import Cell, missing, outline, read_rows
 
 # Name of a column → its kind, and the kind of a list's elements.
 KINDS = {"id": (str | int | float, None), "text": (str, None), "prompt": (str, None), "question": (str, None),
-         "hint": (str, None), "options": (list, object), "ocr": (list, str), "bbox": (list, int | float),
-         "seg": (list, int | float | list)}
+         "hint": (str, None), "options": (list, object), "ocr": (list, str)}
 
 
 @dataclass

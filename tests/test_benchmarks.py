@@ -548,9 +548,8 @@ def test_a_wrong_benchmark_command_line_is_one_line(flags, says):
 
 
 @pytest.mark.parametrize("make, column, value, says", [
-    (make_benchmarks.ai2d, "options", True, "invalid options (True is no list)"),
     (make_benchmarks.sqa_lmms, "choices", None, "invalid options (None is no list)"),
-    (make_benchmarks.refcoco, "bbox", ["a"], "holds values of another kind"),
+    (make_benchmarks.ai2d, "options", True, "invalid options (True is no list)"),
     (make_benchmarks.vizwiz_lmms, "answers", [{"a": 1}], "one of several has no answer"),
     (make_benchmarks.mmbench_lmms, "index", 1e400, "invalid id (cannot convert float infinity"),
     (make_benchmarks.mmbench_lmms, "hint", 3, "invalid hint (3 is no text)")])
@@ -561,6 +560,18 @@ def test_a_column_of_another_kind_is_named(make, column, value, says, tmp_path):
     path = sorted(tmp_path.rglob("*.parquet"))[0]
     make_benchmarks.parquet(path, [{**row, column: value} for row in read_table(path).to_pylist()])
     refuses(run(case, tmp_path, "--score-only", answer(case, tmp_path)), str(path), says)
+
+
+def test_a_region_is_checked_if_it_is_drawn(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import read_table
+    case = make_benchmarks.refcoco(tmp_path)
+    path = sorted(tmp_path.rglob("*.parquet"))[0]
+    rows = [{**row, "segmentation": None} for row in read_table(path).to_pylist()]
+    make_benchmarks.parquet(path, rows)
+    answers = answer(case, tmp_path)
+    assert run(case, tmp_path, "--score-only", answers).returncode == 0, "bbox is drawn: seg may be missing"
+    refuses(run(case, tmp_path, "--score-only", answers, "--region", "seg", out="seg"), "has no region in seg: None")
 
 
 def test_a_parquet_file_that_is_broken_inside_is_named(tmp_path):
