@@ -562,6 +562,24 @@ def test_a_column_of_another_kind_is_named(make, column, value, says, tmp_path):
     refuses(run(case, tmp_path, "--score-only", answer(case, tmp_path)), str(path), says)
 
 
+def test_a_category_may_be_missing_and_an_id_may_be_a_word(tmp_path):
+    pytest.importorskip("pyarrow")
+    from pyarrow.parquet import read_table
+    case = make_benchmarks.mmstar_lmms(tmp_path / "star")
+    path, = tmp_path.rglob("*.parquet")
+    make_benchmarks.parquet(path, [{**row, "category": None} for row in read_table(path).to_pylist()])
+    done = run(case, tmp_path / "star", "--score-only", answer(case, tmp_path / "star"))
+    assert done.returncode == 0, done.stderr
+    case = make_benchmarks.docvqa_test(tmp_path / "doc")
+    path = tmp_path / "doc/test_v1.0.json"
+    path.write_text(path.read_text().replace("57344", '"q7"'))
+    case.ids = ["q7"]
+    done = run(case, tmp_path / "doc", "--score-only", answer(case, tmp_path / "doc"))
+    assert done.returncode == 0, done.stderr
+    sent = json.loads(written(tmp_path / "doc", "submission.json").read_text())
+    assert sent == [{"questionId": "q7", "answer": "Paul"}]
+
+
 def test_a_region_is_checked_if_it_is_drawn(tmp_path):
     pytest.importorskip("pyarrow")
     from pyarrow.parquet import read_table

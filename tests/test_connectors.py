@@ -70,6 +70,13 @@ def test_a_name_says_all_of_a_connector(name, wanted, tokens):
     assert read_connector(name_of(made)) == wanted
 
 
+@pytest.mark.parametrize("name", ["mlp999x", "qformer-99999", "qformer-4-64x2000", "mlp0x",
+                                  "mlp" + "9" * 5000 + "x", ""])
+def test_a_connector_that_no_model_has_is_refused_before_it_is_built(name):
+    with pytest.raises(UserError, match="is larger than any model's|is not known"):
+        read_connector(name)
+
+
 @pytest.mark.parametrize("name", ["mlp", "mlp0x", "resampler", "qformer-0", "qformer-4-96"])
 def test_other_names_are_refused_before_anything_is_read(name):
     with pytest.raises(UserError, match=name):
