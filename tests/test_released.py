@@ -128,8 +128,8 @@ def transformers_5(ckpt: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module",
-                params=["llava-hf", "TinyLLaVA", *(pytest.param(layout, marks=pytest.mark.slow)
-                                                   for layout in ("liuhaotian", "transformers 5", "MoCa"))])
+                params=["llava-hf", *(pytest.param(layout, marks=pytest.mark.slow)
+                                      for layout in ("TinyLLaVA", "liuhaotian", "transformers 5", "MoCa"))])
 def pair(request, tmp_path_factory):
     """(checkpoint, the same model in a released layout, flags that it needs)."""
     folder, vision = tmp_path_factory.mktemp("released") / "model", ["--vision", CLIP]

@@ -66,6 +66,7 @@ def test_the_table_gives_mean_deviation_and_t_over_seeds():
     assert "| test | 82.0 ± 2.0 | 82.0 ± 2.0 | 82.0 ± 2.0 |" in compare.by_category({"ce": runs["ce"]})
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn_from_any_toy_run(small_world, tmp_path):
     run = tmp_path / "run"
     assert call(*command(small_world, run, steps=2)).returncode == 0

@@ -195,7 +195,8 @@ def test_a_termination_signal_saves_and_leaves(small_world, trained, tmp_path):
 
 
 @pytest.mark.parametrize("loss, moca, stage", [
-    ("ce", True, "finetune"), ("vdep", True, "pretrain"), ("vista", False, "finetune"), ("basic", False, "pretrain")])
+    pytest.param("ce", True, "finetune", marks=pytest.mark.slow), ("vdep", True, "pretrain"),
+    ("vista", False, "finetune"), ("basic", False, "pretrain")])
 def test_every_objective_is_exact_over_ranks_accumulation_and_stops(small_world, tmp_path, monkeypatch, loss, moca,
                                                                     stage):
     def arguments(name, micro):
