@@ -1,5 +1,7 @@
 """Fixtures that several test files share, and a run of train.py on a small toy world."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,18 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session", autouse=True)
 def program_server():
     start_server()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fuzzing(request):
+    """Two hundred cases of fuzz.py beside the other tests, which leave a core idle. None if no test asks for them."""
+    process = None
+    if any("fuzzing" in item.fixturenames and "spoiled" in item.name for item in request.session.items):
+        words = [sys.executable, ROOT / "tests" / "fuzz.py", "--n", "200", "--jobs", "1"]
+        process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    yield process
+    if process is not None:
+        process.kill()
 
 
 # Pieces of Llama-2's vocabulary with their ids, as far as the examples of LLaVA-1.5's tokenization reach.
