@@ -262,7 +262,7 @@ class Config:
     after_special: Literal[RULES] | None = option(None, "spaces after </s>, in later turns (unset: the model's)")
     plain_specials: bool | None = option(None, "read </s> in a question as text (unset: as in training)")
     pad: bool | None = option(None, "pad images to a square, or crop them (unset: as the model was trained)")
-    max_new_tokens: int | None = option(None, "longest answer (unset: as the benchmark; 64)", least=1, most=2**16)
+    max_new_tokens: int | None = option(None, "tokens an answer (unset: the benchmark's, or 64)", least=1, most=2**16)
     style: Literal["llava", "lmms"] | None = option(None, "whose prompts (unset: lmms for parquet, else llava)")
     ocr: bool | None = option(None, "textvqa: show OCR tokens (unset: on for llava, off for lmms)")
     region: Literal["bbox", "seg"] = option("bbox", "refcoco: how the region is drawn")

@@ -35,7 +35,7 @@ def answer_share(assistant, q: Questions, done: dict, batch_size: int, ranks: Ra
         image = q.samples[group[0]].image
         share += [replace(q.samples[i], image=image) for i in group if q.samples[i].id not in done]
 
-    # A prompt that the model has no room for is refused now, not hours later.
+    # A prompt that the model has no room for is refused now, not hours later: short ones fit all.
     for s in share:
         if len(s.prompt) > 500:
             assistant.encode(s)

@@ -84,7 +84,7 @@ def write_submission(benchmark: Benchmark, samples: list[Sample], rows: list[dic
 def fill_test2015(answers: list[dict], folder: Path) -> list[dict]:
     """Add "" for questions of test2015 that were not asked: VQAv2's server takes them all."""
     by_id = {a["question_id"]: a["answer"] for a in answers}
-    rows = [{"question_id": number, "answer": by_id.get(number, "")} for number in test2015(folder)]
+    rows = [{"question_id": i, "answer": by_id.get(i, "")} for i in test2015(folder)]
     return rows or answers
 
 

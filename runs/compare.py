@@ -78,7 +78,7 @@ def read_runs(folders: list[Path]) -> dict[str, list[dict]]:
 
 
 def read_results(path: Path) -> dict:
-    """Return a results.json. Raises UserError if it is none of the toy's: an evaluation writes one too."""
+    """Return what a run of the toy wrote. Raises UserError for other results, as of an evaluation."""
     results = read_json(path, dict)
     try:
         complete = {"accuracy", "shuffled", "mir"} <= set(results)

@@ -11,9 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from common import flags
 from common.files import read_jsonl, write_json
-from common.flags import UserError
-from common.flags import run as end_of_command
 from hub.checkpoint import checkpoints, load_model
 from hub.pairs import pair_batches, read_pairs, sample
 from mir import measure
@@ -125,7 +124,7 @@ def correlate(table: list[list[float]]) -> None:
 def main() -> None:
     runs, results, table = [Path(a) for a in sys.argv[1:]], {}, []
     if not runs:
-        raise UserError("give the --out folders of runs of the toy: python -m runs.mir out/toy-seed1 …")
+        raise flags.UserError("give the --out folders of runs of the toy: python -m runs.mir out/toy-seed1 …")
     finished = {run: read_results(run / "results.json") for run in runs}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -153,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    end_of_command(main)
+    flags.run(main)

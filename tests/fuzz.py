@@ -433,7 +433,10 @@ def spoil_parquet(rng: random.Random, data: bytes) -> bytes:
     else:
         odd = odd_value(rng)
         for row in rows:
-            row.pop(column) if action < 0.7 else row.update({column: odd})
+            if action < 0.7:
+                del row[column]
+            else:
+                row[column] = odd
     try:
         write_table(pyarrow.Table.from_pylist(rows), out)
     except (pyarrow.lib.ArrowException, OverflowError, TypeError, UnicodeError):
